@@ -1,0 +1,5 @@
+"""`python -m llmfast`."""
+
+from llmfast.cli import main
+
+main()

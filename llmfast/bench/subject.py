@@ -1,0 +1,205 @@
+"""One bundle under measurement, as it lives in its worker process."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmfast import registry
+from llmfast.bundle import UNKNOWN_TASK, ModelBundle
+from llmfast.errors import ResourceError
+from llmfast.runtime import open_session, placement, resolve_threads
+
+GENERATION = "text-generation"
+# The context of BERT and its kin, for a bundle that does not state its own.
+DEFAULT_ENCODER_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What every subject does in one round: the same token ids for all, others in the next round.
+
+    Attributes:
+        seed: of the token ids, different in every round.
+        vocab_size: ids are below this, the smallest vocabulary of the run.
+        prompt_tokens: length of the prompt of a text-generation model.
+        output_tokens: tokens it generates.
+        shapes: shape as typed -> (batch, length) of an encoder's input.
+    """
+
+    seed: tuple[int, ...]
+    vocab_size: int
+    prompt_tokens: int
+    output_tokens: int
+    shapes: dict[str, tuple[int, int]]
+
+    def ids(self, *shape: int) -> np.ndarray:
+        """Return random token ids, int64 of the given shape; the same for the same trial and shape."""
+        return np.random.default_rng(self.seed).integers(self.vocab_size, size=shape, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The times of one greedy generation, in seconds since the request.
+
+    Attributes:
+        prefill_s: when the prompt's logits were there.
+        tokens_s: when each output token had been picked.
+    """
+
+    prefill_s: float
+    tokens_s: tuple[float, ...]
+
+
+class Subject:
+    """A bundle opened for measurement.
+
+    Args:
+        path: the bundle.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads; None takes the cores this process may use.
+        max_length: positions a text-generation model must hold; None takes its context length.
+        clock: monotonic seconds.
+
+    Attributes:
+        bundle: the bundle's facts.
+        engine: of a text-generation model, otherwise None.
+        session: the ONNX Runtime session.
+        load_s: seconds it took to open, without importing libraries.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        provider: str = "cpu",
+        threads: int | None = None,
+        max_length: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.bundle = ModelBundle.open(path)
+        self.clock = clock
+        self.threads = resolve_threads(threads)
+        self._tokenizer: Any = None
+        self._generated: tuple[Trial, Generation] | None = None
+        open_model = _opener(self.bundle, provider, self.threads, max_length)
+        start = clock()
+        self.engine, self.session = open_model()
+        self.load_s = clock() - start
+
+    def encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the inputs that the bundle's own tokenizer makes of texts: name -> int64 [batch, seq]."""
+        if self._tokenizer is None:  # not at the start: its memory is not the model's
+            from llmfast.tokenizer import Tokenizer
+
+            self._tokenizer = Tokenizer.load(self.bundle.path)
+        limits = (self.bundle.manifest.architecture.get(key) for key in ("context_length", "max_seq_length"))
+        max_length = min((limit for limit in limits if limit), default=DEFAULT_ENCODER_LENGTH)
+        encoded: dict[str, np.ndarray] = self._tokenizer.encode_batch(texts, max_length)
+        return encoded
+
+    @property
+    def task(self) -> Any:
+        """The bundle's task plug-in."""
+        return registry.load("tasks", self.bundle.manifest.task)
+
+    def facts(self) -> dict[str, Any]:
+        """Return `vocab_size` (None when unknown) and `placement` (nodes per execution provider)."""
+        vocab_size = self.bundle.manifest.architecture.get("vocab_size")
+        if self.engine is not None:
+            vocab_size = self.engine.vocab_size
+        return {"vocab_size": vocab_size, "placement": placement(self.session)}
+
+    def generate(self, trial: Trial) -> Generation:
+        """Run the trial's prompt and decode greedily; metrics of one round share one run."""
+        if self._generated is None or self._generated[0] != trial:
+            self._generated = (trial, self._generate(trial))
+        return self._generated[1]
+
+    def measure(self, metrics: Sequence[str], trial: Trial) -> dict[str, float]:
+        """Return the figures of some speed metrics for one round, once the process is idle again."""
+        figures: dict[str, float] = {}
+        for name in metrics:
+            figures |= registry.load("bench.metrics", name).measure(self, trial)
+        settle()
+        return figures
+
+    def describe(self, metrics: Sequence[str]) -> dict[str, float | None]:
+        """Return the figures of some static metrics."""
+        figures: dict[str, float | None] = {}
+        for name in metrics:
+            figures |= registry.load("bench.metrics", name).measure(self)
+        return figures
+
+    def compare(self, metric: str, item: Any, reference: Path, is_baseline: bool) -> np.ndarray:
+        """Answer one item of the data and compare the answer with the baseline's.
+
+        Args:
+            metric: a quality metric.
+            item: what its `prepare` made.
+            reference: a `.npy` file through which the baseline's answer goes, one item at a time; the
+                baseline writes it, the others map it into memory.
+            is_baseline: this subject is the baseline.
+
+        Returns:
+            float64 [units, fields], as the metric defines them.
+
+        Raises:
+            ResourceError: no room for the baseline's answer.
+        """
+        plugin = registry.load("bench.metrics", metric)
+        answer = plugin.answer(self, item)
+        if not is_baseline:
+            rows: np.ndarray = plugin.compare(item, answer, np.load(reference, mmap_mode="r"))
+            return rows
+        try:
+            np.save(reference, answer)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write {answer.nbytes} bytes to `{reference.parent}`: {error.strerror}",
+                "point TMPDIR at a disk with room, or lower --seq-len",
+            ) from error
+        rows = plugin.compare(item, answer, answer)
+        return rows
+
+    def _generate(self, trial: Trial) -> Generation:
+        prompt = trial.ids(trial.prompt_tokens)
+        self.engine.reset()
+        start = self.clock()
+        logits = self.engine.prefill(prompt)
+        prefilled = self.clock() - start
+        token = int(logits.argmax())
+        times = [self.clock() - start]
+        for _ in range(trial.output_tokens - 1):
+            token = int(self.engine.decode(token).argmax())
+            times.append(self.clock() - start)
+        return Generation(prefilled, tuple(times))
+
+
+def settle(cpu_time: Callable[[], float] = time.process_time, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Wait until this process uses no CPU, for a second at most.
+
+    ONNX Runtime's threads spin for some 30 ms after a run, and would take the next bundle's cores.
+    """
+    for _ in range(100):
+        before = cpu_time()
+        sleep(0.01)
+        if cpu_time() - before < 0.001:
+            return
+
+
+def _opener(bundle: ModelBundle, provider: str, threads: int, max_length: int | None) -> Callable[[], tuple[Any, Any]]:
+    """Import what opens the bundle, and return the function that does: (engine or None, session)."""
+    if bundle.manifest.task == GENERATION:
+        from llmfast.infer.engine import Engine
+
+        def open_engine() -> tuple[Any, Any]:
+            engine = Engine(bundle, provider=provider, threads=threads, max_length=max_length)
+            return engine, engine.session
+
+        return open_engine
+    if bundle.manifest.task != UNKNOWN_TASK:
+        registry.load("tasks", bundle.manifest.task)
+    return lambda: (None, open_session(bundle.model, provider, threads))

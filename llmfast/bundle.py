@@ -1,0 +1,269 @@
+"""The model bundle: the directory that travels the pipeline, its manifest, and its atomic commit."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmfast.errors import InputError, OptionError, OutputExistsError, ResourceError
+
+FORMAT = 1
+MANIFEST = "llmfast.json"
+MODEL = "model.onnx"
+UNKNOWN_TASK = "unknown"
+
+# Files beside the graph that belong to a model and travel with it unchanged.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a bundle's lineage. No timestamps, no absolute paths: same inputs, same bytes."""
+
+    stage: str
+    method: str
+    options: Mapping[str, Any]
+    versions: Mapping[str, str]
+    seed: int | None = None
+    calibration: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `llmfast.json` holds.
+
+    Attributes:
+        task: a name in `llmfast.tasks`, or `unknown`.
+        source: where the weights come from: id, revision, sha256.
+        architecture: sizes in the spellings of genai_config.json (`num_hidden_layers`, `head_size`, ...).
+        graphs: role (`model`, `prefill`) -> `{file, inputs, outputs}`.
+        bits_per_weight: stored bits of all weights, scales included, per parameter.
+        sparsity: share of zeros among the parameters.
+        lineage: the steps that made this bundle, oldest first.
+        measured: what the stages measured (`export.parity`, ...).
+        files: name -> `{sha256, bytes}`, filled in by `write_manifest`.
+    """
+
+    task: str
+    source: Mapping[str, Any] = field(default_factory=dict)
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+    graphs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    bits_per_weight: float = 32.0
+    sparsity: float = 0.0
+    lineage: tuple[Step, ...] = ()
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class ModelBundle:
+    """A model on disk: only its place and its facts. Graph, engine and tokenizer are opened from it.
+
+    Attributes:
+        path: the bundle's directory, or the directory of a lone `.onnx` file.
+        manifest: the facts; for a model that llmfast did not write, what can be said without reading it.
+        model: the graph's path.
+    """
+
+    path: Path
+    manifest: Manifest
+    model: Path
+
+    @property
+    def name(self) -> str:
+        """The name to print: the directory's, or the file's when it stands alone."""
+        return self.path.resolve().name if self.manifest.files else self.model.name
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk of everything the bundle holds, external weights included."""
+        if self.manifest.files:
+            return sum(int(entry["bytes"]) for entry in self.manifest.files.values())
+        data = [
+            self.model,
+            *self.path.glob(f"{self.model.name}*data"),
+            *self.path.glob(f"{self.model.stem}.*.data"),
+        ]
+        return sum(file.stat().st_size for file in set(data))
+
+    def companion(self, name: str) -> Path | None:
+        """Return the path of `tokenizer.json` or another companion, None when the model has none."""
+        file = self.path / name
+        return file if file.is_file() else None
+
+    @classmethod
+    def open(cls, path: Path) -> "ModelBundle":
+        """Open a bundle directory, a directory that holds `model.onnx`, or a lone `.onnx` file.
+
+        Raises:
+            InputError: nothing there, a manifest that can't be read, a file missing or of another size.
+        """
+        if path.is_file():
+            if path.suffix != ".onnx":
+                raise InputError(f"not a model: `{path}`", "give a bundle directory or a .onnx file")
+            return cls(path.parent, Manifest(UNKNOWN_TASK), path)
+        if not path.is_dir():
+            raise InputError(f"not found: `{path}`", "give a bundle directory or a .onnx file")
+        if (path / MANIFEST).is_file():
+            manifest = _read_manifest(path / MANIFEST)
+            _check_sizes(path, manifest)
+            return cls(path, manifest, path / manifest.graphs["model"]["file"])
+        if (path / MODEL).is_file():
+            return cls(path, Manifest(UNKNOWN_TASK), path / MODEL)
+        hint = f"looked for {MANIFEST} and {MODEL}"
+        if (path / "config.json").is_file():
+            hint = f"this looks like a PyTorch checkpoint: run `llmfast export {path} -o DIR` first"
+        raise InputError(f"no model in `{path}`", hint)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: unreadable, not UTF-8, or not JSON; the message names file and line.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read `{path}`: {error.strerror}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"not a JSON file: `{path}`: {type(error).__name__}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"not a JSON file: `{path}`: line {error.lineno}: {error.msg}") from error
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hex."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_output(output: Path, inputs: tuple[Path, ...], overwrite: bool) -> None:
+    """Refuse an output that would destroy something, before any work is done.
+
+    Raises:
+        OptionError: the output is an input, inside one, or holds one.
+        OutputExistsError: it exists and may not be overwritten, or is no bundle.
+    """
+    target = output.resolve()
+    for source in (path.resolve() for path in inputs if path.exists()):
+        if target == source or target in source.parents or (source.is_dir() and source in target.parents):
+            raise OptionError(f"output `{output}` overlaps the input `{source}`", "choose another -o directory")
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise OutputExistsError(f"output exists: `{output}`", "choose another -o directory, or add --overwrite")
+    is_empty = output.is_dir() and not any(output.iterdir())
+    if output.is_symlink() or not (is_empty or (output / MANIFEST).is_file()):
+        raise OutputExistsError(
+            f"output is not an llmfast bundle: `{output}`",
+            "--overwrite replaces bundles only; remove it yourself",
+        )
+
+
+@contextmanager
+def stage_output(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty directory beside `output`; publish it by renaming when the body succeeds.
+
+    Whatever the body raises, the staged directory is removed and `output` is as it was before.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{output.name}.llmfast-", dir=output.parent))
+        staged.chmod(0o755)
+    except OSError as error:
+        raise ResourceError(f"cannot write to `{output.parent}`: {error.strerror}") from error
+    try:
+        yield staged
+        for file in staged.iterdir():
+            _sync(file)
+        _sync(staged)
+        _publish(staged, output, overwrite)
+    except OSError as error:
+        raise ResourceError(f"cannot write `{output}`: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `llmfast.json` for the files now in `folder`."""
+    files = {
+        file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
+        for file in sorted(folder.iterdir())
+        if file.name != MANIFEST
+    }
+    document = {"format": manifest.format} | asdict(manifest) | {"files": files}
+    (folder / MANIFEST).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _publish(staged: Path, output: Path, overwrite: bool) -> None:
+    if not os.path.lexists(output):
+        os.rename(staged, output)
+    elif overwrite:
+        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.llmfast-", dir=output.parent))
+        try:
+            os.rename(output, aside / output.name)
+            try:
+                os.rename(staged, output)
+            except BaseException:
+                os.rename(aside / output.name, output)
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    else:
+        raise OutputExistsError(f"output appeared while working: `{output}`", "another run wrote it; choose another -o")
+    _sync(output.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    document = read_json(path)
+    try:
+        version = document["format"]
+        if version != FORMAT:
+            raise InputError(f"`{path}` has manifest format {version}, this llmfast reads {FORMAT}", "upgrade llmfast")
+        steps = tuple(Step(**step) for step in document.pop("lineage"))
+        manifest = Manifest(lineage=steps, **document)
+        names = [*manifest.files, *(graph["file"] for graph in manifest.graphs.values())]
+        if any(Path(name).name != name for name in names) or "model" not in manifest.graphs:
+            raise ValueError("a file name leaves the bundle, or there is no `model` graph")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"malformed manifest: `{path}`: {error}") from error
+    return manifest
+
+
+def _check_sizes(folder: Path, manifest: Manifest) -> None:
+    for name, entry in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise InputError(f"bundle `{folder}` lacks `{name}`", "copy the whole directory, or make it again")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise InputError(
+                f"`{file}` has {size} bytes, its manifest says {entry['bytes']}",
+                "the file is truncated or changed",
+            )

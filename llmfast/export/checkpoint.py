@@ -1,0 +1,259 @@
+"""A PyTorch checkpoint on disk: config, tokenizer files, and weights read one at a time, without PyTorch."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from llmfast.bundle import COMPANIONS, read_json, sha256
+from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
+from llmfast.export.architectures import supported_model_types
+from llmfast.report import note
+
+# Fields that make transformers import code from the model's folder.
+_CODE_FIELDS = (
+    "auto_map",
+    "trust_remote_code",
+    "_attn_implementation_internal",
+    "_experts_implementation_internal",
+)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class Checkpoint(Protocol):
+    """What the export stage needs of a checkpoint, whatever its file format."""
+
+    path: Path
+    config: Any
+    """The `transformers` config, defaults filled in."""
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a weight as float32, by its Hugging Face name."""
+
+    def source(self) -> dict[str, Any]:
+        """Return the manifest's source: id and hashes."""
+
+    def load_reference(self) -> Any:
+        """Return the PyTorch model in float32, as independent of `read` as the format allows."""
+
+    def write_companions(self, folder: Path) -> None:
+        """Write config, tokenizer and chat template into a bundle."""
+
+
+class SafetensorsCheckpoint:
+    """A Hugging Face folder: config.json, tokenizer, one or more .safetensors files.
+
+    Raises:
+        InputError: a part is missing or truncated.
+        UnsafeInputError: weights come as a pickle, or a shard's name leaves the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = load_config(path)
+        self._shards = [_Shard(file) for file in _weight_files(path)]
+        self._owners = {name: shard for shard in self._shards for name in shard.entries}
+        if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+            raise InputError(f"no tokenizer in `{path}`", f"looked for {', '.join(_TOKENIZER_FILES)}")
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a weight as float32.
+
+        Raises:
+            InputError: no weight of that name, or one that is not floating point.
+        """
+        # A base model saved without its head lacks the `model.` prefix.
+        for candidate in (name, name.removeprefix("model.")):
+            if candidate in self._owners:
+                return self._owners[candidate].read(candidate)
+        raise InputError(f"weight `{name}` is missing from `{self.path}`", "the checkpoint is incomplete")
+
+    def source(self) -> dict[str, Any]:
+        """Return the folder's name and the hash of each weight file."""
+        return folder_source(self.path)
+
+    def load_reference(self) -> Any:
+        """Load the model as `transformers` does."""
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        return AutoModelForCausalLM.from_pretrained(
+            self.path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        ).eval()
+
+    def write_companions(self, folder: Path) -> None:
+        """Copy config and tokenizer; a tokenizer that is not in tokenizer.json form is converted to it."""
+        copy_companions(self.path, folder)
+
+
+class _Shard:
+    """One .safetensors file. Format: https://github.com/huggingface/safetensors#format"""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        try:
+            with safe_open(path, framework="numpy"):
+                pass  # checks the header, and that the tensors fill the file without holes
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self.entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
+        except SafetensorError as error:
+            raise InputError(f"truncated or corrupt safetensors: `{path}`: {error}", "download it again") from error
+        except OSError as error:
+            raise InputError(f"cannot read `{path}`: {error.strerror or error}") from error
+        self.entries.pop("__metadata__", None)
+        self._data = 8 + length
+
+    def read(self, name: str) -> np.ndarray:
+        entry = self.entries[name]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise UnsupportedError(
+                f"weight `{name}` of `{self.path}` has type {entry['dtype']}, not floating point",
+                "export the checkpoint it was quantized from",
+            )
+        offset = self._data + entry["data_offsets"][0]
+        return np.memmap(self.path, dtype, "r", offset, tuple(entry["shape"])).astype(np.float32, copy=False)
+
+
+def open_checkpoint(source: str) -> Checkpoint:
+    """Open a Hugging Face folder, a .gguf file, or a hub id, which is downloaded.
+
+    Raises:
+        InputError: not found, or incomplete.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf" and path.is_file():
+        from llmfast.export.gguf_checkpoint import GgufCheckpoint
+
+        return GgufCheckpoint(path)
+    return SafetensorsCheckpoint(resolve_folder(source))
+
+
+def resolve_folder(source: str) -> Path:
+    """Return the local folder of a checkpoint, downloading a hub id into the hub's cache.
+
+    Raises:
+        InputError: no such folder, no config.json in it, or the hub can't be reached.
+    """
+    path = Path(source)
+    if not path.exists():
+        if not _HUB_ID.fullmatch(source) or (path.parent.is_dir() and path.parent != Path()):
+            raise InputError(f"not found: `{source}`", "give a Hugging Face folder, a .gguf file or a hub id")
+        path = _download(source)
+    if not path.is_dir():
+        raise InputError(f"not a checkpoint: `{source}`", "give a Hugging Face folder, a .gguf file or a hub id")
+    if not (path / "config.json").is_file():
+        raise InputError(f"no config.json in `{source}`", "give the folder that `save_pretrained` wrote")
+    return path
+
+
+def load_config(path: Path) -> Any:
+    """Read config.json with the defaults of its architecture filled in; code in the folder is never run.
+
+    Raises:
+        InputError: malformed.
+        UnsupportedError: an architecture that `transformers` does not know.
+    """
+    from transformers import AutoConfig
+
+    raw = read_json(path / "config.json")
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise InputError(f"no `model_type` in `{path / 'config.json'}`", "give the folder of a transformers model")
+    named = [field for field in _CODE_FIELDS if field in raw]
+    for field in named:
+        del raw[field]
+    if named:
+        note(f"note: ignoring {', '.join(named)} in `{path / 'config.json'}`: code of a model's folder is never run")
+    model_type = raw.pop("model_type")
+    try:
+        return AutoConfig.for_model(model_type, **raw)
+    except ValueError as error:
+        if "Unrecognized model identifier" not in str(error):
+            raise InputError(f"malformed `{path / 'config.json'}`: {error}") from error
+        supported = ", ".join(supported_model_types())
+        raise UnsupportedError(f"architecture `{model_type}` is not supported", f"decoders: {supported}") from error
+    except Exception as error:  # configs validate themselves with many kinds of exception
+        raise InputError(f"malformed `{path / 'config.json'}`: {error}") from error
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer and config files; a tokenizer in an older form is converted to tokenizer.json."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if not (folder / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
+        kept = {folder / name for name in COMPANIONS}
+        for file in set(folder.iterdir()) - kept:
+            if file.suffix != ".onnx" and not file.name.endswith(".data"):
+                file.unlink()
+
+
+def folder_source(path: Path) -> dict[str, Any]:
+    """Return the manifest's source for a checkpoint folder: its name, revision in the hub's cache, and hashes."""
+    revision = path.name if path.parent.name == "snapshots" else None
+    name = path.parent.parent.name.removeprefix("models--").replace("--", "/") if revision else path.resolve().name
+    return {"id": name, "revision": revision, "sha256": {file.name: sha256(file) for file in _weight_files(path)}}
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InputError(f"malformed index: `{index}`") from error
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if Path(name).name != name:
+            raise UnsafeInputError(f"shard `{name}` of `{index}` leaves the folder")
+    missing = [name for name in names if not (path / name).is_file()]
+    if not missing:
+        return [path / name for name in names]
+    pickles = [*path.glob("pytorch_model*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
+    if pickles:
+        raise UnsafeInputError(
+            f"`{pickles[0]}` is a pickle, which can run code when it is read",
+            "convert it: AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors",
+        )
+    raise InputError(f"weights missing from `{path}`: {', '.join(missing[:3])}", "download the folder again")
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = [
+        "*.json",
+        "*.safetensors",
+        "*.jinja",
+        "tokenizer.model",
+        "spiece.model",
+        "vocab.txt",
+        "merges.txt",
+    ]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=[*wanted, "*_Pooling/*"]))
+    except Exception as error:  # the hub client raises network, HTTP and its own exceptions
+        raise InputError(
+            f"not found: `{repository}`: no such folder, and the hub did not give it: {type(error).__name__}",
+            "check the name and the network, or download it elsewhere and give the folder",
+        ) from error

@@ -1,0 +1,152 @@
+"""`llmfast export`: a PyTorch checkpoint becomes a bundle, its parity with PyTorch proven."""
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import llmfast
+from llmfast import registry
+from llmfast.bundle import Manifest, ModelBundle, Step, check_output, stage_output, write_manifest
+from llmfast.errors import OptionError
+from llmfast.export.requirements import require_export_extra
+from llmfast.graph.model import OnnxModel
+from llmfast.report import progress
+
+_DIRECT_TASK = "text-generation"
+_VERSIONED = ("onnx", "onnxruntime", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Choices of an export.
+
+    Attributes:
+        task: a name in `llmfast.tasks`; None reads it from the checkpoint.
+        threads: threads for the parity runs; None takes the cores this process may use.
+        overwrite: replace an existing bundle.
+    """
+
+    task: str | None = None
+    threads: int | None = None
+    overwrite: bool = False
+
+
+def export(source: str, output: Path, options: ExportOptions | None = None) -> ModelBundle:
+    """Export a checkpoint to a bundle.
+
+    Args:
+        source: a Hugging Face folder, a .gguf file, or a hub id.
+        output: the bundle's directory.
+        options: see `ExportOptions`.
+
+    Raises:
+        InputError: the checkpoint is missing, truncated or incomplete.
+        UnsupportedError: its architecture or task can't be exported, or the [export] extra is missing.
+        GateError: ONNX Runtime and PyTorch disagree; nothing is written.
+        OutputExistsError: the output exists.
+    """
+    options = options or ExportOptions()
+    task = _prepare(source, output, options)
+    route: Callable[..., Manifest] = _export_decoder if task == _DIRECT_TASK else _export_traced
+    with stage_output(output, options.overwrite) as staged:
+        manifest = route(source, task, staged, options)
+        parameters = OnnxModel.load(staged / manifest.graphs["model"]["file"]).num_parameters
+        architecture = {**manifest.architecture, "num_parameters": parameters}
+        write_manifest(staged, replace(manifest, architecture=architecture))
+    return ModelBundle.open(output)
+
+
+def describe_export(source: str, output: Path, options: ExportOptions) -> str:
+    """Check what `export` checks before it works, and say in one line what it would do."""
+    task = _prepare(source, output, options)
+    if task != _DIRECT_TASK:
+        return f"would trace `{source}` for {task} into `{output}`"
+    from llmfast.export.architectures import describe
+    from llmfast.export.checkpoint import open_checkpoint
+
+    decoder = describe(open_checkpoint(source).config)
+    return (
+        f"would write a {decoder.model_type} decoder of {decoder.num_hidden_layers} layers, "
+        f"{decoder.hidden_size} wide, from `{source}` into `{output}`"
+    )
+
+
+def _prepare(source: str, output: Path, options: ExportOptions) -> str:
+    """Check output, packages and options; return the task."""
+    check_output(output, (Path(source),), options.overwrite)
+    require_export_extra()
+    from llmfast.export.checkpoint import load_config, resolve_folder
+    from llmfast.export.traced import detect_task
+
+    if Path(source).suffix == ".gguf":
+        task = _DIRECT_TASK
+    else:
+        folder = resolve_folder(source)
+        config = load_config(folder).to_dict()
+        task = options.task or detect_task(config, folder)
+    if task not in registry.names("tasks"):
+        raise OptionError(f"unknown task `{task}`", f"choose from: {', '.join(registry.names('tasks'))}")
+    return task
+
+
+def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions) -> Manifest:
+    from llmfast.export.architectures import describe
+    from llmfast.export.checkpoint import open_checkpoint
+    from llmfast.export.decoder import write_decoder
+    from llmfast.export.parity import prove_decoder
+
+    checkpoint = open_checkpoint(source)
+    decoder = describe(checkpoint.config)
+    with progress("writing the graph", decoder.num_hidden_layers) as advance:
+        graph = write_decoder(checkpoint, decoder, staged, advance)
+    checkpoint.write_companions(staged)
+    manifest = Manifest(
+        task=task,
+        source=checkpoint.source(),
+        architecture={
+            "model_type": decoder.model_type,
+            "num_hidden_layers": decoder.num_hidden_layers,
+            "hidden_size": decoder.hidden_size,
+            "num_attention_heads": decoder.num_attention_heads,
+            "num_key_value_heads": decoder.num_key_value_heads,
+            "head_size": decoder.head_size,
+            "vocab_size": decoder.vocab_size,
+            "context_length": decoder.context_length,
+            "eos_token_id": checkpoint.config.eos_token_id,
+        },
+        graphs={"model": graph},
+        lineage=(_step("direct", options),),
+    )
+    with progress("comparing with PyTorch", 2) as advance:
+        parity = prove_decoder(checkpoint, staged, manifest, options.threads, advance)
+    return _with_parity(manifest, parity)
+
+
+def _export_traced(source: str, task: str, staged: Path, options: ExportOptions) -> Manifest:
+    from llmfast.export.checkpoint import copy_companions, folder_source, resolve_folder
+    from llmfast.export.traced import write_traced
+
+    folder = resolve_folder(source)
+    with progress("tracing and comparing with PyTorch"):
+        traced = write_traced(folder, task, staged)
+    copy_companions(folder, staged)
+    manifest = Manifest(
+        task=task,
+        source=folder_source(folder),
+        architecture=traced.architecture,
+        graphs=traced.graphs,
+        lineage=(_step("traced", options),),
+    )
+    return _with_parity(manifest, traced.parity)
+
+
+def _step(route: str, options: ExportOptions) -> Step:
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    chosen = {key: value for key, value in asdict(options).items() if key != "overwrite"}
+    return Step("export", route, chosen, {"llmfast": llmfast.__version__} | versions)
+
+
+def _with_parity(manifest: Manifest, parity: dict[str, Any]) -> Manifest:
+    return replace(manifest, measured={"export": {"parity": parity}})

@@ -1,0 +1,255 @@
+"""The traced route, for encoders: PyTorch's exporter records the model, and the result is proven.
+
+Attention is traced in its `eager` form and the padding mask as one additive [batch, 1, 1, seq]: both leave
+nothing but MatMul, Add and Softmax, which ONNX Runtime fuses, where `sdpa` leaves IsNaN and Where.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from llmfast import registry
+from llmfast.bundle import MODEL
+from llmfast.errors import InputError, UnsupportedError
+from llmfast.export.checkpoint import SafetensorsCheckpoint
+from llmfast.export.encoder import as_module, context_length, first_line, load_encoder, token_types
+from llmfast.export.pooling import Pooling, read_pooling
+from llmfast.export.requirements import require_export_extra
+from llmfast.export.traced_parity import Reference, prove_traced
+from llmfast.graph.weights import WeightFile
+
+if TYPE_CHECKING:
+    import torch
+
+# Each was exported and proven; the tests do it again for every entry.
+_MODEL_TYPES = (
+    "albert",
+    "bert",
+    "camembert",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "modernbert",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+)
+_OPSET = 21
+_TRACED_SHAPE = (2, 8)  # batch and length seen by the exporter, which takes 0 and 1 for constants
+
+
+@dataclass(frozen=True)
+class TracedExport:
+    """What the traced route wrote, in the manifest's terms.
+
+    Attributes:
+        graphs: `{"model": {"file", "inputs", "outputs"}}`.
+        architecture: sizes; `pooling` and `normalize` of an embedding model, `labels` and `problem_type`
+            of a classifier.
+        parity: `max_abs_diff`, `max_rel_diff`, `shapes`; `argmax_agreement` where there are classes.
+    """
+
+    graphs: Mapping[str, Mapping[str, Any]]
+    architecture: Mapping[str, Any]
+    parity: dict[str, Any]
+
+
+def supported_model_types() -> list[str]:
+    """List the encoders that are proven to export."""
+    return list(_MODEL_TYPES)
+
+
+def detect_task(config: Mapping[str, Any], source: Path) -> str:
+    """Return what a checkpoint is for, by its class or its sentence-transformers files.
+
+    Args:
+        config: the contents of config.json.
+        source: the checkpoint's folder.
+
+    Raises:
+        InputError: config.json names no class.
+        UnsupportedError: a class that `transformers` does not have, or a task that llmfast does not.
+    """
+    if (source / "modules.json").is_file():
+        return "feature-extraction"
+    require_export_extra()
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise InputError(f"no `architectures` in `{source / 'config.json'}`", "say what the model is for with --task")
+    with _quiet():
+        task = _task_of_class(names[0])
+    known = registry.names("tasks")
+    if task not in known:
+        raise UnsupportedError(
+            f"`{source}` is a `{names[0]}`, whose task llmfast does not have",
+            f"choose one with --task: {', '.join(known)}; feature-extraction leaves the head out",
+        )
+    return task
+
+
+def write_traced(source: Path, task: str, staged: Path) -> TracedExport:
+    """Trace an encoder with its real weights, write model.onnx, and compare it with PyTorch.
+
+    Args:
+        source: a Hugging Face folder with safetensors weights.
+        task: `feature-extraction`, `text-classification`, or another task of an encoder.
+        staged: the directory to write to.
+
+    Raises:
+        InputError: weights are truncated, missing or not finite.
+        UnsupportedError: not an encoder of a proven type, a pooling without a graph, or no [export] extra.
+        GateError: ONNX Runtime and PyTorch disagree.
+    """
+    require_export_extra()
+    checkpoint = SafetensorsCheckpoint(source)
+    plugin = registry.load("tasks", task)
+    if checkpoint.config.model_type not in _MODEL_TYPES or not hasattr(plugin, "AUTO_MODEL"):
+        raise UnsupportedError(
+            f"`{source}`: a `{checkpoint.config.model_type}` can't be exported for {task}",
+            f"encoders: {', '.join(supported_model_types())}",
+        )
+    pooling = read_pooling(source) if "sentence_embedding" in plugin.OUTPUTS else None
+    with _quiet():
+        model = load_encoder(source, checkpoint.config, plugin.AUTO_MODEL)
+        module = as_module(model, plugin.OUTPUTS, pooling)
+        limit = context_length(model)
+        inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if token_types(model) > 1 else [])
+        program = _trace(module, inputs, plugin.OUTPUTS, limit)
+        _write_program(program, model, staged)
+        parity = prove_traced(Reference(model, plugin.OUTPUTS, pooling), staged / MODEL, inputs, limit)
+    return TracedExport(
+        graphs={"model": {"file": MODEL, "inputs": inputs, "outputs": list(plugin.OUTPUTS)}},
+        architecture=_describe(model.config, limit) | _describe_task(model.config, task, pooling),
+        parity=parity,
+    )
+
+
+def _task_of_class(name: str) -> str:
+    import transformers
+    from optimum.exporters.tasks import TasksManager
+
+    model_class = getattr(transformers, name, None)
+    if not inspect.isclass(model_class):
+        raise UnsupportedError(
+            f"model class `{name}` is not part of transformers", "code of a model's folder is never run"
+        )
+    try:
+        return str(TasksManager.infer_task_from_model(model_class))
+    except ValueError:
+        return "unknown"
+
+
+def _trace(module: "torch.nn.Module", inputs: list[str], outputs: tuple[str, ...], limit: int) -> Any:
+    """Run PyTorch's exporter; batch and sequence stay free."""
+    import torch
+
+    shape = (_TRACED_SHAPE[0], min(_TRACED_SHAPE[1], limit))
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=limit)}
+    try:
+        with torch.inference_mode():
+            return torch.onnx.export(
+                module,
+                kwargs={name: torch.ones(shape, dtype=torch.int64) for name in inputs},
+                output_names=list(outputs),
+                dynamic_shapes=dict.fromkeys(inputs, axes),
+                opset_version=_OPSET,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise UnsupportedError(f"PyTorch can't trace this model: {first_line(error.__cause__ or error)}") from error
+
+
+def _write_program(program: Any, model: Any, staged: Path) -> None:
+    """Write the traced graph under the checkpoint's names for weights, without the exporter's notes."""
+    import onnx_ir
+
+    names = {_digest(weight.detach().numpy().T): name for name, weight in model.named_parameters() if weight.ndim == 2}
+    weights = WeightFile(staged)
+    initializers: dict[str, onnx.TensorProto] = {}
+    values = program.model.graph.initializers
+    for value in list(values.values()):
+        del values[value.name]
+        if not value.uses():
+            continue
+        array = value.const_value.numpy()
+        # The exporter stores linear weights transposed, under names of its own (`val_64`).
+        known = names.get(_digest(array)) if array.ndim == 2 else None
+        value.name = known or value.name.removeprefix("model.")
+        if value.name not in initializers:
+            # A scalar is a setting of a node, not a weight, and must stay one.
+            store = weights.add if array.ndim else _inline
+            initializers[value.name] = store(value.name, array)
+    proto = onnx_ir.to_proto(program.model)
+    proto.graph.initializer.extend(initializers.values())
+    _strip(proto)
+    weights.save(proto)
+
+
+def _inline(name: str, array: np.ndarray) -> onnx.TensorProto:
+    return onnx.numpy_helper.from_array(array, name)
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Drop the exporter's notes: shapes of inner values and, per node, paths of this machine's Python files."""
+    for part in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output):
+        del part.metadata_props[:]
+        part.ClearField("doc_string")
+    del proto.graph.value_info[:]
+
+
+def _digest(array: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(array).data).digest() + repr(array.shape).encode()
+
+
+def _describe(config: Any, limit: int) -> dict[str, Any]:
+    return {
+        "model_type": config.model_type,
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "head_size": config.hidden_size // config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+        "context_length": limit,
+    }
+
+
+def _describe_task(config: Any, task: str, pooling: Pooling | None) -> dict[str, Any]:
+    if pooling:
+        found = {"pooling": "+".join(pooling.kinds), "normalize": pooling.normalize}
+        return found | ({"max_seq_length": pooling.max_seq_length} if pooling.max_seq_length else {})
+    if task == "text-classification":
+        # What transformers' own pipeline takes when the checkpoint doesn't say.
+        default = "single_label_classification" if config.num_labels > 1 else "multi_label_classification"
+        labels = [str(config.id2label[index]) for index in range(config.num_labels)]
+        return {"labels": labels, "problem_type": config.problem_type or default}
+    return {}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' bars, logs and warnings off both streams."""
+    from transformers.utils import logging as transformers_logging
+
+    disabled, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    logging.disable(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        if bars:
+            transformers_logging.enable_progress_bar()

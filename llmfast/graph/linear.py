@@ -1,0 +1,150 @@
+"""Finding the linear layers and embeddings of a graph, whoever exported it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from llmfast.graph.model import FLOATS, OnnxModel
+
+# Smaller tables (token types, positions of a small encoder) save nothing worth an operator.
+MIN_EMBEDDING_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A node that multiplies by a constant matrix.
+
+    Attributes:
+        name: the layer's name, e.g. `model.layers.0.mlp.down_proj`.
+        node: MatMul, Gemm or FusedMatMul.
+        weight: the initializer that holds the matrix.
+        stored_transposed: the initializer is `[N, K]`, not `[K, N]`.
+        bias: the value added by the node itself (Gemm), or empty.
+        shape: `(N, K)` = (out_features, in_features).
+    """
+
+    name: str
+    node: onnx.NodeProto
+    weight: str
+    stored_transposed: bool
+    bias: str
+    shape: tuple[int, int]
+
+    @property
+    def role(self) -> str:
+        """The last part of the name, which layers of one kind share."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def input(self) -> str:
+        """Name of the activations the layer multiplies."""
+        return str(self.node.input[0])
+
+    @property
+    def output(self) -> str:
+        """Name of the layer's result."""
+        return str(self.node.output[0])
+
+    def read(self, model: OnnxModel) -> np.ndarray:
+        """Return the weight as float32 `[N, K]`."""
+        array = model.read(model.initializers[self.weight]).astype(np.float32, copy=False)
+        return array if self.stored_transposed else array.T
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A Gather of rows of a constant table `[vocab, hidden]`."""
+
+    node: onnx.NodeProto
+    weight: str
+    shape: tuple[int, int]
+
+
+def find_linears(model: OnnxModel) -> list[Linear]:
+    """Return the linear layers of the top-level graph, in the graph's order."""
+    resolve = _resolver(model)
+    found = []
+    for node in model.proto.graph.node:
+        matched = _match(node)
+        if matched is None:
+            continue
+        transposed, bias = matched
+        weight, folded = resolve(node.input[1])
+        if weight is None:
+            continue
+        stored_transposed = transposed != folded
+        rows, columns = weight.dims
+        shape = (rows, columns) if stored_transposed else (columns, rows)
+        found.append(Linear(_layer_name(node, weight.name), node, weight.name, stored_transposed, bias, shape))
+    return found
+
+
+def find_embeddings(model: OnnxModel, linears: list[Linear]) -> list[Embedding]:
+    """Return the embedding tables of the top-level graph that are large, or that one of `linears` multiplies by."""
+    initializers = model.initializers
+    tied = {linear.weight for linear in linears}
+    return [
+        Embedding(node, node.input[0], (table.dims[0], table.dims[1]))
+        for node in model.proto.graph.node
+        if node.op_type == "Gather" and _attribute(node, "axis", 0) == 0 and node.input[1] not in initializers
+        for table in (initializers.get(node.input[0]),)
+        if table is not None and _is_matrix(table)
+        if table.name in tied or table.dims[0] * table.dims[1] >= MIN_EMBEDDING_ELEMENTS
+    ]
+
+
+def _match(node: onnx.NodeProto) -> tuple[bool, str] | None:
+    """Return whether the node transposes its weight, and its bias; None when it is no linear layer."""
+    if node.op_type == "MatMul" and not node.domain:
+        return False, ""
+    if node.op_type == "Gemm":
+        plain = not _attribute(node, "transA", 0) and _attribute(node, "alpha", 1.0) == 1.0
+        plain &= _attribute(node, "beta", 1.0) == 1.0
+        bias = node.input[2] if len(node.input) > 2 else ""
+        return (bool(_attribute(node, "transB", 0)), bias) if plain else None
+    if node.op_type == "FusedMatMul":
+        plain = _attribute(node, "alpha", 1.0) == 1.0
+        plain &= not any(_attribute(node, name, 0) for name in ("transA", "transBatchA", "transBatchB"))
+        return (bool(_attribute(node, "transB", 0)), "") if plain else None
+    return None
+
+
+def _resolver(model: OnnxModel) -> Callable[[str], tuple[TensorProto | None, bool]]:
+    """Return a function that follows a value to its initializer through Transpose and Identity."""
+    initializers = model.initializers
+    producers = {output: node for node in model.proto.graph.node for output in node.output}
+
+    def resolve(name: str) -> tuple[TensorProto | None, bool]:
+        transposed = False
+        while name not in initializers:
+            node = producers.get(name)
+            if node is None or node.op_type not in ("Transpose", "Identity"):
+                return None, False
+            transposed ^= node.op_type == "Transpose"
+            name = node.input[0]
+        return (initializers[name], transposed) if _is_matrix(initializers[name]) else (None, False)
+
+    return resolve
+
+
+def _layer_name(node: onnx.NodeProto, weight: str) -> str:
+    """Prefer the weight's name; exporters that number their weights leave the node's."""
+    if weight.endswith(".weight"):
+        return weight.removesuffix(".weight")
+    name: str = node.name or node.output[0]
+    return name.strip("/").replace("/", ".").removesuffix(".MatMul").removesuffix(".Gemm")
+
+
+def _is_matrix(tensor: TensorProto) -> bool:
+    return len(tensor.dims) == 2 and tensor.data_type in FLOATS
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: float) -> float:
+    for attribute in node.attribute:
+        if attribute.name == name:
+            value: float = onnx.helper.get_attribute_value(attribute)
+            return value
+    return default

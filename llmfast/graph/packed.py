@@ -1,0 +1,144 @@
+"""Quantized weights: the grid, the codes, and the nodes that compute with them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmfast.graph.builder import CONTRIB, GraphBuilder
+
+# MatMulNBits computes in int8 at this level; without it the CPU kernel is 2-3 times slower, and for
+# 8-bit weights it expands the whole matrix on every call.
+# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
+ACCURACY_INT8 = 4
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values a quantized weight may take: `(code - zero_point) * scale`.
+
+    Attributes:
+        bits: width of a code.
+        block_size: input features that share a scale; 0 is a whole row (per-channel).
+        symmetric: the zero point is the middle of the codes and is not stored.
+    """
+
+    bits: int
+    block_size: int = 0
+    symmetric: bool = True
+
+    @property
+    def middle(self) -> int:
+        """The code of zero on a symmetric grid."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def largest(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight `[N, K]` on a grid.
+
+    Attributes:
+        codes: uint8 [N, blocks, block_size]; a last block that K does not fill holds zero points.
+        scales: float32 [N, blocks].
+        zero_points: uint8 [N, blocks]; None on a symmetric grid.
+        grid: what the codes mean.
+        in_features: K.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray | None
+    grid: Grid
+    in_features: int
+
+    def dequantize(self) -> np.ndarray:
+        """Return the weight as float32 [N, K]."""
+        middle = self.grid.middle if self.zero_points is None else self.zero_points[..., None].astype(np.float32)
+        values = (self.codes.astype(np.float32) - middle) * self.scales[..., None]
+        return np.asarray(values.reshape(len(self.codes), -1)[:, : self.in_features])
+
+    def pack(self) -> np.ndarray:
+        """Return the codes as MatMulNBits stores them: uint8 [N, blocks, block_size * bits / 8], low bits first."""
+        return _pack(self.codes, self.grid.bits)
+
+    def pack_zero_points(self) -> np.ndarray:
+        """Return the zero points as MatMulNBits stores them: uint8 [N, ceil(blocks * bits / 8)]."""
+        assert self.zero_points is not None
+        return _pack(self.zero_points, self.grid.bits)
+
+
+def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Put the codes of the last axis side by side into bytes, low bits first, the last byte filled up with zeros."""
+    per_byte = 8 // bits
+    padding = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % per_byte)]
+    places = np.pad(codes, padding).reshape(*codes.shape[:-1], -1, per_byte)
+    packed: np.ndarray = np.bitwise_or.reduce(places << (np.arange(per_byte, dtype=np.uint8) * bits), axis=-1)
+    return packed
+
+
+def to_blocks(weight: np.ndarray, grid: Grid) -> np.ndarray:
+    """Return `[N, K]` as `[N, blocks, block_size]`, the last block filled up with zeros."""
+    block_size = grid.block_size or weight.shape[1]
+    padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % block_size)))
+    return padded.reshape(len(weight), -1, block_size)
+
+
+def largest_block_size(features: int) -> int:
+    """Return the largest block size up to 128 that divides `features`, 32 when none does."""
+    return next((size for size in (128, 64, 32, 16) if features % size == 0), 32)
+
+
+def store_blocks(graph: GraphBuilder, name: str, weight: QuantizedWeight) -> list[str]:
+    """Store codes, scales and zero points of a block-wise weight; return their names."""
+    stored = [
+        graph.weight(f"{name}.weight_q{weight.grid.bits}", weight.pack()),
+        graph.weight(f"{name}.weight_scale", weight.scales),
+    ]
+    if weight.zero_points is not None:
+        stored.append(graph.weight(f"{name}.weight_zero_point", weight.pack_zero_points()))
+    return stored
+
+
+def write_matmul_nbits(
+    graph: GraphBuilder, stored: list[str], weight: QuantizedWeight, hidden: str, output: str, bias: str = ""
+) -> None:
+    """Add a MatMulNBits node in the form that has a fast CPU kernel."""
+    zero_points = stored[2] if len(stored) > 2 else ""
+    inputs = [
+        hidden,
+        *stored[:2],
+        *([zero_points, "", bias] if bias else [zero_points] if zero_points else []),
+    ]
+    graph.op(
+        "MatMulNBits",
+        inputs,
+        output,
+        CONTRIB,
+        K=weight.in_features,
+        N=len(weight.codes),
+        bits=weight.grid.bits,
+        block_size=weight.codes.shape[2],
+        accuracy_level=ACCURACY_INT8,
+    )
+
+
+def write_gather(graph: GraphBuilder, stored: list[str], weight: QuantizedWeight, indices: str, output: str) -> None:
+    """Add a look-up of rows of a block-wise weight, sharing its storage with a MatMulNBits."""
+    scales = graph.constant(f"{stored[1]}.shape", [*weight.scales.shape, 1])
+    merged = graph.constant(f"{stored[0]}.merged", [0, 0, weight.in_features])
+    rows = graph.op(
+        "GatherBlockQuantized",
+        [stored[0], indices, graph.op("Reshape", [stored[1], scales], f"{stored[1]}.column")],
+        f"{output}.blocks",
+        CONTRIB,
+        bits=weight.grid.bits,
+        block_size=weight.codes.shape[2],
+        gather_axis=0,
+        quantize_axis=2,
+    )
+    graph.op("Reshape", [rows, merged], output)

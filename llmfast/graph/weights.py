@@ -1,0 +1,102 @@
+"""Writing an ONNX model: weights stream to one external-data file, the graph is saved last."""
+
+import hashlib
+import mmap
+from pathlib import Path
+from typing import BinaryIO
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+# Tensors below this stay in the graph: ONNX Runtime reads shapes and axes there, and they are tiny.
+INLINE_BYTES = 1024
+# The whole model fits one file below this, which is easier to copy about.
+SINGLE_FILE_BYTES = 64 << 20
+# External tensors can be memory-mapped only from page boundaries.
+ALIGNMENT = mmap.ALLOCATIONGRANULARITY
+
+_ONNX_TYPES = {np.dtype(ml_dtypes.int4): TensorProto.INT4, np.dtype(ml_dtypes.uint4): TensorProto.UINT4}
+
+
+class WeightFile:
+    """Appends tensors to a data file, so that no more than one of them is in memory.
+
+    The file is named after its content when the model is saved (`model.<sha8>.onnx.data`): a graph
+    can never meet another model's weights.
+
+    Args:
+        folder: an empty staging directory.
+        stem: file name of the graph without `.onnx`.
+    """
+
+    def __init__(self, folder: Path, stem: str = "model") -> None:
+        self._folder = folder
+        self._stem = stem
+        self._path = folder / f".{stem}.data"
+        self._file: BinaryIO = self._path.open("wb")
+        self._digest = hashlib.sha256()
+        self._end = 0
+        self._external: list[TensorProto] = []
+
+    def add(self, name: str, array: np.ndarray) -> TensorProto:
+        """Store a tensor and return the initializer that stands for it in the graph."""
+        array = np.ascontiguousarray(array)
+        if array.nbytes < INLINE_BYTES or array.dtype in _ONNX_TYPES:
+            return onnx.numpy_helper.from_array(array, name)
+        self._write(b"\0" * (-self._end % ALIGNMENT))
+        tensor = TensorProto(
+            name=name,
+            dims=array.shape,
+            data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+            data_location=TensorProto.EXTERNAL,
+        )
+        _set_external(tensor, location=self._path.name, offset=self._end, length=array.nbytes)
+        self._write(array.reshape(-1).view(np.uint8).data)
+        self._external.append(tensor)
+        return tensor
+
+    def save(self, model: onnx.ModelProto) -> list[Path]:
+        """Write the graph beside its data and return the files.
+
+        The model's initializers must be those that `add` returned, so that they are told the
+        data file's final name. Small models get their weights moved inside the graph.
+        """
+        self._file.close()
+        graph_file = self._folder / f"{self._stem}.onnx"
+        stored = {tensor.name for tensor in self._external}
+        external = [tensor for tensor in model.graph.initializer if tensor.name in stored]
+        if self._end <= SINGLE_FILE_BYTES:
+            for tensor in external:
+                _move_inside(tensor, self._path)
+            self._path.unlink()
+            onnx.save(model, graph_file)
+            return [graph_file]
+        data_file = self._folder / f"{self._stem}.{self._digest.hexdigest()[:8]}.onnx.data"
+        for tensor in external:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            _set_external(tensor, location=data_file.name, offset=entries["offset"], length=entries["length"])
+        self._path.rename(data_file)
+        onnx.save(model, graph_file)
+        return [graph_file, data_file]
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._end += len(data)
+
+
+def _set_external(tensor: TensorProto, **entries: object) -> None:
+    del tensor.external_data[:]
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def _move_inside(tensor: TensorProto, data: Path) -> None:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    with data.open("rb") as file:
+        file.seek(int(entries["offset"]))
+        tensor.raw_data = file.read(int(entries["length"]))
+    del tensor.external_data[:]
+    tensor.ClearField("data_location")

@@ -1,0 +1,1 @@
+"""Running a model: prefill and decode over one KV cache, sampling, stop strings."""

@@ -1,0 +1,276 @@
+"""Prefill and decode of a decoder over one preallocated KV cache.
+
+Every layer's past and present are bound to the same memory, a slab of `capacity` positions: the
+attention kernel writes new positions in place and no step copies the cache. What a step tells the
+graph are a few numbers, written into arrays that were bound once.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmfast.bundle import ModelBundle, read_json
+from llmfast.errors import InputError, OptionError, ResourceError, UnsupportedError
+from llmfast.runtime import import_onnxruntime, open_session
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_INPUTS = ("input_ids", "seqlens_k", "total_sequence_length", "num_logits")
+_PAST = "past_key_values."
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One shape of a step, bound once: write `input_ids`, run `binding`, read `logits`.
+
+    The arrays are held here because not every ONNX Runtime keeps what is bound alive.
+    """
+
+    input_ids: np.ndarray
+    num_logits: np.ndarray
+    logits: np.ndarray
+    binding: Any
+
+
+class Engine:
+    """A decoder and the tokens it has seen, batch 1.
+
+    Args:
+        bundle: a text-generation bundle that follows llmfast's decoder graph.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads; None takes the cores this process may use.
+        max_length: positions that will be needed; None means the model's whole context.
+        chunk_tokens: tokens of a prompt that go through the graph at once.
+        spin: let idle threads spin.
+
+    Attributes:
+        session: the ONNX Runtime session.
+        vocab_size: rows of the logits.
+        context_length: positions the model was made for.
+        capacity: positions the KV cache holds.
+        length: positions it holds now.
+        load_s: seconds it took to open the session.
+
+    Raises:
+        UnsupportedError: the graph is no decoder of llmfast's kind.
+        ResourceError: no memory for the KV cache.
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        provider: str = "cpu",
+        threads: int | None = None,
+        max_length: int | None = None,
+        chunk_tokens: int = 128,
+        spin: bool = True,
+    ) -> None:
+        if chunk_tokens < 1:
+            raise OptionError(f"chunk of {chunk_tokens} tokens: must be at least 1")
+        if max_length is not None and max_length < 1:
+            raise OptionError(f"length of {max_length} tokens: must be at least 1")
+        ort = import_onnxruntime()
+        start = time.perf_counter()
+        self.session = open_session(bundle.model, provider, threads, spin)
+        self.load_s = time.perf_counter() - start
+        _check_contract(self.session, bundle)
+        self.context_length = _context_length(bundle)
+        self.vocab_size = _vocab_size(self.session)
+        self.capacity = self.context_length
+        if max_length is not None:
+            self.capacity = min(self.capacity, -(-max_length // chunk_tokens) * chunk_tokens)
+        self.length = 0
+        self._chunk_tokens = chunk_tokens
+        self._seqlens_k = np.zeros(1, np.int32)
+        self._total_sequence_length = np.zeros((), np.int32)
+        self._logits = np.empty((1, 1, self.vocab_size), np.float32)
+        self._steps: dict[int, _Step] = {}
+        self._wrap = ort.OrtValue.ortvalue_from_numpy
+        self._slab, self._on_cpu = _allocate_slab(self.session, self.capacity)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.length = 0
+
+    def rollback(self, length: int) -> None:
+        """Forget the tokens from position `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot roll back from {self.length} to {length}")
+        self.length = length
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        """Append tokens and return the logits of the last one.
+
+        Args:
+            ids: int64 [n], n >= 1.
+
+        Returns:
+            float32 [vocab].
+
+        Raises:
+            InputError: no token, one the model does not know, or more than the context holds.
+        """
+        self._check(ids, self.length)
+        for chunk in self._chunks(ids):
+            logits = self._append(self._step(len(chunk)), chunk)
+        last: np.ndarray = logits[0].copy()
+        return last
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token and return its logits.
+
+        Returns:
+            float32 [vocab], a view that the next call overwrites.
+
+        Raises:
+            InputError: the context is full.
+        """
+        if self.length >= self.capacity:
+            raise self._full(self.length + 1)
+        logits: np.ndarray = self._append(self._step(1), token)[0]
+        return logits
+
+    def score(self, ids: np.ndarray) -> np.ndarray:
+        """Return the logits at every position, starting from an empty context.
+
+        Args:
+            ids: int64 [n], n >= 1.
+
+        Returns:
+            float32 [n, vocab].
+
+        Raises:
+            InputError: as `prefill`.
+        """
+        self._check(ids, 0)
+        self.reset()
+        scores = np.empty((len(ids), self.vocab_size), np.float32)
+        steps: dict[int, _Step] = {}  # not kept: their logits may take 100 MiB
+        for chunk in self._chunks(ids):
+            count = len(chunk)
+            if count not in steps:
+                steps[count] = self._bind(count, np.empty((1, count, self.vocab_size), np.float32))
+            start = self.length
+            scores[start : start + count] = self._append(steps[count], chunk)
+        return scores
+
+    def _append(self, step: _Step, ids: np.ndarray | int) -> np.ndarray:
+        count = step.input_ids.shape[1]
+        step.input_ids[0, :] = ids
+        self._seqlens_k[0] = self.length + count - 1
+        self._total_sequence_length[()] = self.length + count
+        if not self._on_cpu:
+            self._bind_numbers(step.binding, step.input_ids)  # a device has its own copy of them
+        self.session.run_with_iobinding(step.binding)
+        self.length += count
+        logits: np.ndarray = step.logits[0]
+        return logits
+
+    def _step(self, count: int) -> _Step:
+        if count not in self._steps:
+            self._steps[count] = self._bind(count, self._logits)
+        return self._steps[count]
+
+    def _bind(self, count: int, logits: np.ndarray) -> _Step:
+        binding = self.session.io_binding()
+        input_ids = np.zeros((1, count), np.int64)
+        num_logits = np.array([logits.shape[1]], np.int64)
+        self._bind_numbers(binding, input_ids)
+        binding.bind_ortvalue_input("num_logits", self._wrap(num_logits))
+        binding.bind_ortvalue_output("logits", self._wrap(logits))
+        for name, value in self._slab.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(_present(name), value)
+        return _Step(input_ids, num_logits, logits, binding)
+
+    def _bind_numbers(self, binding: Any, input_ids: np.ndarray) -> None:
+        binding.bind_ortvalue_input("input_ids", self._wrap(input_ids))
+        binding.bind_ortvalue_input("seqlens_k", self._wrap(self._seqlens_k))
+        binding.bind_ortvalue_input("total_sequence_length", self._wrap(self._total_sequence_length))
+
+    def _chunks(self, ids: np.ndarray) -> list[np.ndarray]:
+        return [ids[start : start + self._chunk_tokens] for start in range(0, len(ids), self._chunk_tokens)]
+
+    def _check(self, ids: np.ndarray, length: int) -> None:
+        if len(ids) == 0:
+            raise InputError("empty prompt: it has no token")
+        if length + len(ids) > self.capacity:
+            raise self._full(length + len(ids))
+        low, high = int(np.min(ids)), int(np.max(ids))
+        if low < 0 or high >= self.vocab_size:
+            raise InputError(
+                f"token {low if low < 0 else high} is not in the model: its vocabulary has {self.vocab_size}",
+                "the tokenizer belongs to another model",
+            )
+
+    def _full(self, tokens: int) -> InputError:
+        return InputError(f"too long: {tokens} tokens, the context holds {self.capacity}", "shorten the prompt")
+
+
+def _allocate_slab(
+    session: "onnxruntime.InferenceSession", capacity: int
+) -> tuple[dict[str, "onnxruntime.OrtValue"], bool]:
+    """Return the memory of every past, where its provider wants it, and whether that is the CPU's."""
+    create = import_onnxruntime().OrtValue
+    slab = {}
+    device = ""
+    try:
+        for entry, info in zip(session.get_inputs(), session.get_input_memory_infos(), strict=True):
+            if not entry.name.startswith(_PAST):
+                continue
+            device = info.name.lower()
+            shape, dtype = (1, entry.shape[1], capacity, entry.shape[3]), _DTYPES[entry.type]
+            if device == "cpu":
+                slab[entry.name] = create.ortvalue_from_numpy(np.zeros(shape, dtype))
+            else:
+                slab[entry.name] = create.ortvalue_from_shape_and_type(shape, dtype, device, info.device_id)
+    except MemoryError as error:
+        raise ResourceError(f"not enough memory for a KV cache of {capacity} tokens", "ask for fewer tokens") from error
+    return slab, device == "cpu"
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values", "present", 1)
+
+
+def _check_contract(session: "onnxruntime.InferenceSession", bundle: ModelBundle) -> None:
+    inputs = {entry.name: entry for entry in session.get_inputs()}
+    outputs = [entry.name for entry in session.get_outputs()]
+    past = [name for name in inputs if name.startswith(_PAST)]
+    missing = [name for name in (*_INPUTS, f"{_PAST}0.key") if name not in inputs]
+    missing += [name for name in ("logits", *map(_present, past)) if name not in outputs]
+    if missing:
+        raise UnsupportedError(
+            f"`{bundle.model}` is not a decoder llmfast can run: it lacks `{missing[0]}`",
+            "make it with `llmfast export`; decoders with a growing cache (attention_mask) are not read",
+        )
+    for name in past:
+        _, heads, _, head_size = inputs[name].shape
+        if inputs[name].type not in _DTYPES or not isinstance(heads, int) or not isinstance(head_size, int):
+            raise UnsupportedError(
+                f"`{bundle.model}`: `{name}` is {inputs[name].type} {inputs[name].shape}, "
+                "not [batch, number of heads, past, head size] of a known type"
+            )
+
+
+def _vocab_size(session: "onnxruntime.InferenceSession") -> int:
+    return next(int(entry.shape[-1]) for entry in session.get_outputs() if entry.name == "logits")
+
+
+def _context_length(bundle: ModelBundle) -> int:
+    found = bundle.manifest.architecture.get("context_length")
+    config = bundle.companion("config.json")
+    if found is None and config is not None:
+        found = read_json(config).get("max_position_embeddings")
+    if type(found) is not int or found < 1:
+        raise InputError(f"`{bundle.path}` does not say how long its context is", "give the bundle, not its .onnx file")
+    return found

@@ -1,0 +1,101 @@
+"""The infer command: a bundle and a prompt, or texts, to answers."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmfast import registry
+from llmfast.bundle import UNKNOWN_TASK, ModelBundle
+from llmfast.errors import OptionError, UnsupportedError
+from llmfast.infer.engine import Engine
+from llmfast.infer.generate import Generation, check_limits, encode_prompt, finish, generate
+from llmfast.infer.sampling import Sampling
+from llmfast.tokenizer import Tokenizer
+
+GENERATION_TASK = "text-generation"
+
+
+def infer(
+    model: Path,
+    prompt: str,
+    *,
+    emit: Callable[[str], None],
+    system: str | None = None,
+    raw: bool = False,
+    max_tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    provider: str = "cpu",
+    threads: int | None = None,
+) -> Generation:
+    """Answer a prompt with a text-generation model.
+
+    Args:
+        model: bundle directory.
+        prompt: what the user says; a model without a chat template goes on with it instead.
+        emit: gets every piece of the answer as soon as it is known.
+        system: what the assistant is told first.
+        raw: leave the chat template out and go on with the prompt.
+        max_tokens: most tokens to generate.
+        sampling: how tokens are chosen; None is greedy.
+        stop: strings that end the answer and are not part of it.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads; None takes the cores this process may use.
+
+    Raises:
+        OptionError: max_tokens below 1, an empty stop string, a system prompt without a chat template,
+            or a model of another task.
+        InputError: the bundle or its tokenizer can't be read, or the prompt does not fit the context.
+        UnsupportedError: the graph is no decoder of llmfast's kind, or the provider is absent.
+    """
+    check_limits(max_tokens, stop)
+    bundle = ModelBundle.open(model)
+    if bundle.manifest.task not in (GENERATION_TASK, UNKNOWN_TASK):
+        raise OptionError(f"`{model}` generates no text: its task is {bundle.manifest.task}")
+    tokenizer = Tokenizer.load(bundle.path)
+    prompt_ids = encode_prompt(tokenizer, prompt, system, raw)
+    engine = Engine(bundle, provider, threads, max_length=len(prompt_ids) + max_tokens)
+    pieces = generate(engine, tokenizer, prompt_ids, max_tokens, sampling or Sampling(), stop, tokenizer.eos_ids)
+    return finish(pieces, emit)
+
+
+def answer(
+    model: Path, texts: Sequence[str], *, provider: str = "cpu", threads: int | None = None
+) -> list[dict[str, Any]]:
+    """Answer several texts with a model of any task.
+
+    Args:
+        model: bundle directory.
+        texts: prompts, or texts to classify or embed.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads; None takes the cores this process may use.
+
+    Returns:
+        One dictionary a text, whose keys depend on the task; `text` is always there.
+
+    Raises:
+        UnsupportedError: the model does not say its task.
+    """
+    bundle = ModelBundle.open(model)
+    if bundle.manifest.task == UNKNOWN_TASK:
+        raise UnsupportedError(f"`{model}` does not say its task", "give a bundle that llmfast wrote")
+    task = registry.load("tasks", bundle.manifest.task)
+    answers: list[dict[str, Any]] = task.answer(bundle, texts, provider, threads)
+    return answers
+
+
+def spell_answer(answer: dict[str, Any]) -> str:
+    """Return an encoder's answer as a line for people."""
+    if "embedding" in answer:
+        return " ".join(f"{value:.6f}" for value in answer["embedding"])
+    return f"{answer['label']} {answer['score']:.4f}"
+
+
+def spell_speed(generation: Generation) -> str:
+    """Return counts and speeds of an answer as a line for people."""
+    decode = generation.decode_tokens_per_s
+    speed = f", {decode:.1f} tokens/s" if decode else ""
+    return (
+        f"[{generation.prompt_tokens} prompt tokens, first token after {generation.ttft_s * 1e3:.0f} ms; "
+        f"{generation.generated_tokens} tokens{speed}; ended by {generation.finish_reason}]"
+    )

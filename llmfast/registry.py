@@ -1,0 +1,91 @@
+"""A file in a plug-in folder is a plug-in: its file name is its name on the command line.
+
+Adding a method, scheme, metric, task or provider creates one file and edits none. A plug-in may
+define a frozen dataclass `Options`, which holds the only copy of its defaults.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from llmfast.errors import OptionError
+
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def names(folder: str) -> list[str]:
+    """List the plug-ins of a folder without importing them.
+
+    Args:
+        folder: dotted path below `llmfast`, e.g. `quantize.schemes`.
+
+    Returns:
+        Names in alphabetical order, spelled with dashes.
+    """
+    spec = importlib.util.find_spec(f"llmfast.{folder}")
+    if spec is None or spec.submodule_search_locations is None:
+        raise LookupError(f"llmfast.{folder} is not a package")
+    files = [file for place in spec.submodule_search_locations for file in Path(place).glob("*.py")]
+    return sorted(file.stem.replace("_", "-") for file in files if not file.stem.startswith("_"))
+
+
+def load(folder: str, name: str) -> ModuleType:
+    """Import one plug-in.
+
+    Raises:
+        OptionError: no file of that name; the message lists those there are.
+    """
+    known = names(folder)
+    if name not in known:
+        kind = folder.rpartition(".")[2].removesuffix("s")
+        close = get_close_matches(name, known, n=1)
+        raise OptionError(
+            f"unknown {kind} `{name}`",
+            f"did you mean `{close[0]}`?" if close else f"choose from: {', '.join(known)}",
+        )
+    return importlib.import_module(f"llmfast.{folder}.{name.replace('-', '_')}")
+
+
+def make_options(plugin: ModuleType, settings: Mapping[str, str]) -> Any:
+    """Build a plug-in's `Options` from `KEY=VALUE` settings.
+
+    Args:
+        plugin: a module returned by `load`.
+        settings: values as typed by the user; keys not named keep the defaults.
+
+    Raises:
+        OptionError: a key the plug-in does not have, or a value of the wrong type.
+    """
+    name = plugin.__name__.rpartition(".")[2].replace("_", "-")
+    fields = {field.name: field for field in dataclasses.fields(plugin.Options)}
+    values: dict[str, Any] = {}
+    for key, text in settings.items():
+        field = fields.get(key.replace("-", "_"))
+        if field is None:
+            raise OptionError(f"`{name}` has no option `{key}`", f"it has: {', '.join(fields) or 'no options'}")
+        values[field.name] = _convert(text, type(field.default), f"{name}: {key}")
+    return plugin.Options(**values)
+
+
+def describe(*folders: str) -> str:
+    """Return what `--list` prints: each plug-in's first line, its options and their defaults."""
+    lines = []
+    for folder in folders:
+        lines.append(f"{folder.rpartition('.')[2]}:")
+        for name in names(folder):
+            plugin = load(folder, name)
+            lines.append(f"  {name:12} {(plugin.__doc__ or '').splitlines()[0]}")
+            lines += [f"  {'':12}   --set {field.name}={field.default}" for field in dataclasses.fields(plugin.Options)]
+    return "\n".join(lines)
+
+
+def _convert(text: str, kind: type, what: str) -> Any:
+    try:
+        return _BOOLEANS[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError) as error:
+        raise OptionError(f"{what}: `{text}` is not of type {kind.__name__}") from error

@@ -1,0 +1,138 @@
+"""What llmfast prints: tables in four formats on stdout, notes and progress on stderr."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+FORMATS = ("table", "md", "json", "csv")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table for people: header, the key in the row, and how to spell the value."""
+
+    title: str
+    key: str
+    spell: Callable[[Any], str] = str
+    align_right: bool = True
+
+
+def to_json(document: Any) -> str:
+    """Return a JSON document; NaN and infinity are errors, since JSON has neither."""
+    return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
+
+
+def to_markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str:
+    """Return a GitHub-flavoured table."""
+    lines = ["| " + " | ".join(column.title for column in columns) + " |"]
+    lines.append("|" + "|".join("--:" if column.align_right else "---" for column in columns) + "|")
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(row, columns)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return one line per row under the union of their keys; a cell that a spreadsheet would run is quoted."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(keys)
+    for row in rows:
+        cells = ["" if row.get(key) is None else row[key] for key in keys]
+        writer.writerow(
+            [f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "@")) else cell for cell in cells]
+        )
+    return out.getvalue().rstrip("\n")
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], title: str = "") -> None:
+    """Print a table on stdout, plain when stdout is not a terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    for column in columns:
+        table.add_column(column.title, justify="right" if column.align_right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*[Text(cell) for cell in _cells(row, columns)])
+    width = None if sys.stdout.isatty() else 10_000  # a pipe has no edge to wrap at
+    Console(width=width, soft_wrap=True).print(table)
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], output_format: str) -> None:
+    """Print rows on stdout in one of `FORMATS`."""
+    if output_format == "json":
+        out(to_json(rows))
+    elif output_format == "csv":
+        out(to_csv(rows))
+    elif output_format == "md":
+        out(to_markdown(rows, columns))
+    else:
+        print_table(rows, columns)
+
+
+def note(message: str) -> None:
+    """Print one line on stderr."""
+    print(message, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def out(text: str) -> None:
+    """Print a result on stdout."""
+    print(text, flush=True)  # noqa: T201
+
+
+def write(piece: str) -> None:
+    """Print a piece of a result on stdout at once, without ending the line."""
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+@contextmanager
+def progress(description: str, total: float | None = None) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on stderr while the body runs; silent when stderr is not a terminal.
+
+    Args:
+        description: what is being done.
+        total: number of steps; None shows that something moves without saying how far it is.
+
+    Yields:
+        `advance(steps=1, description=None)`.
+    """
+    if not sys.stderr.isatty():
+        yield lambda steps=1, description=None: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()]
+    columns += [MofNCompleteColumn()] if total else []
+    bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+    with bar:
+        task = bar.add_task(description, total=total)
+
+        def advance(steps: float = 1, description: str | None = None) -> None:
+            bar.update(task, advance=steps, description=description)
+
+        yield advance
+
+
+def _cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
+    return ["-" if row.get(column.key) is None else printable(column.spell(row[column.key])) for column in columns]
+
+
+def printable(text: str) -> str:
+    """Escape control characters of a foreign string, so that it cannot drive the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -1,0 +1,118 @@
+"""ONNX Runtime sessions: provider, threads, and the proof of where the nodes run."""
+
+import math
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmfast import registry
+from llmfast.errors import InputError, LlmfastError, OptionError, ResourceError, UnsupportedError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: its affinity, capped by the cgroup's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _CGROUP_QUOTA.read_text().split()[:2]
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass  # no cgroup v2, or no quota (`max`)
+    return max(1, cores)
+
+
+def resolve_threads(threads: int | None) -> int:
+    """Return the thread count to use.
+
+    Raises:
+        OptionError: not positive, or absurdly large.
+    """
+    if threads is None:
+        return usable_cores()
+    if not 1 <= threads <= 1024:
+        raise OptionError(f"--threads {threads}: not between 1 and 1024")
+    return threads
+
+
+def open_session(
+    model: Path,
+    provider: str = "cpu",
+    threads: int | None = None,
+    spin: bool = True,
+    profile: Path | None = None,
+) -> "onnxruntime.InferenceSession":
+    """Open an ONNX Runtime session on the provider that was asked for, never silently on another.
+
+    Args:
+        model: the graph's path; external weights are read beside it.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads; None takes the cores this process may use.
+        spin: let idle threads spin, which helps latency and costs CPU time.
+        profile: prefix of ONNX Runtime's JSON profile; None writes none.
+
+    Raises:
+        UnsupportedError: the provider is absent or took no node, or an operator has no kernel.
+        InputError: ONNX Runtime can't read the model.
+    """
+    ort = import_onnxruntime()
+    plugin = registry.load("providers", provider)
+    if plugin.NAME not in ort.get_available_providers():
+        raise UnsupportedError(f"this ONNX Runtime has no {plugin.NAME}", plugin.INSTALL)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = resolve_threads(threads)
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    providers = [(plugin.NAME, plugin.provider_options(0))]
+    try:
+        session = ort.InferenceSession(str(model), options, providers=providers, enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise _translate(error, model) from error
+    if session.get_providers()[0] != plugin.NAME or not placement(session).get(plugin.NAME):
+        raise UnsupportedError(
+            f"{plugin.NAME} runs no node of `{model}`: it fell back to {', '.join(placement(session))}",
+            plugin.INSTALL,
+        )
+    return session
+
+
+def placement(session: "onnxruntime.InferenceSession") -> dict[str, int]:
+    """Return how many nodes each execution provider runs, as ONNX Runtime reports it."""
+    nodes: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        nodes[part.ep_name] += len(part.get_nodes())
+    return dict(nodes)
+
+
+def import_onnxruntime() -> Any:
+    """Import onnxruntime.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UnsupportedError(
+            "onnxruntime is not installed", "pip install 'llmfast[cpu]' or 'llmfast[cuda]'"
+        ) from error
+    return onnxruntime
+
+
+def _translate(error: Exception, model: Path) -> LlmfastError:
+    reason = str(error).strip().splitlines()[0][:300]
+    if type(error).__name__ in ("NotImplemented", "EPFail"):
+        return UnsupportedError(f"ONNX Runtime can't run `{model}`: {reason}")
+    if isinstance(error, MemoryError) or "bad allocation" in reason or "allocate" in reason.lower():
+        return ResourceError(f"not enough memory to load `{model}`: {reason}")
+    return InputError(f"ONNX Runtime can't load `{model}`: {reason}", "the file may be truncated; make it again")

@@ -1,0 +1,67 @@
+"""A text gets a label: sentiment, topic, intent, moderation."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmfast.bundle import ModelBundle
+from llmfast.runtime import open_session
+from llmfast.tasks._encoder import run_session, run_texts
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+AUTO_MODEL = "AutoModelForSequenceClassification"
+OUTPUTS = ("logits",)
+
+
+def answer(
+    bundle: ModelBundle, texts: Sequence[str], provider: str = "cpu", threads: int | None = None
+) -> list[dict[str, Any]]:
+    """Classify each text.
+
+    Args:
+        bundle: the model; its tokenizer cuts texts that are longer than the model takes.
+        texts: in any order.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads; None takes the cores this process may use.
+
+    Returns:
+        `text`, `label`, `score` (the label's) and `scores` (label -> score) of each text, in their order.
+    """
+    session = open_session(bundle.model, provider, threads)
+    rows = run_texts(bundle, texts, lambda batch: classify(session, batch))
+    problem = str(bundle.manifest.architecture.get("problem_type", "single_label_classification"))
+    return [_describe(text, _score(row, problem), bundle) for text, row in zip(texts, rows, strict=True)]
+
+
+def classify(session: "onnxruntime.InferenceSession", batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Compute the logits of a batch.
+
+    Args:
+        session: the graph.
+        batch: `input_ids`, `attention_mask`, `token_type_ids`, int64 [batch, seq].
+
+    Returns:
+        float32 [batch, classes].
+    """
+    return run_session(session, "logits", batch)
+
+
+def _score(logits: np.ndarray, problem: str) -> np.ndarray:
+    """Turn logits into scores: shares of 1 when one label holds, each on its own when several may."""
+    scores: np.ndarray = logits.astype(np.float64)
+    if problem == "multi_label_classification":
+        scores = np.exp(-np.logaddexp(0, -scores))
+    elif problem != "regression":
+        scores = np.exp(scores - scores.max())
+        scores /= scores.sum()
+    return scores
+
+
+def _describe(text: str, scores: np.ndarray, bundle: ModelBundle) -> dict[str, Any]:
+    labels = bundle.manifest.architecture.get("labels") or [f"LABEL_{index}" for index in range(len(scores))]
+    best = int(scores.argmax())
+    named = dict(zip(labels, scores.tolist(), strict=True))
+    return {"text": text, "label": labels[best], "score": float(scores[best]), "scores": named}

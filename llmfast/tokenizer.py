@@ -1,0 +1,268 @@
+"""tokenizer.json and the chat template, without transformers."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from llmfast.bundle import read_json
+from llmfast.errors import InputError, UnsupportedError
+
+# What a decoder writes for bytes that are not, or not yet, a whole character.
+REPLACEMENT = "\ufffd"
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Text to token ids and back, as a model's folder says.
+
+    Args:
+        backend: the parsed tokenizer.json.
+        special_tokens: `bos_token`, `eos_token`, ... -> text of the token.
+        eos_ids: tokens that end an answer.
+        chat_template: Jinja source, None when the model has none.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        eos_ids: tuple[int, ...],
+        chat_template: str | None,
+    ) -> None:
+        # Some tokenizer.json files cut or pad every text by themselves, to a length of their training.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = special_tokens
+        self.eos_ids = eos_ids
+        self.chat_template = chat_template
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Read the tokenizer of a bundle or checkpoint.
+
+        Args:
+            folder: holds tokenizer.json and, where the model has them, tokenizer_config.json,
+                special_tokens_map.json, chat_template.jinja, generation_config.json, config.json.
+
+        Raises:
+            InputError: tokenizer.json is missing, or one of the files is malformed.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(f"no tokenizer: `{path}` is missing", "copy tokenizer.json beside the model")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise InputError(f"malformed tokenizer: `{path}`: {str(error)[:200]}") from error
+        settings = _read_settings(folder / "special_tokens_map.json")
+        settings |= _read_settings(folder / "tokenizer_config.json")
+        special_tokens = {name: _spell(settings[name]) for name in _SPECIAL_TOKENS if settings.get(name)}
+        return cls(backend, special_tokens, _eos_ids(folder, backend, special_tokens), _template(folder, settings))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the highest token id; a model may have more rows than that."""
+        return max(self._backend.get_vocab().values()) + 1
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a text.
+
+        Args:
+            text: spelled-out special tokens in it become these tokens.
+            add_special_tokens: add those the model wants around every text (BOS; [CLS], [SEP]). A
+                rendered chat has them already.
+        """
+        return list(self._backend.encode(_unicode(text), add_special_tokens=add_special_tokens).ids)
+
+    def encode_batch(self, texts: Sequence[str], max_length: int) -> dict[str, np.ndarray]:
+        """Return the inputs of an encoder for several texts, padded on the right to the longest.
+
+        Args:
+            texts: [batch].
+            max_length: tokens to cut a text to, special tokens included.
+
+        Returns:
+            `input_ids`, `attention_mask`, `token_type_ids`, each int64 [batch, seq].
+        """
+        self._backend.enable_truncation(max_length)
+        try:
+            encoded = self._backend.encode_batch([_unicode(text) for text in texts])
+        finally:
+            self._backend.no_truncation()
+        shape = (len(encoded), max((len(row) for row in encoded), default=0))
+        batch = {
+            "input_ids": np.full(shape, self._pad_id, np.int64),
+            "attention_mask": np.zeros(shape, np.int64),
+            "token_type_ids": np.zeros(shape, np.int64),
+        }
+        for index, row in enumerate(encoded):
+            batch["input_ids"][index, : len(row)] = row.ids
+            batch["attention_mask"][index, : len(row)] = row.attention_mask
+            batch["token_type_ids"][index, : len(row)] = row.type_ids
+        return batch
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of token ids, special tokens left out."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=True))
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Render a conversation as the text the model was trained on.
+
+        Args:
+            messages: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first.
+            add_generation_prompt: end with what begins the assistant's answer.
+
+        Returns:
+            Text to encode with `add_special_tokens=False`.
+
+        Raises:
+            UnsupportedError: the model has no chat template.
+            InputError: the template is malformed, or refuses the conversation.
+        """
+        if self.chat_template is None:
+            raise UnsupportedError("the model has no chat template", "use the prompt as it is with --raw")
+        try:
+            rendered = self._compiled.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self.special_tokens,
+            )
+        except Exception as error:  # a template is a foreign program: it may fail in any way
+            raise InputError(f"chat template: {str(error)[:200] or type(error).__name__}") from error
+        return str(rendered)
+
+    @cached_property
+    def _compiled(self) -> Any:
+        return _compile(self.chat_template or "")
+
+    @cached_property
+    def _pad_id(self) -> int:
+        return self._backend.token_to_id(self.special_tokens.get("pad_token", "")) or 0
+
+
+class TokenStream:
+    """Turn tokens into text one by one, in whole characters.
+
+    The pieces joined are `decode` of all tokens, save for bytes at the very end that never became a
+    character. Nothing is shown until it is sure: a character may need four tokens.
+
+    Args:
+        tokenizer: decodes the tokens.
+        context: tokens that come before. Their text isn't returned, but some decoders drop the space
+            in front of the first word, so they must see that it isn't the first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._window = list(context)
+        self._shown_tokens = len(self._window)
+        self._shown_chars = len(tokenizer.decode(self._window))
+
+    def push(self, token: int) -> str:
+        """Add a token and return the text that became certain, often empty or several words."""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        whole = text.rstrip(REPLACEMENT)
+        piece = whole[self._shown_chars :]
+        if piece:
+            self._shown_chars = len(whole)
+            if whole == text:
+                self._forget()
+        return piece
+
+    def _forget(self) -> None:
+        # The tokens of the last piece stay, so that the next one is not taken for the first.
+        self._window = self._window[self._shown_tokens :]
+        self._shown_tokens = len(self._window)
+        self._shown_chars = len(self._tokenizer.decode(self._window))
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"not UTF-8 text: character {error.start}", "convert it to UTF-8") from error
+    return text
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise InputError(f"malformed settings: `{path}`: not a JSON object")
+    return document
+
+
+def _spell(token: Any) -> str:
+    return str(token["content"]) if isinstance(token, dict) and "content" in token else str(token)
+
+
+def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> tuple[int, ...]:
+    for name in ("generation_config.json", "config.json"):
+        found = _read_settings(folder / name).get("eos_token_id")
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(token) is int for token in ids):
+                raise InputError(f"malformed `{folder / name}`: eos_token_id is `{found}`")
+            return tuple(ids)
+    token = backend.token_to_id(special_tokens.get("eos_token", ""))
+    return () if token is None else (token,)
+
+
+def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read `{path}`: {error}") from error
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        try:
+            template = {entry["name"]: entry["template"] for entry in template}["default"]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"`{folder / 'tokenizer_config.json'}` has no chat template `default`") from error
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"malformed chat template in `{folder / 'tokenizer_config.json'}`")
+    return template
+
+
+def _compile(source: str) -> Any:
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what training looks at; here its body is plain text."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
+    environment.filters["tojson"] = tojson  # Jinja's own escapes HTML, which models never saw
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)

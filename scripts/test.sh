@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Set up and run lint, types and tests. Arguments go to pytest: ./scripts/test.sh -k quantize
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+./scripts/setup.sh cpu,export,dev
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/python -m pytest "$@"

@@ -1,0 +1,637 @@
+"""llmfast bench: arithmetic with a fake clock, quality against NumPy, forms of the document, and bad input."""
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from llmfast import registry
+from llmfast.bench import contestant as contestants
+from llmfast.bench import subject as subjects
+from llmfast.bench.options import BenchOptions
+from llmfast.bench.rounds import rotated
+from llmfast.bench.stage import bench, print_document
+from llmfast.bench.subject import Subject
+from llmfast.bundle import Manifest, write_manifest
+from llmfast.errors import InputError, LlmfastError, NativeCrashError, OptionError, ResourceError
+
+VOCAB = 17
+QUICK = BenchOptions(prompt_tokens=8, output_tokens=5, rounds=3, warmup=1, num_samples=3, seq_len=6, threads=1)
+METRICS = registry.names("bench.metrics")
+
+
+class Clock:
+    """Seconds that pass only when told so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeEngine:
+    """A bigram model that takes known times."""
+
+    def __init__(self, clock: Clock, table: np.ndarray, prefill_s: float, decode_s: float) -> None:
+        self.clock, self.table, self.prefill_s, self.decode_s = clock, table, prefill_s, decode_s
+        self.vocab_size = table.shape[1]
+        self.prompts: list[list[int]] = []
+        self.session = SimpleNamespace()
+
+    def reset(self) -> None: ...
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        self.prompts.append(ids.tolist())
+        self.clock.now += self.prefill_s
+        return self.table[ids[-1]]
+
+    def decode(self, token: int) -> np.ndarray:
+        self.clock.now += self.decode_s
+        return self.table[token]
+
+    def score(self, ids: np.ndarray) -> np.ndarray:
+        return self.table[ids]
+
+
+class Stage:
+    """Engines by bundle name, and the calls that reached them."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.engines: dict[str, FakeEngine] = {}
+        self.calls: list[tuple[str, str]] = []
+        self.closed: list[str] = []
+        self.fail: Callable[[str, str], None] = lambda name, method: None
+
+    def add(self, name: str, prefill_s: float = 0.5, decode_s: float = 0.25, table: np.ndarray | None = None) -> None:
+        table = make_table(0) if table is None else table
+        self.engines[name] = FakeEngine(self.clock, table, prefill_s, decode_s)
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """Run subjects in this process, with fake engines and a fake clock."""
+    stage = Stage()
+
+    class InProcess:
+        def __init__(self, target: str, path: Path, **settings: Any) -> None:
+            assert target == "llmfast.bench.subject:Subject"
+            self.name = path.name
+            self.subject = Subject(path, clock=stage.clock, **settings)
+
+        def call(self, method: str, *args: Any) -> Any:
+            stage.calls.append((self.name, method))
+            stage.fail(self.name, method)
+            return getattr(self.subject, method)(*args)
+
+        def __enter__(self) -> "InProcess":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            stage.closed.append(self.name)
+
+    def opener(bundle: Any, *_: Any) -> Any:
+        engine = stage.engines[bundle.path.name]
+        return lambda: (engine, engine.session)
+
+    monkeypatch.setattr(contestants, "Worker", InProcess)
+    monkeypatch.setattr(subjects, "_opener", opener)
+    monkeypatch.setattr(subjects, "placement", lambda session: {"CPUExecutionProvider": 3})
+    return stage
+
+
+def make_table(seed: int, vocab: int = VOCAB) -> np.ndarray:
+    """Return the logits of a bigram model, float32 [vocab, vocab]."""
+    return np.random.default_rng(seed).normal(0, 2, (vocab, vocab)).astype(np.float32)
+
+
+def make_bundle(folder: Path, name: str, task: str = "text-generation", context: int = 64) -> Path:
+    """Write a bundle whose graph nobody opens."""
+    path = folder / name
+    path.mkdir(parents=True)
+    (path / "model.onnx").write_bytes(b"graph")
+    write_tokenizer(path)
+    write_manifest(
+        path,
+        Manifest(
+            task,
+            architecture={"vocab_size": VOCAB, "context_length": context, "labels": ["bad", "good"]},
+            graphs={"model": {"file": "model.onnx"}},
+            bits_per_weight=4.5,
+        ),
+    )
+    return path
+
+
+def write_tokenizer(path: Path) -> None:
+    """Write a tokenizer whose words are w0, w1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCAB)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.save(str(path / "tokenizer.json"))
+
+
+def write_text(path: Path, count: int = 40, seed: int = 5) -> np.ndarray:
+    """Write random words and return their ids."""
+    ids = np.random.default_rng(seed).integers(VOCAB, size=count)
+    path.write_text(" ".join(f"w{index}" for index in ids))
+    return ids
+
+
+def reference_figures(base: np.ndarray, ours: np.ndarray, ids: np.ndarray) -> dict[str, float]:
+    """Return the quality of one bigram model against another by the plain formulas, in float64."""
+    base, ours = base.astype(np.float64), ours.astype(np.float64)
+    p = np.exp(base) / np.exp(base).sum(axis=1, keepdims=True)
+    q = np.exp(ours) / np.exp(ours).sum(axis=1, keepdims=True)
+    before = np.concatenate([window[:-1] for window in ids])
+    after = np.concatenate([window[1:] for window in ids])
+    perplexity = np.exp(-np.log(q[before, after]).mean())
+    return {
+        "kld": (p * np.log(p / q)).sum(axis=1)[before].mean(),
+        "top1_agreement": (p.argmax(axis=1) == q.argmax(axis=1))[before].mean(),
+        "perplexity": perplexity,
+        "perplexity_ratio": perplexity / np.exp(-np.log(p[before, after]).mean()),
+    }
+
+
+# Arithmetic
+
+
+def test_figures_and_ratios_are_exact(stage: Stage, tmp_path: Path) -> None:
+    stage.add("slow", prefill_s=0.5, decode_s=0.25)
+    stage.add("fast", prefill_s=0.25, decode_s=0.0625)
+    document = bench([make_bundle(tmp_path, "slow"), make_bundle(tmp_path, "fast")], QUICK)
+    slow, fast = document["rows"]
+    assert document["baseline"] == "slow"
+    assert (slow["ttft_s"], slow["prefill_tokens_per_s"]) == (0.5, 16.0)
+    assert (slow["tpot_s"], slow["decode_tokens_per_s"]) == (0.25, 4.0)
+    assert (fast["ttft_s"], fast["prefill_tokens_per_s"]) == (0.25, 32.0)
+    assert (fast["itl_p50_s"], fast["itl_p95_s"]) == (0.0625, 0.0625)
+    assert slow["prefill_tokens_per_s_ratio"] == slow["ttft_s_ratio"] == 1.0
+    assert fast["prefill_tokens_per_s_ratio"] == fast["ttft_s_ratio"] == 2.0
+    assert fast["decode_tokens_per_s_ratio"] == fast["tpot_s_ratio"] == 4.0
+    assert fast["decode_tokens_per_s_ratio_spread"] == [4.0, 4.0]
+    assert fast["decode_tokens_per_s_spread"] == [16.0, 16.0]
+    assert fast["samples"]["tpot_s"] == [0.0625] * QUICK.rounds
+
+
+def test_every_bundle_takes_its_turn_in_every_round_and_the_order_rotates(stage: Stage, tmp_path: Path) -> None:
+    for name in "abc":
+        stage.add(name)
+    bench([make_bundle(tmp_path, name) for name in "abc"], QUICK)
+    turns = "".join(name for name, method in stage.calls if method == "measure")
+    assert turns == "abc" + "bca" + "cab" + "abc"
+    assert rotated([1, 2, 3], 4) == [2, 3, 1]
+
+
+def test_ids_are_shared_in_a_round_and_change_with_round_and_seed(stage: Stage, tmp_path: Path) -> None:
+    stage.add("a")
+    stage.add("b")
+    models = [make_bundle(tmp_path, name) for name in "ab"]
+    bench(models, QUICK)
+    first = stage.engines["a"].prompts
+    assert first == stage.engines["b"].prompts
+    count = len(first)
+    assert count == QUICK.warmup + QUICK.rounds
+    assert len({tuple(prompt) for prompt in first}) == count
+    bench(models, replace(QUICK, seed=1))
+    assert stage.engines["a"].prompts[count] != first[0]
+
+
+def test_peak_memory_is_read_between_speed_and_quality(stage: Stage, tmp_path: Path) -> None:
+    stage.add("a")
+    write_text(tmp_path / "text")
+    bench([make_bundle(tmp_path, "a")], replace(QUICK, data=tmp_path / "text"))
+    methods = [method for _, method in stage.calls]
+    assert methods == ["facts"] + ["measure"] * 4 + ["describe"] + ["compare"] * 3
+
+
+# Quality
+
+
+def test_divergence_matches_the_plain_formulas(stage: Stage, tmp_path: Path) -> None:
+    base, ours = make_table(0), make_table(0) + make_table(1) / 4
+    stage.add("base", table=base)
+    stage.add("ours", table=ours)
+    ids = write_text(tmp_path / "text")[: 3 * 6].reshape(3, 6)
+    options = replace(QUICK, data=tmp_path / "text")
+    document = bench([make_bundle(tmp_path, "base"), make_bundle(tmp_path, "ours")], options)
+    same, moved = document["rows"]
+    expected = reference_figures(base, ours, ids)
+    assert {key: moved[key] for key in expected} == pytest.approx(expected, rel=1e-9)
+    assert (same["kld"], same["top1_agreement"], same["perplexity_ratio"]) == (0.0, 1.0, 1.0)
+    low, high = moved["kld_spread"]
+    assert low <= moved["kld"] <= high
+    assert len(moved["samples"]["kld"]) == 3
+    assert np.mean(moved["samples"]["kld"]) == pytest.approx(moved["kld"])
+    assert document["settings"]["data"]["windows"] == 3
+
+
+def test_answers_that_are_not_finite_become_none_with_a_note(
+    stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.add("base")
+    stage.add("broken", table=np.full((VOCAB, VOCAB), np.nan, np.float32))
+    write_text(tmp_path / "text")
+    options = replace(QUICK, data=tmp_path / "text")
+    document = bench([make_bundle(tmp_path, "base"), make_bundle(tmp_path, "broken")], options)
+    assert document["rows"][1]["kld"] is None
+    assert document["rows"][1]["kld_spread"] is None
+    assert "`broken` has no kld: it is not a finite number" in capsys.readouterr().err
+    json.dumps(document, allow_nan=False)
+
+
+# The document
+
+
+@pytest.fixture
+def document(stage: Stage, tmp_path: Path) -> dict[str, Any]:
+    stage.add("base")
+    stage.add("fa|st", prefill_s=0.125, decode_s=0.25, table=make_table(0) + make_table(1) / 4)
+    write_text(tmp_path / "text.txt")
+    models = [make_bundle(tmp_path, "base"), make_bundle(tmp_path, "fa|st")]
+    return bench(models, replace(QUICK, data=tmp_path / "text.txt"))
+
+
+def test_json_round_trips_without_nan(document: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    print_document(document, "json")
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == document
+    assert "NaN" not in printed
+    assert list(document) == ["schema_version", "machine", "settings", "baseline", "rows"]
+    assert document["settings"]["data"]["name"] == "text.txt"
+    assert document["rows"][0]["placement"] == {"CPUExecutionProvider": 3}
+
+
+def test_every_measured_figure_has_its_spread(document: dict[str, Any]) -> None:
+    for name in METRICS:
+        plugin = registry.load("bench.metrics", name)
+        for key in plugin.HIGHER_IS_BETTER:
+            for row in document["rows"] if "text-generation" in plugin.TASKS else []:
+                low, high = row[f"{key}_spread"]
+                assert low <= row[key] <= high
+                assert len(row["samples"][key]) >= 1
+
+
+def test_markdown_is_a_table_and_a_footer(document: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    print_document(document, "md")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(
+        "| bundle | MB | bits/weight | load s | peak MB | TTFT ms | prefill tok/s | x | TPOT ms |"
+    )
+    assert lines[0].endswith("| decode tok/s | x | KLD | top-1 % | ppl x |")
+    assert lines[1].startswith("|---|--:|")
+    assert lines[3].startswith("| fa\\|st |")
+    assert "| 64 | 4.00 |" in lines[3]
+    assert lines[4] == ""
+    assert lines[6].startswith("- onnxruntime")
+    assert "8 prompt and 5 output tokens; medians of 3 interleaved rounds, x against `base`" in lines[7]
+
+
+def test_csv_has_a_line_per_bundle_and_no_lists(document: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    print_document(document, "csv")
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["bundle"] for row in rows] == ["base", "fa|st"]
+    assert float(rows[1]["prefill_tokens_per_s_ratio"]) == 4.0
+    assert float(rows[1]["ttft_s_low"]) == 0.125
+    assert "samples" not in rows[0]
+    assert not any("[" in value for row in rows for value in row.values())
+
+
+def test_table_is_for_people(document: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    print_document(document)
+    printed = capsys.readouterr().out
+    assert "decode tok/s" in printed
+    assert "quality on `text.txt`" in printed
+
+
+def test_a_ratio_that_shows_no_difference_is_marked(
+    document: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    document["rows"][1] |= {"decode_tokens_per_s_ratio": 1.02, "decode_tokens_per_s_ratio_spread": [0.97, 1.1]}
+    print_document(document, "md")
+    printed = capsys.readouterr().out
+    assert "~1.02" in printed
+    assert "~ the 95 % interval includes 1: no difference shown" in printed
+
+
+def test_unknown_format_is_refused(document: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="unknown format `xml`"):
+        print_document(document, "xml")
+
+
+def test_columns_are_repeated_for_every_shape(document: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"latency_s_1x2": 0.5, "samples_per_s_1x2": 2.0, "latency_s_4x2": 0.25, "samples_per_s_4x2": 16.0}
+    rows = [{"bundle": "encoder"} | figures]
+    print_document(document | {"rows": rows, "settings": document["settings"] | {"shapes": ["1x2", "4x2"]}}, "md")
+    header = capsys.readouterr().out.splitlines()[0]
+    assert header == "| bundle | 1x2 ms | 1x2 samples/s | 4x2 ms | 4x2 samples/s |"
+
+
+# Baselines, names, what can't be measured
+
+
+def test_a_named_baseline_is_added_once(stage: Stage, tmp_path: Path) -> None:
+    for name in "ab":
+        stage.add(name)
+    first, second = (make_bundle(tmp_path, name) for name in "ab")
+    document = bench([first], QUICK, baseline=second)
+    assert (document["baseline"], [row["bundle"] for row in document["rows"]]) == ("b", ["b", "a"])
+    document = bench([first, second], QUICK, baseline=tmp_path / "a" / ".." / "b")
+    assert (document["baseline"], [row["bundle"] for row in document["rows"]]) == ("b", ["a", "b"])
+
+
+def test_labels_are_unique(stage: Stage, tmp_path: Path) -> None:
+    stage.add("model")
+    one, two = make_bundle(tmp_path / "one", "model"), make_bundle(tmp_path / "two", "model")
+    document = bench([one, two, two], QUICK)
+    assert [row["bundle"] for row in document["rows"]] == [str(one), str(two), f"{two} (2)"]
+
+
+def test_unknown_task_has_none_cells_and_a_note(
+    stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.add("known")
+    stage.add("foreign")
+    stage.engines["foreign"].vocab_size = None  # type: ignore[assignment]
+    document = bench([make_bundle(tmp_path, "known"), make_bundle(tmp_path, "foreign", "unknown")], QUICK)
+    row = document["rows"][1]
+    assert row["decode_tokens_per_s"] is None
+    assert row["decode_tokens_per_s_ratio"] is None
+    assert row["size_bytes"] > 0
+    assert "`foreign` has no decode figures: its task is unknown" in capsys.readouterr().err
+
+
+def test_without_data_a_note_says_how_to_get_quality(
+    stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.add("a")
+    document = bench([make_bundle(tmp_path, "a")], QUICK)
+    assert "kld" not in document["rows"][0]
+    captured = capsys.readouterr()
+    assert "speed only; for quality give --data FILE" in captured.err
+    assert captured.out == ""
+
+
+def test_noise_and_load_are_noted(
+    stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
+    stage.add("a")
+
+    def slow_down(name: str, method: str) -> None:
+        stage.engines["a"].decode_s *= 2 if method == "measure" else 1
+
+    stage.fail = slow_down
+    bench([make_bundle(tmp_path, "a")], QUICK)
+    err = capsys.readouterr().err
+    assert "the machine is busy (load 99.0" in err
+    assert "`a` is noisy (tpot_s ±" in err
+    assert "ttft_s" not in err
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"prompt_tokens": 0}, "--prompt-tokens 0"),
+        ({"output_tokens": 1}, "--output-tokens 1: must be at least 2"),
+        ({"rounds": 0}, "--rounds 0"),
+        ({"warmup": -1}, "--warmup -1"),
+        ({"num_samples": 0}, "--num-samples 0"),
+        ({"seq_len": 1}, "--seq-len 1"),
+        ({"seed": -1}, "--seed -1"),
+        ({"shapes": "8x128,"}, "--shapes: ``"),
+        ({"shapes": "0x128"}, "--shapes: `0x128`"),
+        ({"shapes": "8*128"}, "--shapes: `8\\*128`"),
+    ],
+)
+def test_impossible_options_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        BenchOptions(**changed)
+
+
+def test_no_model_is_refused() -> None:
+    with pytest.raises(OptionError, match="no model"):
+        bench([], QUICK)
+
+
+def test_missing_model_is_refused(stage: Stage, tmp_path: Path) -> None:
+    stage.add("a")
+    with pytest.raises(InputError, match=r"not found: `.*nowhere`"):
+        bench([make_bundle(tmp_path, "a"), tmp_path / "nowhere"], QUICK)
+    assert stage.calls == []
+
+
+def test_different_tasks_are_refused(tmp_path: Path) -> None:
+    models = [make_bundle(tmp_path, "a"), make_bundle(tmp_path, "b", "text-classification")]
+    with pytest.raises(InputError, match="`a` is text-generation, `b` is text-classification"):
+        bench(models, QUICK)
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "no text"), ("w1 w2", "too short"), (None, "not found")])
+def test_unusable_data_is_refused_before_anything_runs(
+    stage: Stage, tmp_path: Path, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "text").write_text(content)
+    with pytest.raises(InputError, match=message):
+        bench([make_bundle(tmp_path, "a")], replace(QUICK, data=tmp_path / "text"))
+    assert stage.calls == []
+
+
+def test_too_long_for_the_context_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="13 tokens, `a` holds 12"):
+        bench([make_bundle(tmp_path, "a", context=12)], QUICK)
+
+
+def test_another_vocabulary_is_refused_when_quality_is_asked_for(stage: Stage, tmp_path: Path) -> None:
+    stage.add("a")
+    stage.add("b", table=make_table(1, VOCAB + 3))
+    models = [make_bundle(tmp_path, "a"), make_bundle(tmp_path, "b")]
+    assert len(bench(models, QUICK)["rows"]) == 2
+    write_text(tmp_path / "text")
+    with pytest.raises(InputError, match="`b` has 20 token ids, `a` has 17"):
+        bench(models, replace(QUICK, data=tmp_path / "text"))
+
+
+def test_a_crash_names_the_bundle_and_closes_the_others(stage: Stage, tmp_path: Path) -> None:
+    for name in "ab":
+        stage.add(name)
+
+    def crash(name: str, method: str) -> None:
+        if (name, method) == ("b", "measure"):
+            raise NativeCrashError("worker crashed with SIGSEGV", "the model may be malformed")
+
+    stage.fail = crash
+    with pytest.raises(NativeCrashError, match="`b`: worker crashed with SIGSEGV"):
+        bench([make_bundle(tmp_path, name) for name in "ab"], QUICK)
+    assert sorted(stage.closed) == ["a", "b"]
+
+
+def test_ctrl_c_leaves_no_temporary_file(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        stage.add(name)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+
+    def interrupt(name: str, method: str) -> None:
+        if (name, method) == ("b", "compare"):
+            assert list(scratch.glob("*/reference.npy"))
+            raise KeyboardInterrupt
+
+    stage.fail = interrupt
+    write_text(tmp_path / "text")
+    with pytest.raises(KeyboardInterrupt):
+        bench([make_bundle(tmp_path, name) for name in "ab"], replace(QUICK, data=tmp_path / "text"))
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_full_disk_is_a_lack_of_resources(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, array: np.ndarray) -> None:
+        raise OSError(28, "No space left on device")
+
+    stage.add("a")
+    monkeypatch.setattr(np, "save", full)
+    write_text(tmp_path / "text")
+    with pytest.raises(ResourceError, match="`a`: cannot write 408 bytes"):
+        bench([make_bundle(tmp_path, "a")], replace(QUICK, data=tmp_path / "text"))
+
+
+# Real processes
+
+
+def write_bigram(folder: Path, name: str, table: np.ndarray) -> Path:
+    """Write a decoder whose next token depends on the last one only, in llmfast's graph contract."""
+    vocab = len(table)
+    floats, ints = TensorProto.FLOAT, TensorProto.INT64
+    past = ["batch", 1, "capacity", 2]
+    inputs = [
+        helper.make_tensor_value_info("input_ids", ints, ["batch", "seq"]),
+        helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, ["batch"]),
+        helper.make_tensor_value_info("total_sequence_length", TensorProto.INT32, []),
+        helper.make_tensor_value_info("num_logits", ints, [1]),
+        *(helper.make_tensor_value_info(f"past_key_values.0.{part}", floats, past) for part in ("key", "value")),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("logits", floats, ["batch", "num_logits", vocab]),
+        *(helper.make_tensor_value_info(f"present.0.{part}", floats, past) for part in ("key", "value")),
+    ]
+    nodes = [
+        helper.make_node("Neg", ["num_logits"], ["start"]),
+        helper.make_node("Slice", ["input_ids", "start", "end", "axis"], ["last"]),
+        helper.make_node("Gather", ["table", "last"], ["logits"]),
+        *(helper.make_node("Identity", [f"past_key_values.0.{x}"], [f"present.0.{x}"]) for x in ("key", "value")),
+    ]
+    weights = [
+        onnx.numpy_helper.from_array(table, "table"),
+        onnx.numpy_helper.from_array(np.array([2**31], np.int64), "end"),
+        onnx.numpy_helper.from_array(np.array([1], np.int64), "axis"),
+    ]
+    graph = helper.make_graph(nodes, "bigram", inputs, outputs, weights)
+    return write_bundle(folder / name, "text-generation", graph, {})
+
+
+def write_bundle(path: Path, task: str, graph: onnx.GraphProto, architecture: dict[str, Any]) -> Path:
+    """Write a bundle around a graph."""
+    path.mkdir()
+    write_tokenizer(path)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, path / "model.onnx")
+    architecture = {"vocab_size": VOCAB, "context_length": 64} | architecture
+    write_manifest(path, Manifest(task, architecture=architecture, graphs={"model": {"file": "model.onnx"}}))
+    return path
+
+
+def test_real_decoders_in_real_processes(tmp_path: Path) -> None:
+    base, ours = make_table(0), make_table(0) + make_table(1) / 4
+    models = [write_bigram(tmp_path, "base", base), write_bigram(tmp_path, "ours", ours)]
+    ids = write_text(tmp_path / "text")[: 3 * 6].reshape(3, 6)
+    document = bench(models, replace(QUICK, data=tmp_path / "text"))
+    same, moved = document["rows"]
+    expected = reference_figures(base, ours, ids)
+    assert {key: moved[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+    assert same["kld"] == 0.0
+    assert moved["placement"]["CPUExecutionProvider"] > 0
+    assert moved["decode_tokens_per_s"] > 0
+    assert moved["peak_rss_bytes"] is None or moved["peak_rss_bytes"] > 1e6
+    json.dumps(document, allow_nan=False)
+
+
+def write_encoder(folder: Path, name: str, task: str, table: np.ndarray) -> Path:
+    """Write an encoder whose output is the mean of its words' rows of `table`, float32 [VOCAB, width]."""
+    floats, ints, output = TensorProto.FLOAT, TensorProto.INT64, registry.load("tasks", task).OUTPUTS[-1]
+    inputs = [helper.make_tensor_value_info(name, ints, ["batch", "seq"]) for name in ("input_ids", "attention_mask")]
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["words"]),
+        helper.make_node("Unsqueeze", ["attention_mask", "last_axis"], ["column"]),
+        helper.make_node("Cast", ["column"], ["mask"], to=floats),
+        helper.make_node("Mul", ["words", "mask"], ["masked"]),
+        helper.make_node("ReduceSum", ["masked", "seq_axis"], ["sum"], keepdims=0),
+        helper.make_node("ReduceSum", ["mask", "seq_axis"], ["count"], keepdims=0),
+        helper.make_node("Div", ["sum", "count"], [output]),
+    ]
+    constants = {"table": table, "last_axis": np.array([-1]), "seq_axis": np.array([1])}
+    weights = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
+    outputs = [helper.make_tensor_value_info(output, floats, ["batch", table.shape[1]])]
+    architecture = {"labels": ["bad", "good"], "normalize": False, "problem_type": "single_label_classification"}
+    return write_bundle(
+        folder / name, task, helper.make_graph(nodes, "encoder", inputs, outputs, weights), architecture
+    )
+
+
+def test_real_embedders_in_real_processes(tmp_path: Path) -> None:
+    base, ours = (np.random.default_rng(seed).normal(size=(VOCAB, 8)).astype(np.float32) for seed in (0, 1))
+    ours = base + ours / 4
+    models = [write_encoder(tmp_path, name, "feature-extraction", table) for name, table in (("a", base), ("b", ours))]
+    ids = np.random.default_rng(2).integers(VOCAB, size=(12, 2, 3))
+    words = [["\t".join(" ".join(f"w{word}" for word in text) for text in pair)] for pair in ids]
+    data = tmp_path / "pairs.tsv"
+    data.write_text("".join(f"{score}\t{pair[0]}\n" for score, pair in enumerate(words)))
+    document = bench(models, replace(QUICK, data=data, shapes="2x4,1x3"))
+    row = document["rows"][1]
+    vectors = {name: table[ids].mean(axis=2).astype(np.float64) for name, table in (("a", base), ("b", ours))}
+    unit = {name: value / np.linalg.norm(value, axis=-1, keepdims=True) for name, value in vectors.items()}
+    assert row["cosine_to_baseline"] == pytest.approx((unit["a"] * unit["b"]).sum(axis=-1).mean(), rel=1e-6)
+    ranks = (unit["b"][:, 0] * unit["b"][:, 1]).sum(axis=-1).argsort().argsort()
+    assert row["spearman"] == pytest.approx(np.corrcoef(ranks, np.arange(12))[0, 1])
+    assert row["latency_s_2x4"] > 0
+    assert row["samples_per_s_1x3_ratio"] > 0
+    assert document["rows"][0]["cosine_to_baseline"] == pytest.approx(1.0)
+    assert document["settings"]["data"]["lines"] == 12
+
+
+def test_real_classifiers_in_real_processes(tmp_path: Path) -> None:
+    base, ours = (np.random.default_rng(seed).normal(size=(VOCAB, 2)).astype(np.float32) for seed in (0, 1))
+    models = [write_encoder(tmp_path, name, "text-classification", table) for name, table in (("a", base), ("b", ours))]
+    ids = np.random.default_rng(2).integers(VOCAB, size=(20, 3))
+    labels = np.random.default_rng(3).integers(2, size=20)
+    data = tmp_path / "labelled.txt"
+    spelled = [str(label) if number % 2 else ["bad", "good"][label] for number, label in enumerate(labels)]
+    lines = [f"{label} {' '.join(f'w{word}' for word in text)}" for label, text in zip(spelled, ids, strict=True)]
+    data.write_text("\n".join(lines))
+    same, moved = bench(models, replace(QUICK, data=data, shapes="1x3"))["rows"]
+    theirs, mine = (table[ids].mean(axis=1).argmax(axis=1) for table in (base, ours))
+    assert moved["accuracy"] == (mine == labels).mean()
+    assert moved["flipped_labels"] == (mine != theirs).mean()
+    assert same["flipped_labels"] == 0.0
+
+
+def test_a_malformed_graph_names_the_bundle(tmp_path: Path) -> None:
+    with pytest.raises(LlmfastError, match="cannot bench `broken`"):
+        bench([make_bundle(tmp_path, "broken")], QUICK)

@@ -1,0 +1,165 @@
+"""The metrics of llmfast bench: each against a plain formula, and all against their contract."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from llmfast import registry, report
+from llmfast.bench import subject as subjects
+from llmfast.bench.machine import describe_machine, peak_rss_bytes
+from llmfast.bench.metrics import accuracy, decode, divergence, embedding, latency, prefill
+from llmfast.bench.options import BenchOptions
+from llmfast.bench.subject import Generation, Trial
+
+VOCAB = 17
+METRICS = registry.names("bench.metrics")
+
+
+def test_ttft_includes_the_pick_and_prefill_does_not() -> None:
+    subject = SimpleNamespace(generate=lambda trial: Generation(0.5, (0.75, 1.0, 1.5)))
+    trial = Trial((0, 0), VOCAB, 64, 3, {})
+    assert prefill.measure(subject, trial) == {"ttft_s": 0.75, "prefill_tokens_per_s": 128.0}
+    figures = decode.measure(subject, trial)
+    assert (figures["tpot_s"], figures["decode_tokens_per_s"]) == ((1.5 - 0.75) / 2, 1 / 0.375)
+    assert (figures["itl_p50_s"], figures["itl_p95_s"]) == (0.375, pytest.approx(0.4875))
+
+
+def test_encoder_latency_is_the_median_of_a_round_and_per_shape() -> None:
+    durations = iter([8.0, 0.5, 0.5, 0.25, 1.0, 0.125, 0.125, 0.125, 0.125, 0.125])
+    now, feeds = [0.0], []
+
+    def run(names: list[str], feed: dict[str, np.ndarray]) -> None:
+        assert names == ["sentence_embedding"]
+        feeds.append({name: array.shape for name, array in feed.items()})
+        now[0] += next(durations)
+
+    inputs = [SimpleNamespace(name=name, type="tensor(int64)") for name in ("input_ids", "attention_mask")]
+    outputs = [SimpleNamespace(name=name) for name in ("sentence_embedding", "last_hidden_state")]
+    session = SimpleNamespace(get_inputs=lambda: inputs, get_outputs=lambda: outputs, run=run)
+    subject = SimpleNamespace(clock=lambda: now[0], session=session, task=registry.load("tasks", "feature-extraction"))
+    shapes = BenchOptions(shapes="2x4, 1x3").shape_sizes
+    figures = latency.measure(subject, Trial((0, 0), VOCAB, 1, 2, shapes))
+    assert figures == {
+        "latency_s_2x4": 0.5,
+        "samples_per_s_2x4": 4.0,
+        "latency_s_1x3": 0.125,
+        "samples_per_s_1x3": 8.0,
+    }
+    assert feeds[0] == {"input_ids": (2, 4), "attention_mask": (2, 4)}
+
+
+def test_a_turn_ends_when_the_process_is_idle() -> None:
+    used = iter([0.0, 0.01, 0.01, 0.02, 0.02, 0.02, 0.5])
+    sleeps: list[float] = []
+    subjects.settle(lambda: next(used), sleeps.append)
+    assert len(sleeps) == 3
+    busy = iter(range(10_000))
+    subjects.settle(lambda: float(next(busy)), sleeps.append)
+    assert len(sleeps) == 103
+
+
+def test_perplexity_of_a_uniform_model_is_the_vocabulary_size() -> None:
+    ids = np.arange(9) % VOCAB
+    uniform = np.full((9, VOCAB), 3.0, np.float32)
+    figures = divergence.figures(divergence.compare(ids, uniform, uniform))
+    assert figures["perplexity"] == pytest.approx(VOCAB, rel=1e-12)
+    assert (figures["kld"], figures["top1_agreement"], figures["perplexity_ratio"]) == (0.0, 1.0, 1.0)
+
+
+def test_divergence_is_stable_for_large_and_masked_logits() -> None:
+    random = np.random.default_rng(2)
+    base = random.normal(0, 1, (5, VOCAB)).astype(np.float32)
+    ours = random.normal(0, 1, (5, VOCAB)).astype(np.float32)
+    ids = np.array([0, 1, 2, 3, 4])
+    plain = divergence.compare(ids, ours, base)
+    np.testing.assert_allclose(divergence.compare(ids, ours + 8192, base - 8192), plain, rtol=1e-3)
+    wide = np.pad(base, ((0, 0), (0, 3)), constant_values=-np.inf)
+    np.testing.assert_allclose(
+        divergence.compare(ids, np.pad(ours, ((0, 0), (0, 3)), constant_values=-np.inf), wide), plain
+    )
+
+
+def test_spearman_matches_a_hand_made_example() -> None:
+    first = np.array([[1.0, 0.0]] * 4)
+    angles = np.array([0.1, 0.5, 0.4, 1.2])
+    second = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    item = embedding.Texts(("",) * 8, (4.0, 3.0, 3.0, 1.0))
+    vectors = np.concatenate([first, second])
+    figures = embedding.figures(embedding.compare(item, vectors, vectors))
+    # Ranks of the scores 3, 1.5, 1.5, 0 and of the similarities 3, 1, 2, 0: 4.5 / sqrt(4.5 * 5).
+    assert figures["spearman"] == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+    assert figures["cosine_to_baseline"] == pytest.approx(1.0)
+
+
+def test_single_texts_have_only_the_cosine_to_the_baseline() -> None:
+    item = embedding.Texts(("", ""))
+    rows = embedding.compare(item, np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[1.0, 1.0], [0.0, 1.0]]))
+    figures = embedding.figures(rows)
+    assert figures["spearman"] is None
+    assert figures["cosine_to_baseline"] == pytest.approx((np.sqrt(0.5) + 1) / 2)
+
+
+def test_vectors_of_another_size_keep_their_rank_correlation() -> None:
+    item = embedding.Texts(("",) * 4, (1.0, 2.0))
+    vectors = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    figures = embedding.figures(embedding.compare(item, vectors, np.ones((4, 3))))
+    assert figures["spearman"] == pytest.approx(1.0)
+    assert np.isnan(figures["cosine_to_baseline"])
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".txt"])
+def test_embedding_data_is_read_in_pairs_or_lines(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"data{suffix}"
+    path.write_text("".join(f"{number}\tleft {number}\tright {number}\n" for number in range(11)))
+    items = embedding.prepare(None, path, BenchOptions())
+    assert [len(item.texts) for item in items] == ([16, 6] if suffix == ".tsv" else [8, 3])
+    if suffix == ".tsv":
+        assert items[1].texts[:4] == ("left 8", "left 9", "left 10", "right 8")
+        assert items[1].scores == (8.0, 9.0, 10.0)
+
+
+def test_accuracy_takes_labels_by_number_and_by_name() -> None:
+    item = accuracy.Examples(("1", "GOOD", "bad", "0"), ("",) * 4)
+    ours = np.array([("1", "good"), ("1", "good"), ("1", "good"), ("0", "bad")])
+    theirs = np.array([("1", "good"), ("0", "bad"), ("0", "bad"), ("0", "bad")])
+    figures = accuracy.figures(accuracy.compare(item, ours, theirs))
+    assert figures == {"accuracy": 0.75, "flipped_labels": 0.5}
+
+
+def test_machine_says_what_figures_depend_on() -> None:
+    machine = describe_machine()
+    assert machine["cores"] >= 1
+    assert machine["onnxruntime"]
+    json.dumps(machine, allow_nan=False)
+    assert peak_rss_bytes() is None or peak_rss_bytes() > 1e6
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metric_honours_the_contract(name: str) -> None:
+    plugin = registry.load("bench.metrics", name)
+    assert plugin.__doc__
+    assert isinstance(plugin.ORDER, int)
+    assert set(plugin.TASKS) <= set(registry.names("tasks"))
+    assert set(plugin.NEEDS) <= {"tokenizer", "vocab_size"}
+    assert plugin.HIGHER_IS_BETTER
+    assert all(isinstance(value, bool) for value in plugin.HIGHER_IS_BETTER.values())
+    for column in plugin.COLUMNS:
+        assert isinstance(column, report.Column)
+        is_ratio = column.key.endswith("_ratio") and column.key not in plugin.HIGHER_IS_BETTER
+        assert column.key.removesuffix("_ratio" if is_ratio else "") in plugin.HIGHER_IS_BETTER
+        assert isinstance(column.spell(1.5), str)
+    functions = {"static": ["measure"], "speed": ["measure"], "quality": ["prepare", "answer", "compare", "figures"]}
+    assert all(callable(getattr(plugin, function)) for function in functions[plugin.KIND])
+    if plugin.KIND == "quality":
+        assert plugin.UNIT
+        assert plugin.DATA
+
+
+def test_orders_and_keys_of_metrics_do_not_collide() -> None:
+    plugins = [registry.load("bench.metrics", name) for name in METRICS]
+    assert len({plugin.ORDER for plugin in plugins}) == len(plugins)
+    keys = [key for plugin in plugins for key in plugin.HIGHER_IS_BETTER]
+    assert len(set(keys)) == len(keys)

@@ -1,0 +1,175 @@
+"""The command line: exit codes, what goes to stdout and stderr, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llmfast import __version__
+from llmfast.bundle import ModelBundle
+from llmfast.cli import app
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _explains(result, code: int, *words: str) -> None:
+    """One error line, one hint at most, the exit code, nothing on stdout."""
+    assert result.exit_code == code, result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert result.stderr.count("hint: ") <= 1
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    for word in words:
+        assert word in result.stderr
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout == f"llmfast {__version__}\n"
+    for command in ("export", "quantize", "bench", "infer"):
+        result = run(command, "-h")
+        assert result.exit_code == 0
+        assert "Example: llmfast " in result.stdout
+
+
+def test_pipeline_from_checkpoint_to_answer(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    fp32, int8 = tmp_path / "fp32", tmp_path / "int8"
+    result = run("export", checkpoints("llama-tied"), "-o", fp32)
+    assert result.exit_code == 0, result.output
+    assert "differs from PyTorch by at most" in result.stdout
+    result = run("quantize", fp32, "-o", int8, "--scheme", "int8", "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert {row["role"] for row in json.loads(result.stdout)} >= {"embedding", "qkv_proj", "down_proj"}
+    result = run("infer", int8, "--prompt", "hello", "--max-tokens", "4", "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["generated_tokens"] <= 4
+    assert "prompt tokens" in result.stderr
+    data = tmp_path / "text.txt"
+    data.write_text("some text to measure on, again and again. " * 20, encoding="utf-8")
+    sizes = ["-p", "16", "-n", "4", "--rounds", "2", "--num-samples", "2", "--seq-len", "32"]
+    result = run("bench", fp32, int8, *sizes, "--data", data, "--format", "json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert rows[0]["kld"] == 0
+    assert 0 < rows[1]["kld"] < 1
+    assert rows[1]["size_bytes"] == ModelBundle.open(int8).size_bytes
+
+
+def test_dry_run_writes_nothing(checkpoints: Callable[[str], Path], fp32_bundle: Path, tmp_path: Path) -> None:
+    assert (
+        "would write a llama decoder" in run("export", checkpoints("llama"), "-o", tmp_path / "x", "--dry-run").stdout
+    )
+    result = run("quantize", fp32_bundle, "-o", tmp_path / "x", "--scheme", "int4", "--dry-run", "--format", "csv")
+    assert result.stdout.startswith("role,layers,num_parameters,bits\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_list_names_schemes_and_methods() -> None:
+    result = run("quantize", "--list")
+    assert "int4" in result.stdout
+    assert "--set block_size=32" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["export", "nowhere", "-o", "{tmp}/x"], 3, ["not found", "`nowhere`"]),
+        (["export", "{tmp}", "-o", "{tmp}/../x"], 3, ["no config.json"]),
+        (["quantize", "{tmp}", "-o", "{tmp}/../x", "--scheme", "int8"], 3, ["no model in"]),
+        (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int3"], 2, ["unknown scheme `int3`", "did you mean"]),
+        (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int4", "--set", "x"], 2, ["not KEY=VALUE"]),
+        (["quantize", "{fp32}"], 2, ["needs a MODEL"]),
+        (["quantize", "{fp32}", "-o", "{fp32}", "--scheme", "int4", "--overwrite"], 2, ["overlaps"]),
+        (["quantize", "{fp32}", "-o", "{tmp}", "--scheme", "int4"], 8, ["output exists", "--overwrite"]),
+        (["infer", "{tmp}/none", "--prompt", "x"], 3, ["not found"]),
+        (["infer", "{fp32}", "--prompt", "x" * 600], 3, ["600 tokens", "512"]),
+        (["infer", "{fp32}", "--prompt", "x", "--max-tokens", "0"], 2, ["--max-tokens 0"]),
+        (["infer", "{fp32}", "--prompt", "x", "--provider", "cuda"], 5, ["CUDAExecutionProvider", "llmfast[cuda]"]),
+        (["infer", "{fp32}", "--prompt", "x", "--threads", "0"], 2, ["--threads 0"]),
+        (["infer", "{fp32}", "--prompt", "x", "--format", "xml"], 2, ["unknown format `xml`"]),
+        (["bench", "{tmp}/none"], 3, ["not found"]),
+        (["bench", "{fp32}", "-p", "16", "-n", "4", "--data", "{tmp}/none.txt"], 3, ["none.txt"]),
+        (["bench", "{fp32}", "-p", "16", "-n", "4", "--data", "{empty}"], 3, ["empty.txt"]),
+        (["bench", "{fp32}", "--rounds", "0"], 2, ["--rounds 0"]),
+    ],
+)
+def test_mistakes_are_explained(
+    arguments: list[str], code: int, words: list[str], fp32_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    place = tmp_path_factory.mktemp("mistake")
+    inside = place / "inside"
+    inside.mkdir()
+    (place / "empty.txt").write_text(" \n")
+    known = {"tmp": inside, "fp32": fp32_bundle, "empty": place / "empty.txt"}
+    _explains(run(*[argument.format(**known) for argument in arguments]), code, *words)
+    assert sorted(path.name for path in place.iterdir()) == ["empty.txt", "inside"]
+    assert list(inside.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["explode"], ["export"], ["bench"], ["infer", "x", "--prompt"], ["--nope"]])
+def test_wrong_usage_is_exit_2(arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_missing_export_extra_is_named(
+    checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest))
+    _explains(run("export", checkpoints("llama"), "-o", tmp_path / "x"), 5, "pip install 'llmfast[export]'")
+
+
+def test_truncated_model_and_missing_data_are_named(
+    fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ModelBundle.open(fp32_bundle).model.read_bytes()
+    for part in range(1, 16):
+        model = tmp_path / "cut.onnx"
+        model.write_bytes(whole[: len(whole) * part // 16])
+        _explains(run("quantize", model, "-o", tmp_path / "x", "--scheme", "int8"), 3, "cut.onnx")
+    model.unlink()
+    assert list(tmp_path.iterdir()) == []
+
+
+def _start(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "llmfast", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("delay_s", [0.05, 1.0, 2.0])
+def test_signals_leave_nothing_behind(
+    number: signal.Signals, code: int, delay_s: float, checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    process = _start("export", checkpoints("qwen3"), "-o", tmp_path / "bundle")
+    time.sleep(delay_s)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    if process.returncode == 0:
+        assert ModelBundle.open(tmp_path / "bundle")  # it was faster
+    else:
+        assert process.returncode in (code, -number)  # -number: before Python could install its handlers
+        assert "Traceback" not in errors or process.returncode == -number
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_reader_that_leaves_early_is_no_error(fp32_bundle: Path) -> None:
+    process = _start("quantize", "--list")
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() in (0, 120)
+    assert "Traceback" not in errors

@@ -1,0 +1,222 @@
+"""The quantize stage on whole models: decoders, encoders, and files that llmfast did not export."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from transformers import AutoModelForCausalLM
+
+from llmfast import registry
+from llmfast.errors import InputError, OptionError, UnsupportedError
+from llmfast.export.stage import export
+from llmfast.graph.linear import find_embeddings, find_linears
+from llmfast.graph.model import OnnxModel
+from llmfast.infer.engine import Engine
+from llmfast.quantize.rewrite import block_wise_grid
+from llmfast.quantize.rounding import rtn
+from llmfast.quantize.stage import QuantizeOptions, plan_layers, quantize
+
+SCHEMES = registry.names("quantize.schemes")
+
+
+def _foreign_model(folder: Path, seed: int = 0) -> Path:
+    """Write a model as exporters do: an embedding, Gemm, MatMul behind a Transpose, MatMul, a tied head."""
+    rng = np.random.default_rng(seed)
+
+    def matrix(name: str, *shape: int) -> TensorProto:
+        values = rng.standard_normal(shape) / np.sqrt(shape[-1])
+        return numpy_helper.from_array(values.astype(np.float32), name)
+
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["h0"], name="embed"),
+        helper.make_node("Transpose", ["w1"], ["w1_t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["h0", "w1_t"], ["h1"], name="/block/proj/MatMul"),
+        helper.make_node("Relu", ["h1"], ["h2"]),
+        helper.make_node("Reshape", ["h2", "flat"], ["h3"]),
+        helper.make_node("Gemm", ["h3", "w2.weight", "w2.bias"], ["h4"], transB=1),
+        helper.make_node("Transpose", ["table"], ["table_t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["h4", "table_t"], ["y"]),
+    ]
+    constants = [
+        matrix("table", 4200, 256),
+        matrix("w1", 128, 256),
+        matrix("w2.weight", 256, 128),
+        matrix("w2.bias", 256),
+        numpy_helper.from_array(np.array([-1, 128]), "flat"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "foreign",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "seq"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", 4200])],
+        constants,
+    )
+    path = folder / "foreign.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def _answer(model: Path, ids: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: ids})[0]
+
+
+def test_linears_and_embeddings_are_found_whoever_wrote_them(tmp_path: Path) -> None:
+    model = OnnxModel.load(_foreign_model(tmp_path))
+    linears = find_linears(model)
+    assert [(linear.name, linear.shape) for linear in linears] == [
+        ("block.proj", (128, 256)),
+        ("w2", (256, 128)),
+        ("y", (4200, 256)),
+    ]
+    for linear in linears:
+        assert linear.read(model).shape == linear.shape
+    assert [table.shape for table in find_embeddings(model, linears)] == [(4200, 256)]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_foreign_model_keeps_its_answers(scheme: str, tmp_path: Path) -> None:
+    source = _foreign_model(tmp_path)
+    before = source.read_bytes()
+    bundle = quantize(source, tmp_path / "out", QuantizeOptions(scheme))
+    ids = np.arange(12).reshape(2, 6)
+    expected, actual = _answer(source, ids), _answer(bundle.model, ids)
+    assert np.corrcoef(expected.ravel(), actual.ravel())[0, 1] > (0.98 if scheme == "int4" else 0.999)
+    assert bundle.size_bytes < len(before) / (3.5 if scheme == "int8" else 3.6)
+    assert source.read_bytes() == before
+    names = {tensor.name for tensor in OnnxModel.load(bundle.model).proto.graph.initializer}
+    assert not names & {"table", "w1", "w2.weight"}, "a float weight was left in the file"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_decoder_computes_with_the_rounded_weights(
+    scheme: str, checkpoints: Callable[[str], Path], fp32_bundle: Path, tmp_path: Path
+) -> None:
+    """PyTorch with the same weights rounded differs only by the rounding of activations."""
+    bundle = quantize(fp32_bundle, tmp_path / "out", QuantizeOptions(scheme))
+    plugin = registry.load("quantize.schemes", scheme)
+    reference = AutoModelForCausalLM.from_pretrained(checkpoints("llama-tied"), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if parameter.ndim == 2:
+                embedding = "embed_tokens" in name
+                grid = block_wise_grid(64, 8) if embedding else plugin.grid(plugin.Options())
+                rounded = rtn.quantize_weight(parameter.numpy(), grid, rtn.Options()).dequantize()
+                parameter.copy_(torch.from_numpy(rounded))
+        ids = np.random.default_rng(0).integers(3, 259, 64)
+        expected = reference(torch.from_numpy(ids[None])).logits[0].numpy()
+    actual = Engine(bundle).score(ids)
+    assert np.corrcoef(expected.ravel(), actual.ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_linear_layer_is_replaced(scheme: str, fp32_bundle: Path, tmp_path: Path) -> None:
+    bundle = quantize(fp32_bundle, tmp_path / "out", QuantizeOptions(scheme))
+    assert find_linears(OnnxModel.load(bundle.model)) == []
+    step = bundle.manifest.lineage[-1]
+    assert (step.stage, step.method) == ("quantize", f"{scheme}:rtn")
+    assert [step.stage for step in bundle.manifest.lineage] == ["export", "quantize"]
+    assert bundle.manifest.bits_per_weight < 32
+    assert (bundle.path / "tokenizer.json").is_file()
+    rows = bundle.manifest.measured["quantize"]["layers"]
+    assert all(0 < row["relative_error"] < 0.2 for row in rows)
+    assert [(row["role"], row["layers"], row["bits"]) for row in rows] == [
+        (row["role"], row["layers"], row["bits"])
+        for row in plan_layers(fp32_bundle, tmp_path / "other", QuantizeOptions(scheme))
+    ]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_same_input_gives_the_same_bytes(scheme: str, fp32_bundle: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        quantize(fp32_bundle, tmp_path / name, QuantizeOptions(scheme))
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_tied_embedding_and_head_share_their_codes(tmp_path: Path) -> None:
+    bundle = quantize(_foreign_model(tmp_path), tmp_path / "out", QuantizeOptions("int4"))
+    graph = OnnxModel.load(bundle.model).proto.graph
+    (gather,) = [node for node in graph.node if node.op_type == "GatherBlockQuantized"]
+    head = next(node for node in graph.node if node.output[0] == "y")
+    assert gather.input[0] == head.input[1]
+
+
+def test_include_and_exclude_choose_layers(fp32_bundle: Path, tmp_path: Path) -> None:
+    options = QuantizeOptions("int8", include=r"\.mlp\.", exclude=r"layers\.1\.")
+    bundle = quantize(fp32_bundle, tmp_path / "out", options)
+    kept = {linear.name for linear in find_linears(OnnxModel.load(bundle.model))}
+    assert "model.layers.0.mlp.up_proj" not in kept
+    assert {"model.layers.1.mlp.up_proj", "model.layers.0.self_attn.o_proj"} <= kept
+
+
+def test_head_stays_float_on_request(fp32_bundle: Path, tmp_path: Path) -> None:
+    bundle = quantize(fp32_bundle, tmp_path / "out", QuantizeOptions("int4", settings={"head_bits": "32"}))
+    assert "model.embed_tokens.weight" in OnnxModel.load(bundle.model).initializers
+
+
+def test_external_weights_stay_outside_and_complete(
+    checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmfast.graph.weights.SINGLE_FILE_BYTES", 1 << 10)
+    bundle = export(str(checkpoints("llama")), tmp_path / "fp32")
+    (data,) = bundle.path.glob("model.*.onnx.data")
+    referenced = sum(
+        int(entry.value)
+        for tensor in OnnxModel.load(bundle.model).proto.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "length"
+    )
+    tensors = sum(bool(tensor.external_data) for tensor in OnnxModel.load(bundle.model).proto.graph.initializer)
+    assert referenced <= data.stat().st_size < referenced + 4096 * tensors  # gaps are alignment only
+    small = quantize(bundle.path, tmp_path / "int4", QuantizeOptions("int4"))
+    assert np.isfinite(Engine(small).score(np.arange(3, 20))).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (QuantizeOptions("int5"), "unknown scheme `int5`"),
+        (QuantizeOptions("int4", method="rnt"), "unknown rounding `rnt`"),
+        (QuantizeOptions("int4", settings={"blocksize": "32"}), "no option `blocksize`"),
+        (QuantizeOptions("int4", settings={"block_size": "many"}), "not of type int"),
+        (QuantizeOptions("int4", settings={"block_size": "48"}), "block_size 48"),
+        (QuantizeOptions("int4", settings={"head_bits": "3"}), "head_bits 3"),
+        (QuantizeOptions("int4", include="("), "not a regular expression"),
+    ],
+)
+def test_impossible_choices_are_refused(
+    options: QuantizeOptions, reason: str, fp32_bundle: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=reason):
+        quantize(fp32_bundle, tmp_path / "out", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantized_model_is_not_quantized_again(fp32_bundle: Path, tmp_path: Path) -> None:
+    bundle = quantize(fp32_bundle, tmp_path / "int8", QuantizeOptions("int8"))
+    with pytest.raises(UnsupportedError, match="already quantized"):
+        quantize(bundle.path, tmp_path / "again", QuantizeOptions("int4"))
+
+
+def test_nothing_to_quantize_is_no_success(fp32_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="nothing to quantize"):
+        quantize(fp32_bundle, tmp_path / "out", QuantizeOptions("int8", include="no such layer"))
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    path = _foreign_model(tmp_path)
+    model = onnx.load(path)
+    (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == "w1"]
+    values = numpy_helper.to_array(tensor).copy()
+    values[3, 5] = np.nan
+    tensor.CopyFrom(numpy_helper.from_array(values, "w1"))
+    onnx.save(model, path)
+    with pytest.raises(InputError, match=r"`w1`.*1 values that are NaN or infinite, the first at \[3, 5\]"):
+        quantize(path, tmp_path / "out", QuantizeOptions("int8"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["foreign.onnx"]

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+
+from llmfast.errors import InputError
+from llmfast.text import read_labelled, read_lines, read_pairs, read_text, token_windows
+
+
+def test_windows_follow_one_another():
+    windows = token_windows(np.arange(10), num_samples=2, seq_len=4)
+    assert windows.dtype == np.int64
+    assert windows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_fewer_windows_than_asked_are_noted(capsys):
+    assert token_windows(list(range(10)), num_samples=5, seq_len=4).shape == (2, 4)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "holds 2 windows of 4 tokens, 5 were asked for" in captured.err
+
+
+def test_text_shorter_than_a_window_is_refused():
+    with pytest.raises(InputError, match="3 tokens, one window needs 4"):
+        token_windows(np.arange(3), num_samples=1, seq_len=4)
+
+
+def test_text_is_read_without_its_byte_order_mark(tmp_path):
+    (tmp_path / "text").write_bytes("\ufeffh\u00e9 \u65e5\n".encode())
+    assert read_text(tmp_path / "text") == "h\u00e9 \u65e5\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no text"),
+        (b" \n\t\n", "no text"),
+        (b"caf\xe9", "not UTF-8 text.*byte 3"),
+        (None, "cannot read"),
+    ],
+)
+def test_unusable_text_is_refused(tmp_path, content, message):
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_text(path)
+
+
+def test_lines_are_stripped_and_blank_ones_skipped(tmp_path):
+    (tmp_path / "text").write_bytes(b" one \r\n\n  \ntwo")
+    assert read_lines(tmp_path / "text") == ["one", "two"]
+
+
+def test_pairs(tmp_path):
+    (tmp_path / "pairs").write_text("4.5\ta dog\ta hound\n\n0\tx\ty z\n")
+    assert read_pairs(tmp_path / "pairs") == [(4.5, "a dog", "a hound"), (0.0, "x", "y z")]
+
+
+@pytest.mark.parametrize("line", ["4.5\tonly one", "high\ta\tb", "1\ta\tb\tc"])
+def test_malformed_pair_names_its_line(tmp_path, line):
+    (tmp_path / "pairs").write_text(f"1\ta\tb\n{line}\n")
+    with pytest.raises(InputError, match="line 2"):
+        read_pairs(tmp_path / "pairs")
+
+
+def test_labelled_texts(tmp_path):
+    (tmp_path / "labelled").write_text("1 a stirring film\nnegative  dull .\n")
+    assert read_labelled(tmp_path / "labelled") == [("1", "a stirring film"), ("negative", "dull .")]
+
+
+def test_label_without_text_names_its_line(tmp_path):
+    (tmp_path / "labelled").write_text("1 fine\n0\n")
+    with pytest.raises(InputError, match="line 2"):
+        read_labelled(tmp_path / "labelled")
