@@ -174,6 +174,7 @@ def bench(
     output_tokens: Annotated[int | None, typer.Option("--output-tokens", "-n", help="Tokens decoded.")] = None,
     shapes: Annotated[str | None, typer.Option(help="Encoders: batch x length, e.g. 1x16,8x128.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Interleaved rounds per bundle.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Rounds before them that are not counted.")] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Text for quality; TSV of scored pairs for embeddings; `label text` for classifiers."),
@@ -183,22 +184,41 @@ def bench(
     provider: Provider = "cpu",
     threads: Threads = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the random prompts.")] = None,
+    max_kld: Annotated[float | None, typer.Option(help="Gate: KL divergence from the baseline, in nats.")] = None,
+    max_perplexity_ratio: Annotated[float | None, typer.Option(help="Gate: perplexity against the baseline's.")] = None,
+    max_size: Annotated[float | None, typer.Option(help="Gate: size in MB.")] = None,
+    min_speedup: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=X", help="Gate: at least X times the baseline's speed; may be repeated."),
+    ] = None,
     output_format: Format = "table",
 ) -> None:
     """Measure speed, size and quality of bundles side by side, each against the baseline.
 
-    Example: llmfast bench fp32 int8 int4 --data wikitext.txt
+    Exits with 7 when a gate is missed.
+
+    Example: llmfast bench fp32 int4 --data text.txt --max-kld 0.3 --min-speedup decode_tokens_per_s=2
     """
     _check_format(output_format)
     from llmfast.bench.options import BenchOptions
     from llmfast.bench.stage import bench as run
     from llmfast.bench.table import print_document
+    from llmfast.bench.verdict import Gate, enforce, parse_speedup
+
+    limits = {
+        "kld": max_kld,
+        "perplexity_ratio": max_perplexity_ratio,
+        "size_bytes": None if max_size is None else max_size * 1e6,
+    }
+    gates = [Gate(figure, limit, "max") for figure, limit in limits.items() if limit is not None]
+    gates += [parse_speedup(text) for text in min_speedup or []]
 
     given = {
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
         "shapes": shapes,
         "rounds": rounds,
+        "warmup": warmup,
         "data": data,
         "num_samples": num_samples,
         "seq_len": seq_len,
@@ -206,7 +226,9 @@ def bench(
         "threads": threads,
         "seed": seed,
     }
-    print_document(run(models, BenchOptions(**_given(given)), baseline), output_format)
+    document = run(models, BenchOptions(gates=tuple(gates), **_given(given)), baseline)
+    print_document(document, output_format)
+    enforce(document["verdict"])
 
 
 @app.command()

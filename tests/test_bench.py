@@ -270,7 +270,7 @@ def test_json_round_trips_without_nan(document: dict[str, Any], capsys: pytest.C
     printed = capsys.readouterr().out
     assert json.loads(printed) == document
     assert "NaN" not in printed
-    assert list(document) == ["schema_version", "machine", "settings", "baseline", "rows"]
+    assert list(document) == ["schema_version", "machine", "settings", "baseline", "rows", "verdict"]
     assert document["settings"]["data"]["name"] == "text.txt"
     assert document["rows"][0]["placement"] == {"CPUExecutionProvider": 3}
 

@@ -64,6 +64,26 @@ def test_pipeline_from_checkpoint_to_answer(checkpoints: Callable[[str], Path], 
     assert rows[1]["size_bytes"] == ModelBundle.open(int8).size_bytes
 
 
+def test_gates_decide_the_exit_code(fp32_bundle: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "int4"
+    assert run("quantize", fp32_bundle, "-o", bundle, "--scheme", "int4").exit_code == 0
+    data = tmp_path / "text.txt"
+    data.write_text("words to measure on " * 40, encoding="utf-8")
+    bench = ["bench", fp32_bundle, bundle, "-p", "8", "-n", "4", "--rounds", "1", "--warmup", "0"]
+    bench += ["--num-samples", "2", "--seq-len", "32"]
+    result = run(*bench, "--data", data, "--max-kld", "99", "--max-size", "1")
+    assert result.exit_code == 0, result.output
+    assert "passed: `int4` kld" in result.stdout
+    result = run(*bench, "--data", data, "--max-kld", "1e-9", "--format", "json")
+    assert result.exit_code == 7
+    (entry,) = json.loads(result.stdout)["verdict"]
+    assert (entry["bundle"], entry["figure"], entry["passed"]) == ("int4", "kld", False)
+    assert "error: gate missed: `int4` kld" in result.stderr
+    _explains(run(*bench, "--max-kld", "1"), 2, "needs --data")
+    _explains(run(*bench, "--min-speedup", "bogus=2"), 2, "does not measure", "prefill_tokens_per_s")
+    _explains(run(*bench, "--min-speedup", "decode"), 2, "not METRIC=X")
+
+
 def test_dry_run_writes_nothing(checkpoints: Callable[[str], Path], fp32_bundle: Path, tmp_path: Path) -> None:
     assert (
         "would write a llama decoder" in run("export", checkpoints("llama"), "-o", tmp_path / "x", "--dry-run").stdout

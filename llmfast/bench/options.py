@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmfast.bench.verdict import Gate
 from llmfast.errors import OptionError
 
 _SHAPE = re.compile(r"([1-9]\d{0,6})x([1-9]\d{0,6})")
@@ -31,6 +32,7 @@ class BenchOptions:
         provider: a name in `llmfast.providers`.
         threads: intra-op threads; None takes the cores this process may use.
         seed: of the random token ids and of the bootstrap.
+        gates: limits that every bundle but the baseline must keep.
 
     Raises:
         OptionError: a value out of range, or a shape that is not `BATCHxLENGTH`.
@@ -47,6 +49,7 @@ class BenchOptions:
     provider: str = "cpu"
     threads: int | None = None
     seed: int = 0
+    gates: tuple[Gate, ...] = ()
 
     def __post_init__(self) -> None:
         lowest = {

@@ -16,8 +16,9 @@ from llmfast.bench.rounds import run_rounds
 from llmfast.bench.statistics import coverage, relative_spread
 from llmfast.bench.subject import GENERATION
 from llmfast.bench.table import print_document
+from llmfast.bench.verdict import judge
 from llmfast.bundle import UNKNOWN_TASK, sha256
-from llmfast.errors import InputError
+from llmfast.errors import InputError, OptionError
 from llmfast.runtime import resolve_threads
 
 __all__ = ["BenchOptions", "bench", "print_document"]
@@ -43,12 +44,12 @@ def bench(models: Sequence[Path], options: BenchOptions, baseline: Path | None =
         baseline: the bundle the others are compared with; None takes the first model.
 
     Returns:
-        A document that JSON can hold: `schema_version`, `machine`, `settings`, `baseline` (a row's `bundle`)
-        and `rows`. For speed a row has `<name>` (median over the rounds), `<name>_spread` ([low, high], 95 %
-        bootstrap interval, None with one round), `<name>_ratio` (above 1 is better than the baseline) and its
-        spread; for quality `<name>` (over all data) and `<name>_spread`. The figures of single rounds and
-        units are under `samples`. Size, memory and loading are one observation each. What can't be measured
-        is None.
+        A document that JSON can hold: `schema_version`, `machine`, `settings`, `baseline` (a row's `bundle`),
+        `rows` and `verdict` (one entry per gate and bundle). For speed a row has `<name>` (median over the
+        rounds), `<name>_spread` ([low, high], 95 % bootstrap interval, None with one round), `<name>_ratio`
+        (above 1 is better than the baseline) and its spread; for quality `<name>` (over all data) and
+        `<name>_spread`. The figures of single rounds and units are under `samples`. Size, memory and loading
+        are one observation each. What can't be measured is None.
 
     Raises:
         OptionError: an option that does not fit a bundle.
@@ -62,6 +63,7 @@ def bench(models: Sequence[Path], options: BenchOptions, baseline: Path | None =
     task = next((one.task for one in contestants if one.task != UNKNOWN_TASK), UNKNOWN_TASK)
     check_lengths(contestants, _lengths(task, options))
     metrics = _metrics_for(task)
+    _check_gates(metrics, options)
     items = _prepare_data(_of_kind(metrics, "quality"), reference, options)
     _note_load(machine)
     if task == UNKNOWN_TASK:
@@ -84,12 +86,14 @@ def bench(models: Sequence[Path], options: BenchOptions, baseline: Path | None =
             )
     _note_noise(_of_kind(metrics, "speed"), contestants, options)
     _note_placement(contestants)
+    rows = [_row(one, options) for one in contestants]
     return {
         "schema_version": SCHEMA_VERSION,
         "machine": machine,
         "settings": _settings(options, units),
         "baseline": reference.label,
-        "rows": [_row(one, options) for one in contestants],
+        "rows": rows,
+        "verdict": judge(rows, reference.label, options.gates),
     }
 
 
@@ -98,6 +102,25 @@ def _metrics_for(task: str) -> Metrics:
     plugins = {name: registry.load("bench.metrics", name) for name in registry.names("bench.metrics")}
     fitting = {name: plugin for name, plugin in plugins.items() if not plugin.TASKS or task in plugin.TASKS}
     return dict(sorted(fitting.items(), key=lambda pair: pair[1].ORDER))
+
+
+def _check_gates(metrics: Metrics, options: BenchOptions) -> None:
+    """Refuse a gate on what this run will not measure: it must not pass unnoticed."""
+    keys = {
+        name: [key for template in metric.HIGHER_IS_BETTER for key in per_shape(template, options.shape_sizes)]
+        for name, metric in metrics.items()
+    }
+    gated = {key for name in keys for key in keys[name] if metrics[name].KIND != "speed"}
+    gated |= {f"{key}_ratio" for name in _of_kind(metrics, "speed") for key in keys[name]}
+    of_quality = {key for name in _of_kind(metrics, "quality") for key in keys[name]}
+    for gate in options.gates:
+        if gate.figure not in gated:
+            speeds = sorted(key.removesuffix("_ratio") for key in gated if key.endswith("_ratio"))
+            raise OptionError(
+                f"gate on `{gate.figure}`: this run does not measure it", f"speeds measured: {', '.join(speeds)}"
+            )
+        if gate.figure in of_quality and options.data is None:
+            raise OptionError(f"gate on `{gate.figure}` needs --data", "give the text to measure quality on")
 
 
 def _of_kind(metrics: Mapping[str, ModuleType], kind: str) -> Metrics:
@@ -149,6 +172,7 @@ def _describe(metrics: Metrics, contestants: Sequence[Contestant]) -> None:
 def _settings(options: BenchOptions, units: dict[str, int]) -> dict[str, Any]:
     """Return all options, resolved; a data file by name and content, as its path means nothing elsewhere."""
     settings = asdict(options) | {"threads": resolve_threads(options.threads)}
+    del settings["gates"]  # the verdict repeats them
     settings["shapes"] = list(options.shape_sizes)
     if options.data is not None:
         settings["data"] = {"name": options.data.name, "sha256": sha256(options.data)} | units

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmfast import registry, report
+from llmfast.bench.verdict import spell
 from llmfast.errors import OptionError
 from llmfast.report import Column
 
@@ -86,6 +87,7 @@ def _footer(document: Mapping[str, Any], cells: Sequence[Mapping[str, str | None
     lines += ["; ".join(work)] if work else []
     if any((text or "").startswith(_UNSURE) for row in cells for text in row.values()):
         lines.append(f"{_UNSURE} the 95 % interval includes 1: no difference shown")
+    lines += [spell(entry) for entry in document["verdict"]]
     return lines
 
 

@@ -202,11 +202,19 @@ def _inline(name: str, array: np.ndarray) -> onnx.TensorProto:
 
 
 def _strip(proto: onnx.ModelProto) -> None:
-    """Drop the exporter's notes: shapes of inner values and, per node, paths of this machine's Python files."""
-    for part in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output):
+    """Drop the exporter's notes: per node, the lines of Python it came from, paths of this machine included.
+
+    The shapes of inner values stay. ONNX Runtime can't infer that positions are as long as the text, and
+    without that it fuses no SkipLayerNormalization.
+    """
+    graph = proto.graph
+    for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
         del part.metadata_props[:]
         part.ClearField("doc_string")
-    del proto.graph.value_info[:]
+    weights = {tensor.name for tensor in graph.initializer}
+    shapes = [value for value in graph.value_info if value.name not in weights]
+    del graph.value_info[:]
+    graph.value_info.extend(shapes)
 
 
 def _digest(array: np.ndarray) -> bytes:
