@@ -111,25 +111,26 @@ def test_gather_reads_the_rows_of_the_head(bits: int, tmp_path) -> None:
     np.testing.assert_allclose(session.run(None, {"ids": ids})[0], quantized.dequantize()[ids], rtol=1e-6)
 
 
-def _int8_layer(tmp_path, weight: np.ndarray) -> tuple[QuantizedWeight, onnxruntime.InferenceSession]:
+def _int8_layer(tmp_path, weight: np.ndarray, opset: int = 21) -> tuple[QuantizedWeight, onnxruntime.InferenceSession]:
     quantized = rtn.quantize_weight(weight, int8.grid(int8.Options()), rtn.Options())
     weights = WeightFile(tmp_path)
-    graph = GraphBuilder(weights)
+    graph = GraphBuilder(weights, opset)
     node = helper.make_node("MatMul", ["x", "w"], ["y"])
     int8.write_linear(graph, Linear("layer", node, "w", True, "", weight.shape), quantized)
     feeds = [helper.make_tensor_value_info("x", FLOAT, ["batch", "seq", weight.shape[1]])]
     return quantized, _session(graph, weights, feeds, tmp_path)
 
 
-def test_w8a8_is_the_arithmetic_it_claims(tmp_path) -> None:
+@pytest.mark.parametrize("opset", [13, 17, 18, 21])
+def test_w8a8_is_the_arithmetic_it_claims(opset: int, tmp_path) -> None:
     rng = np.random.default_rng(0)
-    quantized, session = _int8_layer(tmp_path, rng.standard_normal((24, 96)).astype(np.float32))
+    quantized, session = _int8_layer(tmp_path, rng.standard_normal((24, 96)).astype(np.float32), opset)
     hidden = rng.standard_normal((2, 7, 96)).astype(np.float32)
     hidden[0, 3] *= 1000  # an outlier token
     hidden[1, 2] = 0
-    largest = np.maximum(np.abs(hidden).max(-1, keepdims=True), 1e-30)
-    codes = np.rint((hidden / largest).astype(np.float32) * np.float32(127)).astype(np.float64)
-    expected = codes @ quantized.dequantize().astype(np.float64).T * largest / 127
+    scale = np.abs(hidden).max(-1, keepdims=True) * np.float32(1 / 127)
+    codes = np.rint(hidden / np.where(scale == 0, 1, scale)).astype(np.float64)
+    expected = codes @ quantized.dequantize().astype(np.float64).T * scale
     np.testing.assert_allclose(session.run(None, {"x": hidden})[0], expected, rtol=1e-4, atol=1e-5)
 
 

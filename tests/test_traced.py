@@ -1,5 +1,6 @@
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,11 +124,35 @@ def test_classifier_equals_pytorch_and_keeps_the_names_of_weights(tmp_path: Path
     assert linear_weights(model) <= multiplied & set(graph.initializers)
 
 
+def count_fused(path: Path, folder: Path) -> Counter[str]:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+@pytest.mark.parametrize(("model_type", "norms"), [("bert", 4), ("roberta", 3), ("distilbert", 2), ("mpnet", 3)])
+def test_onnxruntime_fuses_what_it_can(
+    exported: Callable[[str], Exported], tmp_path: Path, model_type: str, norms: int
+) -> None:
+    encoder = exported(model_type)
+    fused = count_fused(encoder.staged / "model.onnx", tmp_path)
+    layers = encoder.traced.architecture["num_hidden_layers"]
+    assert (fused["SkipLayerNormalization"], fused["BiasGelu"]) == (norms, layers)
+
+
+def test_shapes_can_be_inferred(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    proto = onnx.load(exported("bert").staged / "model.onnx")
+    del proto.graph.value_info[:]
+    onnx.save(proto, tmp_path / "model.onnx")
+    assert count_fused(tmp_path / "model.onnx", tmp_path)["SkipLayerNormalization"] == 4
+
+
 def test_graph_is_lean(exported: Callable[[str], Exported]) -> None:
     bert = exported("bert")
     proto = onnx.load(bert.staged / "model.onnx")
     operators = {node.op_type for node in proto.graph.node}
-    assert not operators & {"IsNaN", "Where", "Expand", "Range", "GatherND", "Identity", "Constant"}
+    assert not operators & {"IsNaN", "Where", "Expand", "Range", "GatherND", "Identity", "Shape", "Concat", "Slice"}
     assert {entry.version for entry in proto.opset_import if not entry.domain} == {21}
     assert b"site-packages" not in (bert.staged / "model.onnx").read_bytes()
     assert bert.traced.graphs == {

@@ -186,8 +186,10 @@ def load_config(path: Path) -> Any:
     except ValueError as error:
         if "Unrecognized model identifier" not in str(error):
             raise InputError(f"malformed `{path / 'config.json'}`: {error}") from error
-        supported = ", ".join(supported_model_types())
-        raise UnsupportedError(f"architecture `{model_type}` is not supported", f"decoders: {supported}") from error
+        raise UnsupportedError(
+            f"architecture `{model_type}` is not supported",
+            f"decoders: {', '.join(supported_model_types())}; encoders as bert, roberta and distilbert",
+        ) from error
     except Exception as error:  # configs validate themselves with many kinds of exception
         raise InputError(f"malformed `{path / 'config.json'}`: {error}") from error
 

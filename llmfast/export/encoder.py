@@ -53,6 +53,8 @@ def as_module(model: Any, outputs: tuple[str, ...], pooling: Pooling | None) -> 
     windowed = hasattr(code, "create_bidirectional_sliding_window_mask")
     takes_additive_mask = hasattr(code, "create_bidirectional_mask") and not windowed
     has_token_types = token_types(model) > 0
+    positions = _position_embeddings(model)
+    counts_positions = positions is not None and positions.padding_idx is None
 
     class Encoder(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -73,6 +75,10 @@ def as_module(model: Any, outputs: tuple[str, ...], pooling: Pooling | None) -> 
                 # A single zero becomes a constant row; the models' own default is as long as the text.
                 zero = torch.zeros(1, 1, dtype=torch.int64)
                 settings["token_type_ids"] = zero if token_type_ids is None else token_type_ids
+            if counts_positions:
+                # The models cut theirs from a table, and through a Slice ONNX Runtime can't see that they are as
+                # many as the tokens. This is 0, 1, 2, ... of the same length, made of operations that it sees through.
+                settings["position_ids"] = input_ids.amax(0, keepdim=True).clamp(1, 1).cumsum(1) - 1
             result = self.model(input_ids=input_ids, attention_mask=mask, **settings)
             return tuple(read_output(result, name, attention_mask, pooling) for name in outputs)
 
@@ -88,12 +94,19 @@ def token_types(model: Any) -> int:
 
 def context_length(model: Any) -> int:
     """Return how many positions the model has; RoBERTa's begin behind its padding index."""
+    table = _position_embeddings(model)
+    if table is None:
+        return int(model.config.max_position_embeddings)
+    return int(table.num_embeddings) - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+def _position_embeddings(model: Any) -> "torch.nn.Embedding | None":
     import torch
 
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            return int(module.num_embeddings) - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return int(model.config.max_position_embeddings)
+            return module
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -5,7 +5,6 @@ nothing but MatMul, Add and Softmax, which ONNX Runtime fuses, where `sdpa` leav
 """
 
 import contextlib
-import hashlib
 import inspect
 import io
 import logging
@@ -15,9 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import onnx
-
 from llmfast import registry
 from llmfast.bundle import MODEL
 from llmfast.errors import InputError, UnsupportedError
@@ -25,8 +21,8 @@ from llmfast.export.checkpoint import SafetensorsCheckpoint
 from llmfast.export.encoder import as_module, context_length, first_line, load_encoder, token_types
 from llmfast.export.pooling import Pooling, read_pooling
 from llmfast.export.requirements import require_export_extra
+from llmfast.export.traced_graph import write_graph
 from llmfast.export.traced_parity import Reference, prove_traced
-from llmfast.graph.weights import WeightFile
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +121,7 @@ def write_traced(source: Path, task: str, staged: Path) -> TracedExport:
         limit = context_length(model)
         inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if token_types(model) > 1 else [])
         program = _trace(module, inputs, plugin.OUTPUTS, limit)
-        _write_program(program, model, staged)
+        write_graph(program.model, dict(model.named_parameters()), staged)
         parity = prove_traced(Reference(model, plugin.OUTPUTS, pooling), staged / MODEL, inputs, limit)
     return TracedExport(
         graphs={"model": {"file": MODEL, "inputs": inputs, "outputs": list(plugin.OUTPUTS)}},
@@ -169,56 +165,6 @@ def _trace(module: "torch.nn.Module", inputs: list[str], outputs: tuple[str, ...
             )
     except torch.onnx.OnnxExporterError as error:
         raise UnsupportedError(f"PyTorch can't trace this model: {first_line(error.__cause__ or error)}") from error
-
-
-def _write_program(program: Any, model: Any, staged: Path) -> None:
-    """Write the traced graph under the checkpoint's names for weights, without the exporter's notes."""
-    import onnx_ir
-
-    names = {_digest(weight.detach().numpy().T): name for name, weight in model.named_parameters() if weight.ndim == 2}
-    weights = WeightFile(staged)
-    initializers: dict[str, onnx.TensorProto] = {}
-    values = program.model.graph.initializers
-    for value in list(values.values()):
-        del values[value.name]
-        if not value.uses():
-            continue
-        array = value.const_value.numpy()
-        # The exporter stores linear weights transposed, under names of its own (`val_64`).
-        known = names.get(_digest(array)) if array.ndim == 2 else None
-        value.name = known or value.name.removeprefix("model.")
-        if value.name not in initializers:
-            # A scalar is a setting of a node, not a weight, and must stay one.
-            store = weights.add if array.ndim else _inline
-            initializers[value.name] = store(value.name, array)
-    proto = onnx_ir.to_proto(program.model)
-    proto.graph.initializer.extend(initializers.values())
-    _strip(proto)
-    weights.save(proto)
-
-
-def _inline(name: str, array: np.ndarray) -> onnx.TensorProto:
-    return onnx.numpy_helper.from_array(array, name)
-
-
-def _strip(proto: onnx.ModelProto) -> None:
-    """Drop the exporter's notes: per node, the lines of Python it came from, paths of this machine included.
-
-    The shapes of inner values stay. ONNX Runtime can't infer that positions are as long as the text, and
-    without that it fuses no SkipLayerNormalization.
-    """
-    graph = proto.graph
-    for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
-        del part.metadata_props[:]
-        part.ClearField("doc_string")
-    weights = {tensor.name for tensor in graph.initializer}
-    shapes = [value for value in graph.value_info if value.name not in weights]
-    del graph.value_info[:]
-    graph.value_info.extend(shapes)
-
-
-def _digest(array: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(array).data).digest() + repr(array.shape).encode()
 
 
 def _describe(config: Any, limit: int) -> dict[str, Any]:

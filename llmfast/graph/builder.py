@@ -74,7 +74,9 @@ class GraphBuilder:
         proto.graph.node.extend(self._nodes)
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(self._initializers.values())
-        del proto.graph.value_info[:]  # shapes of values that are gone
+        kept = [value for value in proto.graph.value_info if value.name in self._values]
+        del proto.graph.value_info[:]
+        proto.graph.value_info.extend(kept)  # ONNX Runtime fuses nodes only where it knows their shapes
         return proto
 
     def reduce_max(self, value: str, output: str) -> str:

@@ -42,7 +42,7 @@ class WeightFile:
 
     def add(self, name: str, array: np.ndarray) -> TensorProto:
         """Store a tensor and return the initializer that stands for it in the graph."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         if array.nbytes < INLINE_BYTES or array.dtype in _ONNX_TYPES:
             return onnx.numpy_helper.from_array(array, name)
         self._write(b"\0" * (-self._end % ALIGNMENT))

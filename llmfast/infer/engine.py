@@ -71,7 +71,7 @@ class Engine:
         provider: str = "cpu",
         threads: int | None = None,
         max_length: int | None = None,
-        chunk_tokens: int = 128,
+        chunk_tokens: int = 256,
         spin: bool = True,
     ) -> None:
         if chunk_tokens < 1:
