@@ -61,8 +61,14 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], ti
         table.add_column(column.title, justify="right" if column.align_right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*[Text(cell) for cell in _cells(row, columns)])
-    width = None if sys.stdout.isatty() else 10_000  # a pipe has no edge to wrap at
-    Console(width=width, soft_wrap=True).print(table)
+    if sys.stdout.isatty():
+        Console().print(table)
+        return
+    console = Console(width=10_000, color_system=None)  # a pipe has no edge to wrap at
+    with console.capture() as captured:
+        console.print(table)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    out("\n".join(line for line in lines if line))
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], output_format: str) -> None:

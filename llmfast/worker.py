@@ -12,6 +12,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import traceback
 from typing import Any
 
 from llmfast.errors import LlmfastError, NativeCrashError, ResourceError
@@ -107,6 +108,8 @@ def _serve() -> None:
             failure = error
         except MemoryError:
             failure = ResourceError("ran out of memory", "free memory or use a smaller model")
+        except Exception:  # a bug: the parent raises it with the child's traceback
+            failure = RuntimeError(traceback.format_exc())
         pickle.dump((answer, failure), answers)
         answers.flush()
 

@@ -1,5 +1,6 @@
 """Tiny real models, built once per test run with fixed seeds."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+# Where scripts/fetch_models.sh puts the real models that slow tests use.
+REAL_MODELS = Path(os.environ.get("LLMFAST_MODELS", Path(__file__).parent.parent / ".models"))
 
 # Differences between the architectures of the direct route, at sizes that exercise them.
 SIZES = {

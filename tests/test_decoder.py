@@ -21,12 +21,12 @@ from tests.conftest import ARCHITECTURES, write_checkpoint
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def exported(
-    request: pytest.FixtureRequest, checkpoints: Callable[[str], Path], tmp_path: Path
+    request: pytest.FixtureRequest, checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ModelBundle, torch.nn.Module]:
     source = checkpoints(request.param)
-    bundle = export(str(source), tmp_path / "bundle")
+    bundle = export(str(source), tmp_path_factory.mktemp("exported") / "bundle")
     reference = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
     return bundle, reference
 

@@ -1,6 +1,11 @@
-"""Proof that an exported decoder computes what PyTorch does, with the real weights."""
+"""Proof that an exported decoder computes what PyTorch does, with the real weights.
 
-from collections.abc import Callable
+PyTorch and ONNX Runtime run one after the other, each in a process of its own: neither's memory is
+held while the other loads its model, and the bundle is seen to run where PyTorch was never imported.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +13,30 @@ import numpy as np
 
 from llmfast.bundle import Manifest, ModelBundle
 from llmfast.errors import GateError
-from llmfast.export.checkpoint import Checkpoint
 from llmfast.infer.engine import Engine
+from llmfast.worker import Worker
 
 # Float32 kernels that sum in another order differ by this much on real models; a wrong graph by far more.
 ABSOLUTE_TOLERANCE = 1e-3
 RELATIVE_TOLERANCE = 1e-3
 # Two logits closer than this are a tie, which rounding may decide either way.
 _TIE = 1e-4
-_PROMPTS = ((1, 1), (1, 7), (1, 256), (2, 33))  # batch, length
+_PROMPTS = ((1, 1), (1, 7), (2, 33), (1, 256))  # batch, length
 _DECODED = 32  # positions of the longest prompt that are also fed one by one
+_ROWS = 32  # positions compared at a time
 
 
 def prove_decoder(
-    checkpoint: Checkpoint, folder: Path, manifest: Manifest, threads: int | None, advance: Callable[[], None]
+    source: str, folder: Path, manifest: Manifest, threads: int | None, advance: Callable[[], None]
 ) -> dict[str, Any]:
-    """Compare logits at every position: whole prompts, chunks, and token by token.
+    """Compare logits at every position: whole prompts, batches, and token by token over the cache.
+
+    Args:
+        source: the checkpoint, as `open_checkpoint` takes it.
+        folder: the bundle being written.
+        manifest: its facts.
+        threads: threads of ONNX Runtime.
+        advance: called when PyTorch is done, and when ONNX Runtime is.
 
     Returns:
         `max_abs_diff`, `max_abs_logit`, `argmax_agreement`, `positions`, `prompts`.
@@ -33,59 +46,95 @@ def prove_decoder(
     """
     rng = np.random.default_rng(0)
     vocab_size, context = manifest.architecture["vocab_size"], manifest.architecture["context_length"]
-    shapes = [(batch, min(length, context)) for batch, length in _PROMPTS]
-    prompts = [rng.integers(0, vocab_size, shape) for shape in shapes]
-    expected = _reference_logits(checkpoint, prompts)
+    prompts = [rng.integers(0, vocab_size, (batch, min(length, context))) for batch, length in _PROMPTS]
+    with Worker("llmfast.export.parity:Reference", source) as reference:
+        expected = reference.call("logits", prompts)
     advance()
-    engine = Engine(ModelBundle(folder, manifest, folder / manifest.graphs["model"]["file"]), threads=threads)
-    pairs = []
-    for prompt, logits in zip(prompts, expected, strict=True):
-        if len(prompt) == 1:
-            pairs.append((f"prompt of {prompt.size}", engine.score(prompt[0]), logits[0]))
-        else:
-            pairs.append((f"batch of {len(prompt)}", _score_batch(engine, prompt), logits))
-    longest = max(range(len(prompts)), key=lambda index: prompts[index].shape[1])
-    pairs.append(_decode(engine, prompts[longest][0], expected[longest][0]))
+    with Worker("llmfast.export.parity:Exported", folder, manifest, threads) as exported:
+        measured: dict[str, Any] = exported.call("compare", prompts, expected)
     advance()
-    return _compare(pairs) | {"prompts": [list(shape) for shape in shapes]}
+    return measured | {"prompts": [list(prompt.shape) for prompt in prompts]}
 
 
-def _reference_logits(checkpoint: Checkpoint, prompts: list[np.ndarray]) -> list[np.ndarray]:
-    """Run PyTorch and let go of its model before ONNX Runtime loads its own."""
-    import torch
+class Reference:
+    """The PyTorch model of a checkpoint, in the process that compares."""
 
-    model = checkpoint.load_reference()
-    with torch.inference_mode():
-        return [model(torch.from_numpy(prompt), use_cache=False).logits.numpy() for prompt in prompts]
+    def __init__(self, source: str) -> None:
+        from llmfast.export.checkpoint import open_checkpoint
 
+        self.model = open_checkpoint(source).load_reference()
 
-def _score_batch(engine: Engine, prompts: np.ndarray) -> np.ndarray:
-    batch, length = prompts.shape
-    feeds = {
-        "input_ids": prompts,
-        "seqlens_k": np.full(batch, length - 1, np.int32),
-        "total_sequence_length": np.array(length, np.int32),
-        "num_logits": np.array([length], np.int64),
-    }
-    for value in engine.session.get_inputs():
-        if value.name.startswith("past_key_values."):
-            feeds[value.name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), np.float32)
-    logits: np.ndarray = engine.session.run(["logits"], feeds)[0]
-    return logits
+    def logits(self, prompts: list[np.ndarray]) -> list[np.ndarray]:
+        """Return float32 [batch, length, vocab] for each prompt, int64 [batch, length]."""
+        import torch
+
+        with torch.inference_mode():
+            return [self.model(torch.from_numpy(prompt), use_cache=False).logits.numpy() for prompt in prompts]
 
 
-def _decode(engine: Engine, prompt: np.ndarray, expected: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
-    """Feed the end of a prompt token by token, over the cache that its beginning left."""
-    begin = max(1, len(prompt) - _DECODED)
-    engine.reset()
-    rows = [engine.prefill(prompt[:begin]).copy()]
-    rows += [engine.decode(int(token)).copy() for token in prompt[begin:]]
-    return "token by token", np.stack(rows), expected[begin - 1 :]
+class Exported:
+    """The ONNX model that was written."""
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int | None) -> None:
+        bundle = ModelBundle(folder, manifest, folder / manifest.graphs["model"]["file"])
+        self.engine = Engine(bundle, threads=threads, max_length=max(length for _, length in _PROMPTS))
+
+    def compare(self, prompts: list[np.ndarray], expected: list[np.ndarray]) -> dict[str, Any]:
+        """Compare with PyTorch's logits, prompt by prompt.
+
+        Raises:
+            GateError: a difference over the tolerance, or another most likely token.
+        """
+        total = _Difference()
+        for prompt, logits in zip(prompts, expected, strict=True):
+            if len(prompt) == 1:
+                total.add(f"prompt of {prompt.size}", self.engine.score(prompt[0]), logits[0])
+            else:
+                total.add(f"batch of {len(prompt)}", self._score_batch(prompt), logits)
+        first = max(1, prompts[-1].size - _DECODED)
+        for position, row in self._decode(prompts[-1][0], first):
+            total.add("token by token", row[None], expected[-1][0, position : position + 1])
+        return total.verdict()
+
+    def _score_batch(self, prompts: np.ndarray) -> np.ndarray:
+        batch, length = prompts.shape
+        feeds = {
+            "input_ids": prompts,
+            "seqlens_k": np.full(batch, length - 1, np.int32),
+            "total_sequence_length": np.array(length, np.int32),
+            "num_logits": np.array([length], np.int64),
+        }
+        for value in self.engine.session.get_inputs():
+            if value.name.startswith("past_key_values."):
+                feeds[value.name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), np.float32)
+        logits: np.ndarray = self.engine.session.run(["logits"], feeds)[0]
+        return logits
+
+    def _decode(self, prompt: np.ndarray, first: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Feed the end of a prompt token by token, over the cache that its beginning left."""
+        self.engine.reset()
+        yield first - 1, self.engine.prefill(prompt[:first])
+        for position in range(first, len(prompt)):
+            yield position, self.engine.decode(int(prompt[position]))
 
 
-def _compare(pairs: list[tuple[str, np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    worst, scale, agreed, decided, positions = 0.0, 0.0, 0, 0, 0
-    for name, actual, expected in pairs:
+@dataclass
+class _Difference:
+    """What the comparison has seen so far."""
+
+    max_abs_diff: float = 0.0
+    max_abs_logit: float = 0.0
+    positions: int = 0
+    decided: int = 0  # positions without a tie
+    agreed: int = 0
+
+    def add(self, name: str, actual: np.ndarray, expected: np.ndarray) -> None:
+        """Compare logits of some positions, float32 [..., vocab]."""
+        rows, reference = (array.reshape(-1, array.shape[-1]) for array in (actual, expected))
+        for start in range(0, len(rows), _ROWS):
+            self._add_rows(name, rows[start : start + _ROWS], reference[start : start + _ROWS])
+
+    def _add_rows(self, name: str, actual: np.ndarray, expected: np.ndarray) -> None:
         difference = np.abs(actual - expected)
         if not np.all(difference <= ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * np.abs(expected)):
             raise GateError(
@@ -93,20 +142,29 @@ def _compare(pairs: list[tuple[str, np.ndarray, np.ndarray]]) -> dict[str, Any]:
                 f"allowed {ABSOLUTE_TOLERANCE:g} + {RELATIVE_TOLERANCE:g} of the value",
                 "nothing was written; please report the model's config.json",
             )
-        top = np.partition(expected, -2, axis=-1)[..., -2:]
-        clear = np.abs(top[..., 1] - top[..., 0]) > _TIE
-        agreed += int((clear & (actual.argmax(-1) == expected.argmax(-1))).sum())
-        decided += int(clear.sum())
-        positions += clear.size
-        worst, scale = max(worst, float(difference.max())), max(scale, float(np.abs(expected).max()))
-    if agreed != decided:
-        raise GateError(
-            f"export differs from PyTorch: another most likely token at {decided - agreed} of {decided} positions",
-            "nothing was written; please report the model's config.json",
-        )
-    return {
-        "max_abs_diff": worst,
-        "max_abs_logit": scale,
-        "argmax_agreement": agreed / max(1, decided),
-        "positions": positions,
-    }
+        top = np.partition(expected, -2, axis=-1)[:, -2:]
+        clear = np.abs(top[:, 1] - top[:, 0]) > _TIE
+        self.agreed += int((clear & (actual.argmax(-1) == expected.argmax(-1))).sum())
+        self.decided += int(clear.sum())
+        self.positions += clear.size
+        self.max_abs_diff = max(self.max_abs_diff, float(difference.max()))
+        self.max_abs_logit = max(self.max_abs_logit, float(np.abs(expected).max()))
+
+    def verdict(self) -> dict[str, Any]:
+        """Return the figures.
+
+        Raises:
+            GateError: another most likely token somewhere.
+        """
+        if self.agreed != self.decided:
+            raise GateError(
+                f"export differs from PyTorch: another most likely token at {self.decided - self.agreed} of "
+                f"{self.decided} positions",
+                "nothing was written; please report the model's config.json",
+            )
+        return {
+            "max_abs_diff": self.max_abs_diff,
+            "max_abs_logit": self.max_abs_logit,
+            "argmax_agreement": self.agreed / max(1, self.decided),
+            "positions": self.positions,
+        }

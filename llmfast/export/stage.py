@@ -120,7 +120,7 @@ def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions
         lineage=(_step("direct", options),),
     )
     with progress("comparing with PyTorch", 2) as advance:
-        parity = prove_decoder(checkpoint, staged, manifest, options.threads, advance)
+        parity = prove_decoder(source, staged, manifest, options.threads, advance)
     return _with_parity(manifest, parity)
 
 
