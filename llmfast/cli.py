@@ -122,13 +122,21 @@ def quantize(
         str | None, typer.Option(help=f"Number format: {', '.join(registry.names('quantize.schemes'))}.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help=f"How the numbers are found: {', '.join(registry.names('quantize.rounding'))}.")
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help=f"How the numbers are found: any of {', '.join(registry.names('quantize.transforms'))}, "
+            f"then one of {', '.join(registry.names('quantize.rounding'))}.",
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the scheme or method; see --list.")
     ] = None,
     include: Annotated[str | None, typer.Option(help="Quantize only layers whose name matches this regex.")] = None,
     exclude: Annotated[str | None, typer.Option(help="Keep layers whose name matches this regex as floats.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text for methods that calibrate, gptq for one.")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Windows, or an encoder's lines, of it to use.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     show_list: Annotated[bool, typer.Option("--list", help="List schemes and methods with their options.")] = False,
@@ -140,18 +148,22 @@ def quantize(
     """
     _check_format(output_format)
     if show_list:
-        report.out(registry.describe("quantize.schemes", "quantize.rounding"))
+        report.out(registry.describe("quantize.schemes", "quantize.transforms", "quantize.rounding"))
         return
     if model is None or output is None or scheme is None:
         raise OptionError(
             "quantize needs a MODEL, --output and --scheme", "llmfast quantize fp32 -o int4 --scheme int4"
         )
+    from llmfast.quantize.calibrate import Calibration
     from llmfast.quantize.stage import LAYER_COLUMNS, QuantizeOptions, plan_layers
     from llmfast.quantize.stage import quantize as run
 
     options = QuantizeOptions(
         scheme=scheme,
         settings=_parse_settings(settings or []),
+        calibration=Calibration(calibration, **_given({"num_samples": num_samples, "seq_len": seq_len}))
+        if calibration
+        else None,
         overwrite=overwrite,
         **_given({"method": method, "include": include, "exclude": exclude}),
     )

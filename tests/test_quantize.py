@@ -17,7 +17,7 @@ from llmfast.export.stage import export
 from llmfast.graph.linear import find_embeddings, find_linears
 from llmfast.graph.model import OnnxModel
 from llmfast.infer.engine import Engine
-from llmfast.quantize.rewrite import block_wise_grid
+from llmfast.quantize.plan import block_wise_grid
 from llmfast.quantize.rounding import rtn
 from llmfast.quantize.stage import QuantizeOptions, plan_layers, quantize
 
@@ -182,7 +182,7 @@ def test_external_weights_stay_outside_and_complete(
     ("options", "reason"),
     [
         (QuantizeOptions("int5"), "unknown scheme `int5`"),
-        (QuantizeOptions("int4", method="rnt"), "unknown rounding `rnt`"),
+        (QuantizeOptions("int4", method="rnt"), "unknown method `rnt`"),
         (QuantizeOptions("int4", settings={"blocksize": "32"}), "no option `blocksize`"),
         (QuantizeOptions("int4", settings={"block_size": "many"}), "not of type int"),
         (QuantizeOptions("int4", settings={"block_size": "48"}), "block_size 48"),

@@ -1,27 +1,27 @@
 """Writing the quantized graph: linear layers and embeddings replaced, everything else kept."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import onnx
 
 from llmfast.errors import InputError
 from llmfast.graph.builder import GraphBuilder
+from llmfast.graph.fold import Rescaling
 from llmfast.graph.linear import Embedding, Linear
 from llmfast.graph.model import OnnxModel, walk
-from llmfast.graph.packed import (
-    Grid,
-    QuantizedWeight,
-    largest_block_size,
-    store_blocks,
-    write_gather,
-    write_matmul_nbits,
-)
+from llmfast.graph.packed import Grid, QuantizedWeight, store_blocks, write_gather, write_matmul_nbits
 from llmfast.graph.weights import WeightFile
+from llmfast.quantize.plan import EMBEDDING_ROLE, HEAD_ROLE, Layers
 
-HEAD_ROLE = "lm_head"
-EMBEDDING_ROLE = "embedding"
+
+class RoundWeight(Protocol):
+    """How a weight is rounded."""
+
+    def __call__(self, weight: np.ndarray, grid: Grid, linear: Linear | None) -> QuantizedWeight:
+        """Quantize float32 [N, K]; `linear` is None for an embedding and a head in blocks."""
 
 
 @dataclass(frozen=True)
@@ -46,38 +46,38 @@ class QuantizedGraph:
 
     Args:
         model: the float graph.
+        layers: which weights, and their grids.
+        rescaling: what the transforms decided.
         weights: where the new weights go.
         write_linear: the scheme's `write_linear`.
-        round_weight: `(weight [N, K], grid) -> QuantizedWeight`.
-        grids: the grid of each weight to quantize, by initializer name; others are kept.
-        block_wise: weights that the scheme does not handle: embeddings, and the heads tied to them.
+        round_weight: the method's.
     """
 
     def __init__(
         self,
         model: OnnxModel,
+        layers: Layers,
+        rescaling: Rescaling,
         weights: WeightFile,
         write_linear: Callable[[GraphBuilder, Linear, QuantizedWeight], None],
-        round_weight: Callable[[np.ndarray, Grid], QuantizedWeight],
-        grids: Mapping[str, Grid],
-        block_wise: frozenset[str],
+        round_weight: RoundWeight,
     ) -> None:
         self._model = model
+        self._layers = layers
+        self._rescaling = rescaling
         self._weights = weights
         self._write_linear = write_linear
         self._round_weight = round_weight
-        self._grids = grids
-        self._block_wise = block_wise
         self._blocks: dict[str, tuple[QuantizedWeight, list[str]]] = {}
         self.reports: list[LayerReport] = []
 
-    def write(self, linears: list[Linear], embeddings: list[Embedding], advance: Callable[[], None]) -> list[str]:
+    def write(self, advance: Callable[[], None]) -> list[str]:
         """Write the graph; return the names of its files."""
         graph = GraphBuilder(self._weights, self._model.opset)
-        linear_of = {linear.output: linear for linear in linears if linear.weight in self._grids}
-        embedding_of = {table.node.output[0]: table for table in embeddings if table.weight in self._grids}
-        replaced = {*linear_of, *embedding_of}
-        for node in _live_nodes(self._model, replaced):
+        grids = self._layers.grids
+        linear_of = {linear.output: linear for linear in self._layers.linears if linear.weight in grids}
+        embedding_of = {table.node.output[0]: table for table in self._layers.embeddings if table.weight in grids}
+        for node in _live_nodes(self._model, {*linear_of, *embedding_of}):
             output = node.output[0]
             if output in linear_of:
                 self._replace_linear(graph, linear_of[output])
@@ -86,31 +86,28 @@ class QuantizedGraph:
                 self._replace_embedding(graph, embedding_of[output])
                 advance()
             else:
-                for name in _constants(self._model, node):
-                    graph.weight(name, self._model.read(self._model.initializers[name]))
+                self._keep(graph, _constants(self._model, node))
                 graph.keep(node)
-        for linear in linear_of.values():
-            if linear.bias in self._model.initializers:
-                graph.weight(linear.bias, self._model.read(self._model.initializers[linear.bias]))
+        self._keep(graph, [one.bias for one in linear_of.values() if one.bias in self._model.initializers])
         return [file.name for file in self._weights.save(graph.rewrite(self._model))]
 
+    def _keep(self, graph: GraphBuilder, names: list[str]) -> None:
+        for name in names:
+            array = self._model.read(self._model.initializers[name])
+            graph.weight(name, self._rescaling.vector(name, array))
+
     def _replace_linear(self, graph: GraphBuilder, linear: Linear) -> None:
-        if linear.weight in self._block_wise:
+        if linear.weight in self._layers.block_wise:
             weight, stored = self._store(graph, linear.weight, linear.name, HEAD_ROLE, lambda: linear.read(self._model))
             write_matmul_nbits(graph, stored, weight, linear.input, linear.output, linear.bias)
             return
-        weight = self._quantize(linear.weight, linear.name, linear.role, linear.read(self._model))
-        self._write_linear(graph, linear, weight)
+        array = self._rescaling.weight(linear, linear.read(self._model))
+        self._write_linear(graph, linear, self._quantize(linear.weight, linear.name, linear.role, array, linear))
 
     def _replace_embedding(self, graph: GraphBuilder, table: Embedding) -> None:
+        tensor = self._model.initializers[table.weight]
         name = table.weight.removesuffix(".weight")
-        weight, stored = self._store(
-            graph,
-            table.weight,
-            name,
-            EMBEDDING_ROLE,
-            lambda: self._model.read(self._model.initializers[table.weight]),
-        )
+        weight, stored = self._store(graph, table.weight, name, EMBEDDING_ROLE, lambda: self._model.read(tensor))
         write_gather(graph, stored, weight, table.node.input[1], table.node.output[0])
 
     def _store(
@@ -118,11 +115,11 @@ class QuantizedGraph:
     ) -> tuple[QuantizedWeight, list[str]]:
         """Quantize and store a block-wise weight once, for the embedding and the head that share it."""
         if weight not in self._blocks:
-            quantized = self._quantize(weight, name, role, read())
+            quantized = self._quantize(weight, name, role, read(), None)
             self._blocks[weight] = quantized, store_blocks(graph, name, quantized)
         return self._blocks[weight]
 
-    def _quantize(self, weight: str, name: str, role: str, array: np.ndarray) -> QuantizedWeight:
+    def _quantize(self, weight: str, name: str, role: str, array: np.ndarray, linear: Linear | None) -> QuantizedWeight:
         array = np.asarray(array, np.float32)
         if not np.isfinite(array).all():
             bad = np.argwhere(~np.isfinite(array))
@@ -131,26 +128,21 @@ class QuantizedGraph:
                 f"the first at {bad[0].tolist()}",
                 "the checkpoint is damaged or its training diverged",
             )
-        quantized = self._round_weight(array, self._grids[weight])
+        quantized = self._round_weight(array, self._layers.grids[weight], linear)
         error = float(np.square(quantized.dequantize() - array, dtype=np.float32).sum(dtype=np.float64))
         power = float(np.square(array).sum(dtype=np.float64))
         self.reports.append(LayerReport(name, role, quantized.grid.bits, array.size, error, power))
         return quantized
 
 
-def block_wise_grid(in_features: int, bits: int) -> Grid:
-    """Return the grid of an embedding or head: the largest blocks that fit, without zero points."""
-    return Grid(bits=bits, block_size=largest_block_size(in_features))
-
-
 def _constants(model: OnnxModel, node: onnx.NodeProto) -> list[str]:
     """Return the initializers that a node, or a node inside its subgraphs, reads."""
-    inner = [name for attribute in node.attribute if attribute.HasField("g") for name in _inputs(attribute.g)]
-    return [name for name in [*node.input, *inner] if name in model.initializers]
+    return [name for name in _reads(node) if name in model.initializers]
 
 
-def _inputs(graph: onnx.GraphProto) -> list[str]:
-    return [name for node in walk(graph) for name in node.input]
+def _reads(node: onnx.NodeProto) -> list[str]:
+    inner = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+    return [*node.input, *(name for graph in inner for part in walk(graph) for name in part.input)]
 
 
 def _live_nodes(model: OnnxModel, replaced: set[str]) -> list[onnx.NodeProto]:
@@ -163,11 +155,7 @@ def _live_nodes(model: OnnxModel, replaced: set[str]) -> list[onnx.NodeProto]:
         live.append(node)
         if node.output[0] in replaced:
             activations = 1 if node.op_type == "Gather" else 0
-            needed.add(node.input[activations])
-            needed.update(node.input[2:])
+            needed.update([node.input[activations], *node.input[2:]])
         else:
-            needed.update(node.input)
-            needed.update(
-                name for attribute in node.attribute if attribute.HasField("g") for name in _inputs(attribute.g)
-            )
+            needed.update(_reads(node))
     return live[::-1]

@@ -2,14 +2,13 @@
 
 import importlib.metadata
 import math
-import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 import llmfast
 from llmfast import registry
@@ -23,21 +22,17 @@ from llmfast.bundle import (
     stage_output,
     write_manifest,
 )
-from llmfast.errors import OptionError, UnsupportedError
-from llmfast.graph.linear import Embedding, Linear, find_embeddings, find_linears
+from llmfast.errors import OptionError
+from llmfast.graph.fold import Rescaling, find_fold_sites
+from llmfast.graph.linear import Linear
 from llmfast.graph.model import OnnxModel
-from llmfast.graph.packed import BLOCK_SIZES, Grid
+from llmfast.graph.packed import Grid, QuantizedWeight
 from llmfast.graph.weights import WeightFile
-from llmfast.quantize.rewrite import EMBEDDING_ROLE, HEAD_ROLE, LayerReport, QuantizedGraph, block_wise_grid
-from llmfast.report import Column, progress
+from llmfast.quantize.calibrate import Calibration, Calibrator, Statistics
+from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Plan, choose_layers
+from llmfast.quantize.rewrite import LayerReport, QuantizedGraph
+from llmfast.report import Column, note, progress
 from llmfast.runtime import open_session
-
-# A graph that has one of these was quantized before.
-_QUANTIZED_OPS = frozenset(
-    {"MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul"}
-    | {"DequantizeLinear", "GatherBlockQuantized"}
-)
-_FLOAT_BITS = 32
 
 LAYER_COLUMNS = (
     Column("role", "role", align_right=False),
@@ -47,6 +42,9 @@ LAYER_COLUMNS = (
     Column("relative error", "relative_error", "{:.4f}".format),
 )
 
+# [K, K] statistics held at a time: a layer whose own are larger is measured alone.
+_GRAM_BYTES = 512 << 20
+
 
 @dataclass(frozen=True)
 class QuantizeOptions:
@@ -54,29 +52,22 @@ class QuantizeOptions:
 
     Attributes:
         scheme: the number format, a file in quantize/schemes.
-        method: how the numbers are found: a file in quantize/rounding.
-        settings: options of scheme and method as typed, `KEY -> VALUE`.
+        method: how the numbers are found: files in quantize/transforms, then one in quantize/rounding,
+            separated by commas.
+        settings: options of scheme and methods as typed, `KEY -> VALUE`.
         include: quantize only layers whose name matches this regular expression.
         exclude: keep layers whose name matches.
+        calibration: the text that methods with statistics run on.
         overwrite: replace an existing bundle.
     """
 
     scheme: str
-    method: str = "rtn"
+    method: str = DEFAULT_ROUNDING
     settings: Mapping[str, str] = field(default_factory=dict)
     include: str = ""
     exclude: str = ""
+    calibration: Calibration | None = None
     overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A checked choice: plug-ins and their resolved options."""
-
-    scheme: ModuleType
-    scheme_options: Any
-    method: ModuleType
-    method_options: Any
 
 
 def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundle:
@@ -91,149 +82,138 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         The new bundle; its manifest says what was done to the layers of each role.
 
     Raises:
-        OptionError: an unknown scheme, method or setting.
-        InputError: the model is missing, truncated or has NaN weights.
+        OptionError: an unknown scheme, method or setting, or a method without the text it needs.
+        InputError: the model is missing, truncated or has NaN weights; too little calibration text.
         UnsupportedError: nothing to quantize, or already quantized.
         OutputExistsError: the output exists.
     """
-    plan = _make_plan(options)
-    bundle = ModelBundle.open(source)
-    check_output(output, (source,), options.overwrite)
-    model = OnnxModel.load(bundle.model)
-    linears, embeddings = _choose(model, options)
-    grids, block_wise = _assign_grids(linears, embeddings, plan)
+    plan, bundle, model, layers = _prepare(source, output, options)
     with stage_output(output, options.overwrite) as staged:
+        rescaling, statistics_of = _calibrate(plan, bundle, model, layers, options.calibration)
         graph = QuantizedGraph(
             model,
+            layers,
+            rescaling,
             WeightFile(staged),
-            plan.scheme.write_linear,
-            partial(plan.method.quantize_weight, options=plan.method_options),
-            grids,
-            block_wise,
+            plan.scheme.plugin.write_linear,
+            _rounding(plan, statistics_of),
         )
-        steps = sum(linear.weight in grids for linear in linears) + sum(table.weight in grids for table in embeddings)
-        with progress("quantizing", steps) as advance:
-            files = graph.write(linears, embeddings, advance)
+        with progress("quantizing", layers.num_nodes) as advance:
+            files = graph.write(advance)
         for name in COMPANIONS:
             if companion := bundle.companion(name):
                 shutil.copyfile(companion, staged / name)
         open_session(staged / files[0])  # a model that does not load is not written
-        write_manifest(
-            staged, _manifest(bundle, model, OnnxModel.load(staged / files[0]), plan, options, graph.reports)
-        )
+        written = OnnxModel.load(staged / files[0])
+        write_manifest(staged, _manifest(bundle, model, written, plan, options, graph.reports))
     return ModelBundle.open(output)
 
 
 def plan_layers(source: Path, output: Path, options: QuantizeOptions) -> list[dict[str, Any]]:
     """Check everything `quantize` checks before it works, and return one row per role of what it would do."""
-    plan = _make_plan(options)
+    return _prepare(source, output, options)[3].rows()
+
+
+def _prepare(source: Path, output: Path, options: QuantizeOptions) -> tuple[Plan, ModelBundle, OnnxModel, Layers]:
+    plan = Plan.make(options.scheme, options.method, options.settings)
+    if plan.needs_calibration and options.calibration is None:
+        raise OptionError(f"{' and '.join(plan.needs_calibration)} need --calibration", "give a UTF-8 text file")
+    bundle = ModelBundle.open(source)
     check_output(output, (source,), options.overwrite)
-    model = OnnxModel.load(ModelBundle.open(source).model)
-    linears, embeddings = _choose(model, options)
-    grids, block_wise = _assign_grids(linears, embeddings, plan)
-    parts = {table.weight: (EMBEDDING_ROLE, table.shape) for table in embeddings}
-    parts |= {
-        linear.weight: (HEAD_ROLE if linear.weight in block_wise else linear.role, linear.shape)
-        for linear in linears
-        if linear.weight not in parts
-    }
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for weight, (role, (out_features, in_features)) in parts.items():
-        bits = grids[weight].bits if weight in grids else _FLOAT_BITS
-        row = rows.setdefault((role, bits), {"role": role, "layers": 0, "num_parameters": 0, "bits": bits})
-        row["layers"] += 1
-        row["num_parameters"] += out_features * in_features
-    return list(rows.values())
+    model = OnnxModel.load(bundle.model)
+    return plan, bundle, model, choose_layers(model, plan, options.include, options.exclude)
 
 
-def _make_plan(options: QuantizeOptions) -> _Plan:
-    scheme = registry.load("quantize.schemes", options.scheme)
-    method = registry.load("quantize.rounding", options.method)
-    scheme_keys = {entry.name for entry in fields(scheme.Options)}
-    method_keys = {entry.name for entry in fields(method.Options)}
-    unknown = {key for key in options.settings if key.replace("-", "_") not in scheme_keys | method_keys}
-    if unknown:
-        raise OptionError(
-            f"`{options.scheme}` and `{options.method}` have no option `{sorted(unknown)[0]}`",
-            f"they have: {', '.join(sorted(scheme_keys | method_keys))}",
-        )
-    of_scheme = {key: value for key, value in options.settings.items() if key.replace("-", "_") in scheme_keys}
-    of_method = {key: value for key, value in options.settings.items() if key.replace("-", "_") in method_keys}
-    plan = _Plan(scheme, registry.make_options(scheme, of_scheme), method, registry.make_options(method, of_method))
-    block_size = plan.scheme.grid(plan.scheme_options).block_size
-    if block_size and block_size not in BLOCK_SIZES:
-        raise OptionError(f"block_size {block_size}: ONNX Runtime has no kernel for it", f"choose from {BLOCK_SIZES}")
-    if plan.scheme_options.head_bits not in (8, _FLOAT_BITS):
-        raise OptionError(f"head_bits {plan.scheme_options.head_bits}: not 8 or {_FLOAT_BITS}")
-    return plan
+def _calibrate(
+    plan: Plan, bundle: ModelBundle, model: OnnxModel, layers: Layers, calibration: Calibration | None
+) -> tuple[Rescaling, Callable[[Linear], Statistics | None]]:
+    """Run the transforms; return what they decided, and a function that gives a layer's statistics."""
+    rescaling = Rescaling()
+    if calibration is None or not plan.needs_calibration:
+        return rescaling, lambda linear: None
+    linears = [one for one in layers.linears if one.weight in layers.grids and one.weight not in layers.block_wise]
+    calibrator = Calibrator(model, bundle, calibration, list(dict.fromkeys(one.input for one in linears)))
+    sites = find_fold_sites(model, linears) if plan.transforms else []
+    if plan.transforms and not sites:
+        note(f"note: `{model.path}`: nothing to rescale: every norm feeds more than linear layers")
+    if sites:
+        with progress("calibrating", len(calibrator.samples)) as advance:
+            statistics = calibrator.measure([site.activations for site in sites], False, advance)
+        for transform in plan.transforms:
+            transform.plugin.transform(
+                sites,
+                statistics,
+                lambda linear: rescaling.weight(linear, linear.read(model)),
+                rescaling,
+                transform.options,
+            )
+    return rescaling, _GramSupply(calibrator, linears, rescaling)
 
 
-def _choose(model: OnnxModel, options: QuantizeOptions) -> tuple[list[Linear], list[Embedding]]:
-    quantized = next((node.op_type for node in model.proto.graph.node if node.op_type in _QUANTIZED_OPS), None)
-    if quantized:
-        raise UnsupportedError(
-            f"`{model.path}` is already quantized: it has {quantized} nodes", "start from the float model"
-        )
-    try:
-        include, exclude = re.compile(options.include), re.compile(options.exclude or r"(?!)")
-    except re.error as error:
-        raise OptionError(f"not a regular expression: `{error.pattern!s}`: {error}") from error
+class _GramSupply:
+    """Gives each layer's statistics in the graph's order, measuring as many at a time as memory allows."""
 
-    def chosen(name: str) -> bool:
-        return bool(include.search(name)) and not exclude.search(name)
+    def __init__(self, calibrator: Calibrator, linears: list[Linear], rescaling: Rescaling) -> None:
+        self._calibrator = calibrator
+        self._widths = {linear.input: linear.shape[1] for linear in linears}
+        self._rescaling = rescaling
+        self._measured: dict[str, Statistics] = {}
 
-    found = find_linears(model)
-    linears = [linear for linear in found if chosen(linear.name)]
-    embeddings = [table for table in find_embeddings(model, found) if chosen(table.weight.removesuffix(".weight"))]
-    if not linears and not embeddings:
-        hint = "--include/--exclude leave none of its layers" if found else "it has no MatMul or Gemm weights"
-        raise UnsupportedError(f"nothing to quantize in `{model.path}`", hint)
-    return linears, embeddings
+    def __call__(self, linear: Linear) -> Statistics:
+        if linear.input not in self._measured:
+            self._measured = {}
+            with progress("calibrating", len(self._calibrator.samples)) as advance:
+                self._measured = self._calibrator.measure(self._group(linear.input), True, advance)
+        statistics = self._measured[linear.input]
+        factors = self._rescaling.activations.get(linear.input)
+        return statistics if factors is None else statistics.multiplied(factors)
+
+    def _group(self, first: str) -> list[str]:
+        names = list(self._widths)
+        group: list[str] = []
+        size = 0
+        for name in names[names.index(first) :]:
+            size += 4 * self._widths[name] ** 2
+            if group and size > _GRAM_BYTES:
+                break
+            group.append(name)
+        return group
 
 
-def _assign_grids(
-    linears: list[Linear], embeddings: list[Embedding], plan: _Plan
-) -> tuple[dict[str, Grid], frozenset[str]]:
-    """Give each weight its grid, and name those that are block-wise: embeddings and heads."""
-    tables = {table.weight: table.shape[1] for table in embeddings}
-    heads = {
-        linear.weight: linear.shape[1] for linear in linears if linear.role == HEAD_ROLE or linear.weight in tables
-    }
-    grids = {linear.weight: plan.scheme.grid(plan.scheme_options) for linear in linears}
-    bits = plan.scheme_options.head_bits
-    for weight, features in (tables | heads).items():
-        if bits == _FLOAT_BITS:
-            grids.pop(weight, None)
+def _rounding(plan: Plan, statistics_of: Callable[[Linear], Statistics | None]) -> Any:
+    """Return the function that rounds a weight; embeddings and heads are rounded to nearest."""
+    nearest = registry.load("quantize.rounding", DEFAULT_ROUNDING)
+    method = plan.rounding
+
+    def round_weight(weight: np.ndarray, grid: Grid, linear: Linear | None) -> QuantizedWeight:
+        quantized: QuantizedWeight
+        if linear is None:
+            quantized = nearest.quantize_weight(weight, grid, nearest.Options())
         else:
-            grids[weight] = block_wise_grid(features, bits)
-    return grids, frozenset(tables | heads)
+            statistics = statistics_of(linear) if method.plugin.NEEDS_STATISTICS else None
+            quantized = method.plugin.quantize_weight(weight, grid, method.options, statistics)
+        return quantized
+
+    return round_weight
 
 
 def _manifest(
     bundle: ModelBundle,
     before: OnnxModel,
     after: OnnxModel,
-    plan: _Plan,
+    plan: Plan,
     options: QuantizeOptions,
     reports: list[LayerReport],
 ) -> Manifest:
-    source = bundle.manifest.source or {
-        "id": bundle.model.name,
-        "revision": None,
-        "sha256": sha256(bundle.model),
-    }
+    source = bundle.manifest.source or {"id": bundle.model.name, "revision": None, "sha256": sha256(bundle.model)}
     parameters = bundle.manifest.architecture.get("num_parameters") or before.num_parameters
     step = Step(
         stage="quantize",
-        method=f"{options.scheme}:{options.method}",
-        options={
-            "include": options.include,
-            "exclude": options.exclude,
-            options.scheme: asdict(plan.scheme_options),
-            options.method: asdict(plan.method_options),
-        },
+        method=f"{plan.scheme.name}:{plan.method}",
+        options={"include": options.include, "exclude": options.exclude, **plan.options},
         versions={name: importlib.metadata.version(name) for name in ("numpy", "onnx")}
         | {"llmfast": llmfast.__version__},
+        calibration=options.calibration.describe() if options.calibration and plan.needs_calibration else None,
     )
     graph = after.proto.graph
     return replace(
@@ -249,11 +229,11 @@ def _manifest(
         },
         bits_per_weight=8 * after.weight_bytes / parameters,
         lineage=(*bundle.manifest.lineage, step),
-        measured={**bundle.manifest.measured, "quantize": {"layers": summarize(reports)}},
+        measured={**bundle.manifest.measured, "quantize": {"layers": _summarize(reports)}},
     )
 
 
-def summarize(reports: list[LayerReport]) -> list[dict[str, Any]]:
+def _summarize(reports: list[LayerReport]) -> list[dict[str, Any]]:
     """Return one row per role: layers, parameters, bits, and the relative error of its weights.
 
     The error is sqrt(sum (w - w')^2 / sum w^2): 0 is exact.

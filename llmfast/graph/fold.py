@@ -1,0 +1,117 @@
+"""Rescaling activations without changing the function: factors folded into the neighbouring weights.
+
+Where a norm, or the product of a gated MLP, feeds nothing but linear layers, its channel j can be
+divided by any s[j] > 0 if column j of those layers is multiplied by it. The division costs nothing at
+run time: it goes into the norm's weight, or into the rows of the linear layer that made one factor.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+
+from llmfast.graph.linear import Linear
+from llmfast.graph.model import OnnxModel, walk
+
+# Operator -> inputs that hold one value per channel of its first output.
+_NORMS = {
+    "LayerNormalization": (1, 2),
+    "SimplifiedLayerNormalization": (1,),
+    "SkipLayerNormalization": (2, 3),
+    "SkipSimplifiedLayerNormalization": (2,),
+}
+
+
+@dataclass(frozen=True)
+class FoldSite:
+    """Activations `[tokens, K]` whose channels can be rescaled.
+
+    Attributes:
+        activations: the value's name.
+        linears: the layers that multiply it; nothing else reads it.
+        vectors: initializers `[K]` that are divided along with it (a norm's weight and bias).
+        rows_of: the layer whose rows are divided instead (the linear factor of a product).
+    """
+
+    activations: str
+    linears: tuple[Linear, ...]
+    vectors: tuple[str, ...] = ()
+    rows_of: Linear | None = None
+
+
+@dataclass
+class Rescaling:
+    """Factors to multiply weights by as they are read.
+
+    Attributes:
+        rows: weight -> float32 [N].
+        columns: weight -> float32 [K].
+        vectors: initializer -> float32 [K].
+        activations: value -> what its channels are multiplied by, float32 [K].
+    """
+
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
+    activations: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def divide(self, site: FoldSite, factors: np.ndarray) -> None:
+        """Divide a site's activations by `factors`, float32 [K] > 0."""
+        _multiply(self.activations, site.activations, 1 / factors)
+        for linear in site.linears:
+            _multiply(self.columns, linear.weight, factors)
+        for vector in site.vectors:
+            _multiply(self.vectors, vector, 1 / factors)
+        if site.rows_of is not None:
+            _multiply(self.rows, site.rows_of.weight, 1 / factors)
+
+    def weight(self, linear: Linear, weight: np.ndarray) -> np.ndarray:
+        """Return a layer's weight `[N, K]` with its rows and columns rescaled."""
+        if linear.weight in self.columns:
+            weight = weight * self.columns[linear.weight]
+        if linear.weight in self.rows:
+            weight = weight * self.rows[linear.weight][:, None]
+        return weight
+
+    def vector(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Return an initializer that is no layer's weight, rescaled."""
+        return values * self.vectors[name] if name in self.vectors else values
+
+
+def find_fold_sites(model: OnnxModel, linears: list[Linear]) -> list[FoldSite]:
+    """Return the places where activations can be rescaled, in the graph's order.
+
+    Args:
+        model: the graph.
+        linears: the layers that may be changed; a weight that something else reads too may not be.
+    """
+    graph = model.proto.graph
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in walk(graph):
+        for name in node.input:
+            readers[name].append(node)
+    public = {output.name for output in graph.output}
+    single = [linear for linear in linears if len(readers[linear.weight]) == 1]
+    layer_of = {linear.output: linear for linear in single}
+    sites = []
+    for node in graph.node:
+        name = node.output[0]
+        consumers = [layer_of.get(reader.output[0]) for reader in readers[name]]
+        if name in public or not consumers or any(layer is None or layer.input != name for layer in consumers):
+            continue
+        layers = tuple(layer for layer in consumers if layer is not None)
+        if node.op_type in _NORMS:
+            vectors = tuple(node.input[index] for index in _NORMS[node.op_type] if index < len(node.input))
+            vectors = tuple(vector for vector in vectors if vector)
+            if all(vector in model.initializers and len(readers[vector]) == 1 for vector in vectors):
+                sites.append(FoldSite(name, layers, vectors=vectors))
+        elif node.op_type == "Mul":
+            factor = next((layer_of[value] for value in reversed(node.input) if value in layer_of), None)
+            if factor is not None and len(readers[factor.output]) == 1 and not factor.bias:
+                sites.append(FoldSite(name, layers, rows_of=factor))
+    return sites
+
+
+def _multiply(factors: dict[str, np.ndarray], name: str, by: np.ndarray) -> None:
+    factors[name] = factors[name] * by if name in factors else by

@@ -1,0 +1,220 @@
+"""What a quantization will do, checked before it begins: plug-ins with their options, layers with their grids."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Any
+
+from llmfast import registry
+from llmfast.errors import OptionError, UnsupportedError
+from llmfast.graph.linear import Embedding, Linear, find_embeddings, find_linears
+from llmfast.graph.model import OnnxModel
+from llmfast.graph.packed import BLOCK_SIZES, Grid, largest_block_size
+
+HEAD_ROLE = "lm_head"
+EMBEDDING_ROLE = "embedding"
+FLOAT_BITS = 32
+DEFAULT_ROUNDING = "rtn"
+
+# A graph that has one of these was quantized before.
+_QUANTIZED_OPS = frozenset(
+    {"MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul"}
+    | {"DequantizeLinear", "GatherBlockQuantized"}
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plug-in and its resolved options."""
+
+    name: str
+    plugin: ModuleType
+    options: Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plug-ins of one quantization.
+
+    Attributes:
+        scheme: the number format.
+        transforms: what is done to weights and activations before, in order.
+        rounding: how codes and scales are found.
+    """
+
+    scheme: Choice
+    transforms: tuple[Choice, ...]
+    rounding: Choice
+
+    @property
+    def method(self) -> str:
+        """The method as it is typed: transforms, then rounding."""
+        return ",".join(choice.name for choice in (*self.transforms, self.rounding))
+
+    @property
+    def needs_calibration(self) -> list[str]:
+        """The plug-ins that ask for statistics of activations."""
+        needy = [choice.name for choice in self.transforms]
+        return needy + ([self.rounding.name] if self.rounding.plugin.NEEDS_STATISTICS else [])
+
+    @property
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Every plug-in's resolved options."""
+        return {choice.name: asdict(choice.options) for choice in (self.scheme, *self.transforms, self.rounding)}
+
+    @classmethod
+    def make(cls, scheme: str, method: str, settings: Mapping[str, str]) -> "Plan":
+        """Load the plug-ins and give each its settings.
+
+        Args:
+            scheme: a file in quantize/schemes.
+            method: names of transforms and of one rounding, separated by commas; rounding defaults to rtn.
+            settings: `KEY` or `PLUGIN.KEY` -> value as typed.
+
+        Raises:
+            OptionError: an unknown name, key or value, or methods in an order that can't be.
+        """
+        transforms, rounding = _split_method(method)
+        folders = [("quantize.schemes", scheme), *(("quantize.transforms", name) for name in transforms)]
+        folders.append(("quantize.rounding", rounding))
+        plugins = {name: registry.load(folder, name) for folder, name in folders}
+        chosen = _share_out(settings, plugins)
+        first, *middle, last = [
+            Choice(name, plugin, registry.make_options(plugin, chosen[name])) for name, plugin in plugins.items()
+        ]
+        _check_scheme_options(first)
+        return cls(first, tuple(middle), last)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The weights of a graph that will be quantized.
+
+    Attributes:
+        linears: the layers, kept ones not among them.
+        embeddings: the tables.
+        grids: weight -> the values it may take; weights that stay float are missing.
+        block_wise: weights in 8-bit blocks whatever the scheme: embeddings and heads.
+    """
+
+    linears: list[Linear]
+    embeddings: list[Embedding]
+    grids: dict[str, Grid]
+    block_wise: frozenset[str]
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes will be replaced."""
+        weights = [linear.weight for linear in self.linears] + [table.weight for table in self.embeddings]
+        return sum(weight in self.grids for weight in weights)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row per role: layers, parameters, bits."""
+        parts = {table.weight: (EMBEDDING_ROLE, table.shape) for table in self.embeddings}
+        for linear in self.linears:
+            role = HEAD_ROLE if linear.weight in self.block_wise else linear.role
+            parts.setdefault(linear.weight, (role, linear.shape))
+        rows: dict[tuple[str, int], dict[str, Any]] = {}
+        for weight, (role, (out_features, in_features)) in parts.items():
+            bits = self.grids[weight].bits if weight in self.grids else FLOAT_BITS
+            row = rows.setdefault((role, bits), {"role": role, "layers": 0, "num_parameters": 0, "bits": bits})
+            row["layers"] += 1
+            row["num_parameters"] += out_features * in_features
+        return list(rows.values())
+
+
+def choose_layers(model: OnnxModel, plan: Plan, include: str, exclude: str) -> Layers:
+    """Find the weights to quantize and give each its grid.
+
+    Args:
+        model: a float graph.
+        plan: says which grid.
+        include: quantize only layers whose name matches this regular expression.
+        exclude: keep layers whose name matches; empty keeps none.
+
+    Raises:
+        OptionError: not a regular expression.
+        UnsupportedError: nothing to quantize, or already quantized.
+    """
+    quantized = next((node.op_type for node in model.proto.graph.node if node.op_type in _QUANTIZED_OPS), None)
+    if quantized:
+        raise UnsupportedError(
+            f"`{model.path}` is already quantized: it has {quantized} nodes", "start from the float model"
+        )
+    try:
+        wanted, unwanted = re.compile(include), re.compile(exclude or r"(?!)")
+    except re.error as error:
+        raise OptionError(f"not a regular expression: `{error.pattern!s}`: {error}") from error
+
+    def chosen(name: str) -> bool:
+        return bool(wanted.search(name)) and not unwanted.search(name)
+
+    found = find_linears(model)
+    linears = [linear for linear in found if chosen(linear.name)]
+    embeddings = [table for table in find_embeddings(model, found) if chosen(table.weight.removesuffix(".weight"))]
+    if not linears and not embeddings:
+        hint = "--include/--exclude leave none of its layers" if found else "it has no MatMul or Gemm weights"
+        raise UnsupportedError(f"nothing to quantize in `{model.path}`", hint)
+    return _assign_grids(linears, embeddings, plan)
+
+
+def _assign_grids(linears: list[Linear], embeddings: list[Embedding], plan: Plan) -> Layers:
+    tables = {table.weight: table.shape[1] for table in embeddings}
+    heads = {one.weight: one.shape[1] for one in linears if one.role == HEAD_ROLE or one.weight in tables}
+    grids = {linear.weight: plan.scheme.plugin.grid(plan.scheme.options) for linear in linears}
+    bits = plan.scheme.options.head_bits
+    for weight, features in (tables | heads).items():
+        if bits == FLOAT_BITS:
+            grids.pop(weight, None)
+        else:
+            grids[weight] = block_wise_grid(features, bits)
+    return Layers(linears, embeddings, grids, frozenset(tables | heads))
+
+
+def block_wise_grid(in_features: int, bits: int) -> Grid:
+    """Return the grid of an embedding or head: the largest blocks that fit, without zero points."""
+    return Grid(bits=bits, block_size=largest_block_size(in_features))
+
+
+def _split_method(method: str) -> tuple[list[str], str]:
+    transforms, roundings = registry.names("quantize.transforms"), registry.names("quantize.rounding")
+    names = [name.strip() for name in method.split(",")] if method else []
+    for name in names:
+        if name not in transforms + roundings:
+            close = get_close_matches(name, transforms + roundings, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"choose from: {', '.join(transforms + roundings)}"
+            raise OptionError(f"unknown method `{name}`", hint)
+    if any(name in roundings for name in names[:-1]) or len(set(names)) < len(names):
+        raise OptionError(f"--method `{method}`: not transforms first, then one rounding", "e.g. smoothquant,gptq")
+    if names and names[-1] in roundings:
+        return names[:-1], names[-1]
+    return names, DEFAULT_ROUNDING
+
+
+def _share_out(settings: Mapping[str, str], plugins: Mapping[str, ModuleType]) -> dict[str, dict[str, str]]:
+    """Give each setting to the plug-in that has it."""
+    keys = {name: {entry.name for entry in fields(plugin.Options)} for name, plugin in plugins.items()}
+    chosen: dict[str, dict[str, str]] = {name: {} for name in plugins}
+    for typed, value in settings.items():
+        owner, _, key = typed.replace("-", "_").rpartition(".")
+        owners = [name for name in plugins if key in keys[name] and owner in ("", name)]
+        if not owners:
+            known = ", ".join(sorted(set().union(*keys.values())))
+            raise OptionError(f"{', '.join(plugins)}: no option `{typed}`", f"they have: {known}")
+        if len(owners) > 1:
+            raise OptionError(f"several methods have an option `{key}`", f"say {' or '.join(owners)} with a dot")
+        chosen[owners[0]][key] = value
+    return chosen
+
+
+def _check_scheme_options(scheme: Choice) -> None:
+    block_size, head_bits = scheme.plugin.grid(scheme.options).block_size, scheme.options.head_bits
+    if block_size and block_size not in BLOCK_SIZES:
+        raise OptionError(
+            f"block_size {block_size}: ONNX Runtime has no kernel for it",
+            f"choose from: {', '.join(map(str, BLOCK_SIZES))}",
+        )
+    if head_bits not in (8, FLOAT_BITS):
+        raise OptionError(f"head_bits {head_bits}: not 8 or {FLOAT_BITS}")

@@ -1,0 +1,83 @@
+"""Scales and zero points of blocks, chosen for the least squared error.
+
+For each block: w ~ (clip(round(w / s) + z) - z) * s, over a line of candidate ranges; the best one's
+scale is then the least-squares fit to its codes. Errors may be weighted per input feature.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from llmfast.graph.packed import Grid, to_blocks
+from llmfast.runtime import usable_cores
+
+# Rows are searched in groups that stay in a core's cache.
+_GROUP_ELEMENTS = 1 << 16
+_SMALLEST_SCALE = np.float32(1e-30)
+
+
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def search_blocks(weight: np.ndarray, grid: Grid, steps: int, floor: float, importance: np.ndarray | None) -> Found:
+    """Find the codes, scales and zero points of a weight.
+
+    Args:
+        weight: float32 [N, K].
+        grid: the values it may take.
+        steps: candidate ranges per block; 1 takes the whole range.
+        floor: the smallest candidate, as a share of the block's range.
+        importance: float32 [K], the weight of each input feature's squared error; None is all alike.
+
+    Returns:
+        codes uint8 [N, blocks, block_size], scales float32 [N, blocks], zero points uint8 [N, blocks].
+    """
+    blocks = to_blocks(weight, grid)
+    weights = np.ones(blocks.shape[1:], np.float32) if importance is None else to_blocks(importance[None], grid)[0]
+    rows = max(1, _GROUP_ELEMENTS // blocks[0].size)
+    groups = [blocks[start : start + rows] for start in range(0, len(blocks), rows)]
+    shares = np.linspace(1.0, floor, steps, dtype=np.float32)
+    with ThreadPoolExecutor(usable_cores()) as pool:  # NumPy releases the interpreter lock
+        parts = list(pool.map(lambda group: _search(group, grid, shares, weights), groups))
+    codes, scales, zero_points = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return codes, scales, zero_points
+
+
+def _search(blocks: np.ndarray, grid: Grid, shares: np.ndarray, weights: np.ndarray) -> Found:
+    blocks = np.ascontiguousarray(blocks, np.float32)
+    best_error = np.full(blocks.shape[:2], np.inf, np.float32)
+    best_codes = np.zeros(blocks.shape, np.uint8)
+    best_scales = np.zeros(blocks.shape[:2], np.float32)
+    best_zeros = np.zeros(blocks.shape[:2], np.uint8)
+    for share in shares:
+        for scales, zeros in _candidates(blocks, grid, share):
+            steps = np.rint(blocks / scales[..., None])
+            np.clip(steps, -zeros[..., None], (grid.largest - zeros)[..., None], out=steps)
+            scales = _fit(blocks, steps, scales, weights)
+            error = (np.square(blocks - steps * scales[..., None]) * weights).sum(-1)
+            better = error < best_error
+            best_error[better] = error[better]
+            best_scales[better] = scales[better]
+            best_zeros[better] = zeros[better].astype(np.uint8)
+            best_codes[better] = (steps[better] + zeros[better][:, None]).astype(np.uint8)
+    return best_codes, best_scales, best_zeros
+
+
+def _candidates(blocks: np.ndarray, grid: Grid, share: np.float32) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return scales and zero points that cover a share of each block's range."""
+    if grid.symmetric:
+        magnitude = np.abs(blocks).max(-1) * share
+        scales = np.maximum(magnitude / np.float32(grid.middle - 1), _SMALLEST_SCALE)
+        return [(scales, np.full(scales.shape, grid.middle, np.float32))]
+    low = np.minimum(blocks.min(-1), 0) * share
+    high = np.maximum(blocks.max(-1), 0) * share
+    scales = np.maximum((high - low) / np.float32(grid.largest), _SMALLEST_SCALE)
+    return [(scales, np.clip(np.rint(-low / scales), 0, grid.largest))]
+
+
+def _fit(blocks: np.ndarray, steps: np.ndarray, scales: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the scales with the least squared error for given steps: <w, q> / <q, q>."""
+    weighted = steps * weights
+    power = (weighted * steps).sum(-1)
+    fitted = (blocks * weighted).sum(-1) / np.where(power > 0, power, 1)
+    return np.where((power > 0) & (fitted > 0), fitted, scales).astype(np.float32)
