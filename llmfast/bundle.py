@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmfast import registry
 from llmfast.errors import InputError, OptionError, OutputExistsError, ResourceError
 
 FORMAT = 1
@@ -244,16 +245,35 @@ def _read_manifest(path: Path) -> Manifest:
     document = read_json(path)
     try:
         version = document["format"]
+        _check_fields(document)
         if version != FORMAT:
             raise InputError(f"`{path}` has manifest format {version}, this llmfast reads {FORMAT}", "upgrade llmfast")
         steps = tuple(Step(**step) for step in document.pop("lineage"))
         manifest = Manifest(lineage=steps, **document)
-        names = [*manifest.files, *(graph["file"] for graph in manifest.graphs.values())]
-        if any(Path(name).name != name for name in names) or "model" not in manifest.graphs:
-            raise ValueError("a file name leaves the bundle, or there is no `model` graph")
+        graph_files = [graph["file"] for graph in manifest.graphs.values()]
+        if any(Path(name).name != name for name in [*manifest.files, *graph_files]):
+            raise ValueError("a file name leaves the bundle")
+        if "model" not in manifest.graphs or not set(graph_files) <= set(manifest.files):
+            raise ValueError("there is no `model` graph, or `files` lacks a graph's file")
+        if manifest.task not in (*registry.names("tasks"), UNKNOWN_TASK):
+            raise ValueError(f"unknown task `{manifest.task}`")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"malformed manifest: `{path}`: {error}") from error
     return manifest
+
+
+def _check_fields(document: dict[str, Any]) -> None:
+    kinds = {"task": str, "bits_per_weight": float | int, "sparsity": float | int, "lineage": list}
+    mappings = ("source", "architecture", "graphs", "measured", "files")
+    known = {**kinds, **dict.fromkeys(mappings, dict), "format": int}
+    for key, value in document.items():
+        if key not in known:
+            raise ValueError(f"unknown field `{key}`")
+        if not isinstance(value, known[key]):
+            raise ValueError(f"`{key}` is of type {type(value).__name__}")
+    for name, entry in document["files"].items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
+            raise ValueError(f"`files` does not say how many bytes `{name}` has")
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:

@@ -1,5 +1,8 @@
 """The command line: parse, make one library call, print. Stages are imported inside the commands."""
 
+import io
+import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -10,7 +13,7 @@ from typer.core import TyperGroup
 
 from llmfast import __version__, registry, report
 from llmfast.bundle import UNKNOWN_TASK
-from llmfast.errors import LlmfastError, OptionError
+from llmfast.errors import LlmfastError, OptionError, ResourceError
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -27,7 +30,7 @@ class _Group(TyperGroup):
                 report.note(f"\nhint: {report.printable(error.hint)}")
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
-            report.note("interrupted: nothing was written")
+            report.note("interrupted")
             raise typer.Exit(128 + signal.SIGINT) from None
         except BrokenPipeError:
             sys.stdout = None  # the reader left; there is nobody to tell
@@ -54,13 +57,33 @@ Format = Annotated[str, typer.Option("--format", help=f"How results are printed:
 
 def main() -> None:
     """Run the command line; the exit codes are those of README.md."""
+    _mend_streams()
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
+        # `nohup` ignores SIGHUP, and means it.
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), _terminate)
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except OSError as error:  # what stages do not expect: the results' own file is full
+        report.note(f"error: cannot go on: {error.strerror or error}")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or Python would try to flush the full one at its end
+        sys.exit(ResourceError.exit_code)
+
+
+def _mend_streams() -> None:
+    """Let a program whose streams were closed, or can't spell every character, run as any other."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _terminate(number: int, _: object) -> None:
@@ -174,7 +197,7 @@ def quantize(
     report.print_rows(bundle.manifest.measured["quantize"]["layers"], LAYER_COLUMNS, output_format)
     report.note(
         f"{output}: {bundle.size_bytes / 1e6:.1f} MB, {bundle.manifest.bits_per_weight:.2f} bits per weight. "
-        f"Next: llmfast bench {model} {output} --data TEXT"
+        f"Next: llmfast bench {shlex.quote(str(model))} {shlex.quote(str(output))} --data FILE"
     )
 
 
@@ -239,8 +262,10 @@ def bench(
         "seed": seed,
     }
     document = run(models, BenchOptions(gates=tuple(gates), **_given(given)), baseline)
-    print_document(document, output_format)
-    enforce(document["verdict"])
+    try:
+        print_document(document, output_format)
+    finally:  # a reader that left does not undo the verdict
+        enforce(document["verdict"])
 
 
 @app.command()
@@ -274,10 +299,6 @@ def infer(
     from llmfast.infer.sampling import Sampling
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    if ModelBundle.open(model).manifest.task not in (stage.GENERATION_TASK, UNKNOWN_TASK):
-        (answer,) = stage.answer(model, [text], provider=provider, threads=threads)
-        report.out(report.to_json(answer) if output_format == "json" else stage.spell_answer(answer))
-        return
     knobs = {
         "temperature": temperature,
         "top_k": top_k,
@@ -286,6 +307,14 @@ def infer(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
+    task = ModelBundle.open(model).manifest.task
+    if task not in (stage.GENERATION_TASK, UNKNOWN_TASK):
+        unfit = {**knobs, "system": system, "raw": raw or None, "max_tokens": max_tokens, "stop": stop}
+        for name in _given(unfit):
+            raise OptionError(f"--{name.replace('_', '-')} is for text generation, `{model}` is for {task}")
+        (answer,) = stage.answer(model, [text], provider=provider, threads=threads)
+        report.out(report.to_json(answer) if output_format == "json" else stage.spell_answer(answer))
+        return
     generation = stage.infer(
         model,
         text,

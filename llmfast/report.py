@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+_WIDE = 10_000
 FORMATS = ("table", "md", "json", "csv")
 
 
@@ -49,26 +50,38 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], title: str = "") -> None:
-    """Print a table on stdout, plain when stdout is not a terminal."""
-    from rich import box
+def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
+    """Print a table on stdout, plain when stdout is not a terminal, on its side when a terminal is too narrow."""
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
-    for column in columns:
-        table.add_column(column.title, justify="right" if column.align_right else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*[Text(cell) for cell in _cells(row, columns)])
+    titles = [column.title for column in columns]
+    cells = [_cells(row, columns) for row in rows]
+    table = _make_table(titles, cells, [column.align_right for column in columns])
     if sys.stdout.isatty():
-        Console().print(table)
+        console = Console()
+        if console.measure(table, options=console.options.update(width=_WIDE)).maximum > console.width:
+            first, *others = zip(titles, *cells, strict=True)
+            table = _make_table(list(first), [list(line) for line in others], [False] + [True] * len(cells))
+        console.print(table)
         return
-    console = Console(width=10_000, color_system=None)  # a pipe has no edge to wrap at
+    console = Console(width=_WIDE, color_system=None)  # a pipe has no edge to wrap at
     with console.capture() as captured:
         console.print(table)
     lines = [line.rstrip() for line in captured.get().splitlines()]
     out("\n".join(line for line in lines if line))
+
+
+def _make_table(titles: Sequence[str], cells: Sequence[Sequence[str]], align_right: Sequence[bool]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for title, right in zip(titles, align_right, strict=True):
+        table.add_column(title, justify="right" if right else "left", no_wrap=True)
+    for line in cells:
+        table.add_row(*[Text(cell) for cell in line])
+    return table
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], output_format: str) -> None:
@@ -95,8 +108,7 @@ def out(text: str) -> None:
 
 def write(piece: str) -> None:
     """Print a piece of a result on stdout at once, without ending the line."""
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+    print(piece, end="", flush=True)  # noqa: T201
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """ONNX Runtime sessions: provider, threads, and the proof of where the nodes run."""
 
+import importlib.util
 import math
 import os
 from collections import Counter
@@ -100,12 +101,10 @@ def import_onnxruntime() -> Any:
     Raises:
         UnsupportedError: it is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UnsupportedError(
-            "onnxruntime is not installed", "pip install 'llmfast[cpu]' or 'llmfast[cuda]'"
-        ) from error
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise UnsupportedError("onnxruntime is not installed", "pip install 'llmfast[cpu]' or 'llmfast[cuda]'")
+    import onnxruntime
+
     return onnxruntime
 
 

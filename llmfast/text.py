@@ -1,5 +1,6 @@
 """Plain text on disk: passages for token windows, and line-based data for encoders."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def read_pairs(path: Path) -> list[tuple[float, str, str]]:
     for number, line in _numbered_lines(path):
         try:
             score, first, second = line.split("\t")
+            if not math.isfinite(float(score)):
+                raise ValueError(score)
             pairs.append((float(score), first, second))
         except ValueError as error:
             raise InputError(

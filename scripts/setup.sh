@@ -2,6 +2,7 @@
 # Make .venv and install llmfast with the extras named, for example: ./scripts/setup.sh cpu,export
 set -euo pipefail
 cd "$(dirname "$0")/.."
+: "${1:?name the extras, for example: ./scripts/setup.sh cpu,export}"
 
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {

@@ -13,6 +13,8 @@ from llmfast.bench.machine import describe_machine, peak_rss_bytes
 from llmfast.bench.metrics import accuracy, decode, divergence, embedding, latency, prefill
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.subject import Generation, Trial
+from llmfast.bundle import Manifest, ModelBundle
+from llmfast.errors import InputError
 
 VOCAB = 17
 METRICS = registry.names("bench.metrics")
@@ -110,15 +112,26 @@ def test_vectors_of_another_size_keep_their_rank_correlation() -> None:
     assert np.isnan(figures["cosine_to_baseline"])
 
 
-@pytest.mark.parametrize("suffix", [".tsv", ".txt"])
-def test_embedding_data_is_read_in_pairs_or_lines(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"data{suffix}"
-    path.write_text("".join(f"{number}\tleft {number}\tright {number}\n" for number in range(11)))
-    items = embedding.prepare(None, path, BenchOptions())
-    assert [len(item.texts) for item in items] == ([16, 6] if suffix == ".tsv" else [8, 3])
-    if suffix == ".tsv":
-        assert items[1].texts[:4] == ("left 8", "left 9", "left 10", "right 8")
-        assert items[1].scores == (8.0, 9.0, 10.0)
+def test_embedding_data_is_read_in_pairs_or_lines(tmp_path: Path) -> None:
+    pairs, lines = tmp_path / "pairs.txt", tmp_path / "lines.txt"
+    pairs.write_text("".join(f"{number}\tleft {number}\tright {number}\n" for number in range(11)))
+    lines.write_text("".join(f"line {number}\n" for number in range(11)))
+    items = embedding.prepare(None, pairs, BenchOptions())
+    assert [len(item.texts) for item in items] == [16, 6]
+    assert items[1].texts[:4] == ("left 8", "left 9", "left 10", "right 8")
+    assert items[1].scores == (8.0, 9.0, 10.0)
+    assert [len(item.texts) for item in embedding.prepare(None, lines, BenchOptions())] == [8, 3]
+
+
+def test_labels_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
+    bundle = ModelBundle(tmp_path, Manifest("text-classification", architecture={"labels": ["BAD", "GOOD"]}), tmp_path)
+    data = tmp_path / "data.txt"
+    data.write_text("0 a\nGood b\n1 c\n")
+    assert accuracy.prepare(bundle, data, BenchOptions())[0].labels == ("0", "Good", "1")
+    for label in ("2", "neutral"):
+        data.write_text(f"0 a\n{label} b\n")
+        with pytest.raises(InputError, match=f"no label `{label}`"):
+            accuracy.prepare(bundle, data, BenchOptions())
 
 
 def test_accuracy_takes_labels_by_number_and_by_name() -> None:

@@ -101,6 +101,12 @@ def test_missing_and_changed_files_are_named(tmp_path: Path) -> None:
         ({"format": 99}, "format 99"),
         ({"graphs": {"model": {"file": "../model.onnx"}}}, "leaves the bundle"),
         ({"graphs": {}}, "no `model` graph"),
+        ({"files": {}}, "lacks a graph's file"),
+        ({"files": []}, "`files` is of type list"),
+        ({"files": {"model.onnx": None}}, "how many bytes"),
+        ({"task": None}, "`task` is of type NoneType"),
+        ({"task": "telepathy"}, "unknown task `telepathy`"),
+        ({"bits_per_weight": "a"}, "`bits_per_weight` is of type str"),
         ({"surprise": 1}, "surprise"),
     ],
 )

@@ -44,13 +44,29 @@ def test_tokenizer_in_an_older_form_is_converted(own_checkpoint: Path, tmp_path:
 
 
 def test_code_fields_of_a_config_are_ignored_with_a_note(
-    own_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    own_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = own_checkpoint / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoConfig": "evil.Config"}}))
     (own_checkpoint / "evil.py").write_text("raise SystemExit(99)")
-    assert SafetensorsCheckpoint(own_checkpoint).config.model_type == "llama"
-    assert "auto_map" in capsys.readouterr().err
+    assert export(str(own_checkpoint), tmp_path / "bundle").manifest.architecture["model_type"] == "llama"
+    assert capsys.readouterr().err.count("auto_map") == 1
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(own_checkpoint: Path, tmp_path: Path) -> None:
+    path = own_checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 80}))
+    with pytest.raises(InputError, match="PyTorch can't load"):
+        export(str(own_checkpoint), tmp_path / "bundle")
+
+
+def test_damaged_weights_are_named(own_checkpoint: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(own_checkpoint)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    model.save_pretrained(own_checkpoint)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN"):
+        export(str(own_checkpoint), tmp_path / "bundle")
 
 
 def _cut(path: Path, size: int) -> None:

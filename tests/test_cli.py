@@ -1,5 +1,6 @@
 """The command line: exit codes, what goes to stdout and stderr, signals."""
 
+import contextlib
 import json
 import os
 import signal
@@ -80,7 +81,9 @@ def test_gates_decide_the_exit_code(fp32_bundle: Path, tmp_path: Path) -> None:
     assert (entry["bundle"], entry["figure"], entry["passed"]) == ("int4", "kld", False)
     assert "error: gate missed: `int4` kld" in result.stderr
     _explains(run(*bench, "--max-kld", "1"), 2, "needs --data")
-    _explains(run(*bench, "--min-speedup", "bogus=2"), 2, "does not measure", "prefill_tokens_per_s")
+    _explains(run(*bench, "--min-speedup", "bogus=2"), 2, "`bogus`", "prefill_tokens_per_s")
+    _explains(run(*bench, "--min-speedup", "perplexity=1"), 2, "no speed of this run")
+    _explains(run(*bench, "--max-kld", "nan"), 2, "the limit nan")
     _explains(run(*bench, "--min-speedup", "decode"), 2, "not METRIC=X")
 
 
@@ -185,6 +188,55 @@ def test_signals_leave_nothing_behind(
         assert process.returncode in (code, -number)  # -number: before Python could install its handlers
         assert "Traceback" not in errors or process.returncode == -number
         assert list(tmp_path.iterdir()) == []
+
+
+def test_missed_gate_counts_even_when_nobody_reads(fp32_bundle: Path) -> None:
+    process = _start(
+        "bench", fp32_bundle, "-p", "8", "-n", "4", "--rounds", "1", "--warmup", "0", "--max-size", "0.001"
+    )
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 7
+    assert "gate missed" in errors
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["--version"], ["quantize", "--list"]])
+def test_full_output_is_a_resource_error(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "llmfast", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert result.returncode == 6
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_closed_streams_are_no_error(fp32_bundle: Path) -> None:
+    command = f"{sys.executable} -m llmfast infer {fp32_bundle} -p - --max-tokens 2 <&- >&-"
+    result = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert "Traceback" not in result.stderr
+    assert result.returncode == 3  # an empty prompt
+
+
+def test_narrow_terminals_get_the_table_on_its_side() -> None:
+    import pty
+
+    program = (
+        "from llmfast.report import Column, print_table\n"
+        "columns = [Column(f'a long title {i}', f'key{i}') for i in range(9)]\n"
+        "print_table([{f'key{i}': 'value' for i in range(9)}], columns)"
+    )
+    parent, child = pty.openpty()
+    subprocess.run([sys.executable, "-c", program], stdout=child, check=True, env={**os.environ, "COLUMNS": "60"})
+    os.close(child)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux says the end of a terminal with an error
+        while block := os.read(parent, 4096):
+            shown += block
+    lines = shown.decode().splitlines()
+    assert sum("value" in line for line in lines) == 9
+    assert not any("…" in line for line in lines)
 
 
 def test_reader_that_leaves_early_is_no_error(fp32_bundle: Path) -> None:

@@ -187,6 +187,10 @@ def test_external_weights_stay_outside_and_complete(
         (QuantizeOptions("int4", settings={"block_size": "many"}), "not of type int"),
         (QuantizeOptions("int4", settings={"block_size": "48"}), "block_size 48"),
         (QuantizeOptions("int4", settings={"head_bits": "3"}), "head_bits 3"),
+        (QuantizeOptions("int4", settings={"search_steps": "0"}), "search_steps 0"),
+        (QuantizeOptions("int4", settings={"search_floor": "nan"}), "search_floor nan"),
+        (QuantizeOptions("int4", "gptq", {"damping": "-1"}), "damping -1"),
+        (QuantizeOptions("int8", "smoothquant", {"alpha": "1.5"}), "alpha 1.5"),
         (QuantizeOptions("int4", include="("), "not a regular expression"),
     ],
 )

@@ -111,14 +111,14 @@ def _check_gates(metrics: Metrics, options: BenchOptions) -> None:
         for name, metric in metrics.items()
     }
     gated = {key for name in keys for key in keys[name] if metrics[name].KIND != "speed"}
-    gated |= {f"{key}_ratio" for name in _of_kind(metrics, "speed") for key in keys[name]}
+    speeds = [key for name in _of_kind(metrics, "speed") for key in keys[name]]
     of_quality = {key for name in _of_kind(metrics, "quality") for key in keys[name]}
     for gate in options.gates:
-        if gate.figure not in gated:
-            speeds = sorted(key.removesuffix("_ratio") for key in gated if key.endswith("_ratio"))
-            raise OptionError(
-                f"gate on `{gate.figure}`: this run does not measure it", f"speeds measured: {', '.join(speeds)}"
-            )
+        asked = gate.figure.removesuffix("_ratio")
+        if gate.kind == "min" and asked not in speeds:
+            raise OptionError(f"--min-speedup `{asked}`: no speed of this run", f"choose from: {', '.join(speeds)}")
+        if gate.kind == "max" and gate.figure not in gated:
+            raise OptionError(f"gate on `{gate.figure}`: this run does not measure it")
         if gate.figure in of_quality and options.data is None:
             raise OptionError(f"gate on `{gate.figure}` needs --data", "give the text to measure quality on")
 

@@ -1,5 +1,6 @@
 """Gates: limits that a benchmark's figures must keep, and the verdict on each."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,10 @@ class Gate:
     limit: float
     kind: Literal["max", "min"]
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.limit < math.inf:
+            raise OptionError(f"gate on `{self.figure}`: the limit {self.limit} is not a number from 0 on")
+
     def passes(self, value: float) -> bool:
         """Return whether a value keeps the limit."""
         return value <= self.limit if self.kind == "max" else value >= self.limit
@@ -34,11 +39,12 @@ def parse_speedup(text: str) -> Gate:
     """
     metric, _, factor = text.partition("=")
     try:
-        return Gate(f"{metric}_ratio", float(factor), "min")
+        limit = float(factor)
     except ValueError as error:
         raise OptionError(
             f"--min-speedup `{text}`: not METRIC=X", "for example --min-speedup decode_tokens_per_s=2"
         ) from error
+    return Gate(f"{metric}_ratio", limit, "min")
 
 
 def judge(rows: Sequence[Mapping[str, Any]], baseline: str, gates: Sequence[Gate]) -> list[dict[str, Any]]:
@@ -61,8 +67,11 @@ def spell(entry: Mapping[str, Any]) -> str:
     """Return one entry of a verdict as a line for people."""
     sign = "at most" if entry["kind"] == "max" else "at least"
     state = "passed" if entry["passed"] else "MISSED"
-    value = "not measured" if entry["value"] is None else f"{entry['value']:.4g}"
-    return f"{state}: `{entry['bundle']}` {entry['figure']} {value}, asked {sign} {entry['limit']:g}"
+    figure, value, limit = entry["figure"], entry["value"], entry["limit"]
+    if figure == "size_bytes":  # people, and --max-size, say megabytes
+        return f"{state}: `{entry['bundle']}` {value / 1e6:.1f} MB, asked {sign} {limit / 1e6:g} MB"
+    spelled = "not measured" if value is None else f"{value:.4g}"
+    return f"{state}: `{entry['bundle']}` {figure} {spelled}, asked {sign} {limit:g}"
 
 
 def enforce(verdict: Sequence[Mapping[str, Any]]) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 from llmfast.bundle import COMPANIONS, read_json, sha256
 from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
 from llmfast.export.architectures import supported_model_types
-from llmfast.report import note
 
 # Fields that make transformers import code from the model's folder.
 _CODE_FIELDS = (
@@ -90,9 +89,15 @@ class SafetensorsCheckpoint:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        return AutoModelForCausalLM.from_pretrained(
-            self.path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-        ).eval()
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            ).eval()
+        except RuntimeError as error:
+            raise InputError(
+                f"PyTorch can't load `{self.path}`: {str(error).strip().splitlines()[0]}",
+                "weights and config.json do not belong together",
+            ) from error
 
     def write_companions(self, folder: Path) -> None:
         """Copy config and tokenizer; a tokenizer that is not in tokenizer.json form is converted to it."""
@@ -171,15 +176,13 @@ def load_config(path: Path) -> Any:
         UnsupportedError: an architecture that `transformers` does not know.
     """
     from transformers import AutoConfig
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # what matters is raised
     raw = read_json(path / "config.json")
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise InputError(f"no `model_type` in `{path / 'config.json'}`", "give the folder of a transformers model")
-    named = [field for field in _CODE_FIELDS if field in raw]
-    for field in named:
-        del raw[field]
-    if named:
-        note(f"note: ignoring {', '.join(named)} in `{path / 'config.json'}`: code of a model's folder is never run")
+    raw = {key: value for key, value in raw.items() if key not in _CODE_FIELDS}
     model_type = raw.pop("model_type")
     try:
         return AutoConfig.for_model(model_type, **raw)
@@ -192,6 +195,11 @@ def load_config(path: Path) -> Any:
         ) from error
     except Exception as error:  # configs validate themselves with many kinds of exception
         raise InputError(f"malformed `{path / 'config.json'}`: {error}") from error
+
+
+def code_fields(path: Path) -> list[str]:
+    """Return the fields of config.json that would make transformers run code of the model's folder."""
+    return [field for field in _CODE_FIELDS if field in read_json(path / "config.json")]
 
 
 def copy_companions(source: Path, folder: Path) -> None:

@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from llmfast.bundle import MODEL
+from llmfast.errors import InputError
 from llmfast.export.architectures import Decoder
 from llmfast.export.checkpoint import Checkpoint
 from llmfast.graph.builder import CONTRIB, GraphBuilder
@@ -81,7 +82,14 @@ class _DecoderWriter:
 
     def _read(self, *names: str) -> np.ndarray:
         """Read weights and stack them along their output features."""
-        return np.concatenate([self.checkpoint.read(name) for name in names])
+        arrays = [self.checkpoint.read(name) for name in names]
+        for name, array in zip(names, arrays, strict=True):
+            if not np.isfinite(array).all():
+                raise InputError(
+                    f"weight `{name}` of `{self.checkpoint.path}` has values that are NaN or infinite",
+                    "the checkpoint is damaged or its training diverged",
+                )
+        return np.concatenate(arrays)
 
     def _linear(self, name: str, hidden: str, bias: bool, parts: tuple[str, ...] = ()) -> str:
         """Multiply by the weight `[K, N]` of one projection, or of several that share their input."""

@@ -12,7 +12,7 @@ from llmfast.bundle import Manifest, ModelBundle, Step, check_output, stage_outp
 from llmfast.errors import OptionError
 from llmfast.export.requirements import require_export_extra
 from llmfast.graph.model import OnnxModel
-from llmfast.report import progress
+from llmfast.report import note, progress
 
 _DIRECT_TASK = "text-generation"
 _VERSIONED = ("onnx", "onnxruntime", "torch", "transformers")
@@ -77,14 +77,18 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
     """Check output, packages and options; return the task."""
     check_output(output, (Path(source),), options.overwrite)
     require_export_extra()
-    from llmfast.export.checkpoint import load_config, resolve_folder
+    from llmfast.export.checkpoint import code_fields, load_config, resolve_folder
     from llmfast.export.traced import detect_task
 
     if Path(source).suffix == ".gguf":
-        task = _DIRECT_TASK
+        task = options.task or _DIRECT_TASK
+        if task != _DIRECT_TASK:
+            raise OptionError(f"--task {task}: a .gguf file is exported for {_DIRECT_TASK}")
     else:
         folder = resolve_folder(source)
         config = load_config(folder).to_dict()
+        if ignored := code_fields(folder):
+            note(f"note: ignoring {', '.join(ignored)} of `{source}`: code in a model's folder is never run")
         task = options.task or detect_task(config, folder)
     if task not in registry.names("tasks"):
         raise OptionError(f"unknown task `{task}`", f"choose from: {', '.join(registry.names('tasks'))}")

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from llmfast.graph.model import FLOATS, OnnxModel
+from llmfast.graph.model import OnnxModel
 
 # Smaller tables (token types, positions of a small encoder) save nothing worth an operator.
 MIN_EMBEDDING_ELEMENTS = 1 << 20
@@ -73,7 +73,7 @@ def find_linears(model: OnnxModel) -> list[Linear]:
             continue
         transposed, bias = matched
         weight, folded = resolve(node.input[1])
-        if weight is None:
+        if weight is None or (bias and not _is_vector(model.initializers.get(bias))):
             continue
         stored_transposed = transposed != folded
         rows, columns = weight.dims
@@ -139,7 +139,11 @@ def _layer_name(node: onnx.NodeProto, weight: str) -> str:
 
 
 def _is_matrix(tensor: TensorProto) -> bool:
-    return len(tensor.dims) == 2 and tensor.data_type in FLOATS
+    return len(tensor.dims) == 2 and tensor.data_type == TensorProto.FLOAT
+
+
+def _is_vector(tensor: TensorProto | None) -> bool:
+    return tensor is not None and len(tensor.dims) == 1
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: float) -> float:

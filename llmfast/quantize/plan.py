@@ -11,7 +11,7 @@ from llmfast import registry
 from llmfast.errors import OptionError, UnsupportedError
 from llmfast.graph.linear import Embedding, Linear, find_embeddings, find_linears
 from llmfast.graph.model import OnnxModel
-from llmfast.graph.packed import BLOCK_SIZES, Grid, largest_block_size
+from llmfast.graph.packed import Grid, largest_block_size
 
 HEAD_ROLE = "lm_head"
 EMBEDDING_ROLE = "embedding"
@@ -155,7 +155,9 @@ def choose_layers(model: OnnxModel, plan: Plan, include: str, exclude: str) -> L
     linears = [linear for linear in found if chosen(linear.name)]
     embeddings = [table for table in find_embeddings(model, found) if chosen(table.weight.removesuffix(".weight"))]
     if not linears and not embeddings:
-        hint = "--include/--exclude leave none of its layers" if found else "it has no MatMul or Gemm weights"
+        hint = "it has no MatMul or plain Gemm with a constant float32 matrix"
+        if found:
+            hint = "--include/--exclude leave none of its layers"
         raise UnsupportedError(f"nothing to quantize in `{model.path}`", hint)
     return _assign_grids(linears, embeddings, plan)
 
@@ -210,11 +212,6 @@ def _share_out(settings: Mapping[str, str], plugins: Mapping[str, ModuleType]) -
 
 
 def _check_scheme_options(scheme: Choice) -> None:
-    block_size, head_bits = scheme.plugin.grid(scheme.options).block_size, scheme.options.head_bits
-    if block_size and block_size not in BLOCK_SIZES:
-        raise OptionError(
-            f"block_size {block_size}: ONNX Runtime has no kernel for it",
-            f"choose from: {', '.join(map(str, BLOCK_SIZES))}",
-        )
+    head_bits = scheme.options.head_bits
     if head_bits not in (8, FLOAT_BITS):
         raise OptionError(f"head_bits {head_bits}: not 8 or {FLOAT_BITS}")

@@ -14,6 +14,7 @@ import llmfast
 from llmfast import registry
 from llmfast.bundle import (
     COMPANIONS,
+    MANIFEST,
     Manifest,
     ModelBundle,
     Step,
@@ -22,7 +23,7 @@ from llmfast.bundle import (
     stage_output,
     write_manifest,
 )
-from llmfast.errors import OptionError
+from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.graph.fold import Rescaling, find_fold_sites
 from llmfast.graph.linear import Linear
 from llmfast.graph.model import OnnxModel
@@ -103,10 +104,18 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         for name in COMPANIONS:
             if companion := bundle.companion(name):
                 shutil.copyfile(companion, staged / name)
-        open_session(staged / files[0])  # a model that does not load is not written
+        _check_loads(staged / files[0], source)
         written = OnnxModel.load(staged / files[0])
         write_manifest(staged, _manifest(bundle, model, written, plan, options, graph.reports))
     return ModelBundle.open(output)
+
+
+def _check_loads(model: Path, source: Path) -> None:
+    """Refuse to write a model that ONNX Runtime can't open."""
+    try:
+        open_session(model)
+    except InputError as error:
+        raise UnsupportedError(f"`{source}`: the quantized graph does not load: {error.message}") from error
 
 
 def plan_layers(source: Path, output: Path, options: QuantizeOptions) -> list[dict[str, Any]]:
@@ -119,7 +128,8 @@ def _prepare(source: Path, output: Path, options: QuantizeOptions) -> tuple[Plan
     if plan.needs_calibration and options.calibration is None:
         raise OptionError(f"{' and '.join(plan.needs_calibration)} need --calibration", "give a UTF-8 text file")
     bundle = ModelBundle.open(source)
-    check_output(output, (source,), options.overwrite)
+    inputs = (source, source.parent) if (source.parent / MANIFEST).is_file() else (source,)
+    check_output(output, inputs, options.overwrite)
     model = OnnxModel.load(bundle.model)
     return plan, bundle, model, choose_layers(model, plan, options.include, options.exclude)
 

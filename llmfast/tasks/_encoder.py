@@ -7,6 +7,7 @@ import numpy as np
 
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError, UnsupportedError
+from llmfast.report import note
 from llmfast.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def run_texts(
 ) -> list[np.ndarray]:
     """Encode texts and compute one row for each.
 
-    A text longer than the model takes is cut at its end.
+    A text longer than the model takes is cut at its end, with a note.
 
     Args:
         bundle: holds the tokenizer and says how long a text may be.
@@ -41,13 +42,18 @@ def run_texts(
     max_length = min((limit for limit in limits if limit), default=_DEFAULT_LENGTH)
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     rows: dict[int, np.ndarray] = {}
+    cut = 0
     for start in range(0, len(order), _BATCH_SIZE):
         chosen = order[start : start + _BATCH_SIZE]
         batch = tokenizer.encode_batch([texts[index] for index in chosen], max_length)
         empty = np.flatnonzero(batch["attention_mask"].sum(1) == 0)
         if empty.size:
             raise InputError(f"text {chosen[empty[0]] + 1} of {len(texts)} has no token", "leave empty texts out")
+        full = [index for index, row in zip(chosen, batch["attention_mask"], strict=True) if row.sum() == max_length]
+        cut += sum(len(tokenizer.encode(texts[index])) > max_length for index in full)
         rows.update(zip(chosen, compute(batch), strict=True))
+    if cut:
+        note(f"note: cut to the {max_length} tokens that the model takes: {cut} of the {len(texts)} texts")
     return [rows[index] for index in range(len(texts))]
 
 

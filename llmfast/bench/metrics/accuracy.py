@@ -12,6 +12,7 @@ import numpy as np
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.subject import Subject
 from llmfast.bundle import ModelBundle
+from llmfast.errors import InputError
 from llmfast.report import Column
 
 ORDER = 80
@@ -42,6 +43,11 @@ def prepare(bundle: ModelBundle, data: Path, options: BenchOptions) -> list[Exam
     from llmfast.text import read_labelled
 
     lines = read_labelled(data)
+    names = [name.casefold() for name in bundle.manifest.architecture.get("labels") or []]
+    known = {*names, *map(str, range(len(names)))}
+    unknown = next((label for label, _ in lines if names and label.casefold() not in known), None)
+    if unknown is not None:
+        raise InputError(f"`{data}`: the model has no label `{unknown}`", f"it has: {', '.join(names[:20])}")
     batches = [lines[start : start + _BATCH] for start in range(0, len(lines), _BATCH)]
     return [Examples(*map(tuple, zip(*batch, strict=True))) for batch in batches]
 

@@ -20,7 +20,7 @@ KIND = "quality"
 TASKS = ("feature-extraction",)
 NEEDS = ("tokenizer",)
 UNIT = "lines"
-DATA = "lines of score<TAB>sentence<TAB>sentence in a .tsv, for rank correlation, or a text a line"
+DATA = "lines of score<TAB>sentence<TAB>sentence for rank correlation, or a text a line"
 HIGHER_IS_BETTER = {"spearman": True, "cosine_to_baseline": True}
 COLUMNS = (
     Column("spearman", "spearman", lambda value: f"{value:.4f}"),
@@ -44,11 +44,11 @@ class Texts:
 
 
 def prepare(bundle: ModelBundle, data: Path, options: BenchOptions) -> list[Texts]:
-    """Read pairs from a `.tsv`, lines from any other file, in batches; every line is used."""
+    """Read scored pairs, known by the two tabs of their first line, or single texts; every line is used."""
     from llmfast.text import read_lines, read_pairs
 
-    if data.suffix != ".tsv":
-        lines = read_lines(data)
+    lines = read_lines(data)
+    if lines[0].count("\t") != 2:
         return [Texts(tuple(lines[start : start + _BATCH])) for start in range(0, len(lines), _BATCH)]
     pairs = read_pairs(data)
     batches = [pairs[start : start + _BATCH] for start in range(0, len(pairs), _BATCH)]

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from llmfast.errors import OptionError
 from llmfast.graph.packed import Grid, to_blocks
 from llmfast.runtime import usable_cores
 
@@ -16,7 +17,20 @@ _GROUP_ELEMENTS = 1 << 16
 _SMALLEST_SCALE = np.float32(1e-30)
 
 
+_MOST_STEPS = 1000
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def check_search(steps: int, floor: float) -> None:
+    """Refuse a search that can't be.
+
+    Raises:
+        OptionError: too few or too many steps, or a floor that is no share.
+    """
+    if not 1 <= steps <= _MOST_STEPS:
+        raise OptionError(f"search_steps {steps}: not between 1 and {_MOST_STEPS}")
+    if not 0 < floor <= 1:
+        raise OptionError(f"search_floor {floor}: not above 0 and up to 1")
 
 
 def search_blocks(weight: np.ndarray, grid: Grid, steps: int, floor: float, importance: np.ndarray | None) -> Found:
@@ -37,8 +51,11 @@ def search_blocks(weight: np.ndarray, grid: Grid, steps: int, floor: float, impo
     rows = max(1, _GROUP_ELEMENTS // blocks[0].size)
     groups = [blocks[start : start + rows] for start in range(0, len(blocks), rows)]
     shares = np.linspace(1.0, floor, steps, dtype=np.float32)
-    with ThreadPoolExecutor(usable_cores()) as pool:  # NumPy releases the interpreter lock
+    pool = ThreadPoolExecutor(usable_cores())  # NumPy releases the interpreter lock
+    try:
         parts = list(pool.map(lambda group: _search(group, grid, shares, weights), groups))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the groups at hand, not for all of them
     codes, scales, zero_points = (np.concatenate(part) for part in zip(*parts, strict=True))
     return codes, scales, zero_points
 

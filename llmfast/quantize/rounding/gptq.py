@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmfast.errors import OptionError
 from llmfast.graph.packed import Grid, QuantizedWeight
 from llmfast.quantize.calibrate import Statistics
-from llmfast.quantize.rounding._search import search_blocks
+from llmfast.quantize.rounding._search import check_search, search_blocks
 from llmfast.report import note
 
 NEEDS_STATISTICS = True
@@ -37,6 +38,11 @@ class Options:
     damping: float = 0.01
     search_steps: int = 12
     search_floor: float = 0.7
+
+    def __post_init__(self) -> None:
+        check_search(self.search_steps, self.search_floor)
+        if not 0 < self.damping < 1:
+            raise OptionError(f"damping {self.damping}: not between 0 and 1")
 
 
 def quantize_weight(

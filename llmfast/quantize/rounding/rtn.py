@@ -10,7 +10,7 @@ import numpy as np
 
 from llmfast.graph.packed import Grid, QuantizedWeight
 from llmfast.quantize.calibrate import Statistics
-from llmfast.quantize.rounding._search import search_blocks
+from llmfast.quantize.rounding._search import check_search, search_blocks
 
 NEEDS_STATISTICS = False
 
@@ -26,6 +26,9 @@ class Options:
 
     search_steps: int = 12
     search_floor: float = 0.7
+
+    def __post_init__(self) -> None:
+        check_search(self.search_steps, self.search_floor)
 
 
 def quantize_weight(

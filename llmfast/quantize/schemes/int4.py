@@ -8,9 +8,10 @@ Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators
 
 from dataclasses import dataclass
 
+from llmfast.errors import OptionError
 from llmfast.graph.builder import GraphBuilder
 from llmfast.graph.linear import Linear
-from llmfast.graph.packed import Grid, QuantizedWeight, store_blocks, write_matmul_nbits
+from llmfast.graph.packed import BLOCK_SIZES, Grid, QuantizedWeight, store_blocks, write_matmul_nbits
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,13 @@ class Options:
     block_size: int = 32
     symmetric: bool = False
     head_bits: int = 8
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise OptionError(
+                f"block_size {self.block_size}: ONNX Runtime has no kernel for it",
+                f"choose from: {', '.join(map(str, BLOCK_SIZES))}",
+            )
 
 
 def grid(options: Options) -> Grid:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmfast.errors import OptionError
 from llmfast.graph.fold import FoldSite, Rescaling
 from llmfast.graph.linear import Linear
 from llmfast.quantize.calibrate import Statistics
@@ -26,7 +27,11 @@ class Options:
         alpha: how much of the difficulty moves to the weights; 0 leaves it all in the activations.
     """
 
-    alpha: float = 0.5
+    alpha: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise OptionError(f"alpha {self.alpha}: not between 0 and 1")
 
 
 def transform(
