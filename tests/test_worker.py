@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -84,6 +85,7 @@ def test_child_dies_with_its_parent() -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     child = int(result.stdout)
     for _ in range(100):
+        time.sleep(0.05)
         try:
             os.kill(child, 0)
             with open(f"/proc/{child}/stat") as stat:
