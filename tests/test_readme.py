@@ -1,0 +1,53 @@
+"""README and recipes: what they name exists, and their commands parse."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from llmfast import registry
+from llmfast.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _commands(text: str) -> list[list[str]]:
+    text = re.sub(r"\\\n\s*", " ", text)
+    return [
+        shlex.split(line.removeprefix("$ "), comments=True) for line in re.findall(r"^(?:\$ )?llmfast .*$", text, re.M)
+    ]
+
+
+def _parses(words: list[str]) -> None:
+    command = get_command(app).commands[words[1]]
+    command.make_context(words[1], words[2:], resilient_parsing=False).close()
+
+
+@pytest.mark.parametrize("words", [words for words in _commands(README) if "->" not in words], ids=" ".join)
+def test_commands_of_the_readme_parse(words: list[str]) -> None:
+    _parses(words)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.sh")), ids=lambda path: path.name)
+def test_recipes_are_short_strict_and_parse(recipe: Path) -> None:
+    text = recipe.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 30
+    assert "set -eu" in text
+    commands = _commands(text)
+    assert commands
+    for words in commands:
+        _parses([re.sub(r"^\$MAX_KLD$", "1", word) for word in words])
+
+
+def test_scripts_of_the_readme_exist() -> None:
+    for name in re.findall(r"\./(scripts/\S+?\.sh)", README):
+        assert (ROOT / name).stat().st_mode & 0o111
+
+
+def test_readme_names_every_scheme_and_method() -> None:
+    for folder in ("quantize.schemes", "quantize.transforms", "quantize.rounding"):
+        for name in registry.names(folder):
+            assert f"| `{name}`" in README
