@@ -109,9 +109,9 @@ def _root(
     """
 
 
-@app.command()
+@app.command(short_help="A PyTorch checkpoint to an fp32 bundle, proven equal.")
 def export(
-    source: Annotated[str, typer.Argument(help="Hugging Face folder, .gguf file, or hub id.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Hugging Face folder, .gguf file, or hub id.")],
     output: Output,
     task: Annotated[str | None, typer.Option(help="Task; the default is read from the checkpoint.")] = None,
     threads: Threads = None,
@@ -137,9 +137,11 @@ def export(
     )
 
 
-@app.command()
+@app.command(short_help="A float model to a smaller one.")
 def quantize(
-    model: Annotated[Path | None, typer.Argument(help="Bundle, directory with model.onnx, or .onnx file.")] = None,
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="Bundle, directory with model.onnx, or .onnx file.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the new bundle.")] = None,
     scheme: Annotated[
         str | None, typer.Option(help=f"Number format: {', '.join(registry.names('quantize.schemes'))}.")
@@ -201,9 +203,9 @@ def quantize(
     )
 
 
-@app.command()
+@app.command(short_help="Speed, memory, size and quality side by side; gates.")
 def bench(
-    models: Annotated[list[Path], typer.Argument(help="Bundles to measure.", metavar="MODEL...")],
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Bundles to measure.")],
     baseline: Annotated[Path | None, typer.Option(help="Bundle to compare with; the default is the first.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", "-p", help="Tokens of the prompt.")] = None,
     output_tokens: Annotated[int | None, typer.Option("--output-tokens", "-n", help="Tokens decoded.")] = None,
@@ -268,9 +270,9 @@ def bench(
         enforce(document["verdict"])
 
 
-@app.command()
+@app.command(short_help="A prompt to an answer, a text to its label or vector.")
 def infer(
-    model: Annotated[Path, typer.Argument(help="Bundle to run.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Bundle to run.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to answer, classify or embed; - reads stdin.")],
     system: Annotated[str | None, typer.Option(help="What a chat model is told first.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt, without the chat template.")] = False,
@@ -280,7 +282,9 @@ def infer(
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens that make up p.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages tokens seen before.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Text that ends the answer; may be repeated.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     provider: Provider = "cpu",
     threads: Threads = None,
