@@ -18,6 +18,9 @@ FORMAT = 1
 MANIFEST = "llmfast.json"
 MODEL = "model.onnx"
 UNKNOWN_TASK = "unknown"
+TEXT_GENERATION = "text-generation"  # the one task whose graph keeps a cache
+# Tokens an encoder takes when its manifest says nothing; nearly all take this many.
+ENCODER_TOKENS = 512
 
 # Files beside the graph that belong to a model and travel with it unchanged.
 COMPANIONS = (
@@ -105,6 +108,11 @@ class ModelBundle:
         """Return the path of `tokenizer.json` or another companion, None when the model has none."""
         file = self.path / name
         return file if file.is_file() else None
+
+    def longest_text(self, default: int = ENCODER_TOKENS) -> int:
+        """Return how many tokens of a text an encoder takes, `default` when the manifest does not say."""
+        limits = (self.manifest.architecture.get(key) for key in ("context_length", "max_seq_length"))
+        return min((limit for limit in limits if limit), default=default)
 
     @classmethod
     def open(cls, path: Path) -> "ModelBundle":
@@ -245,9 +253,9 @@ def _read_manifest(path: Path) -> Manifest:
     document = read_json(path)
     try:
         version = document["format"]
-        _check_fields(document)
-        if version != FORMAT:
+        if version != FORMAT:  # before the rest: another format has other fields
             raise InputError(f"`{path}` has manifest format {version}, this llmfast reads {FORMAT}", "upgrade llmfast")
+        _check_fields(document)
         steps = tuple(Step(**step) for step in document.pop("lineage"))
         manifest = Manifest(lineage=steps, **document)
         graph_files = [graph["file"] for graph in manifest.graphs.values()]

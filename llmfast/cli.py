@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmfast import __version__, registry, report
-from llmfast.bundle import UNKNOWN_TASK
+from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK
 from llmfast.errors import LlmfastError, OptionError, ResourceError
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -312,7 +312,7 @@ def infer(
         "seed": seed,
     }
     task = ModelBundle.open(model).manifest.task
-    if task not in (stage.GENERATION_TASK, UNKNOWN_TASK):
+    if task not in (TEXT_GENERATION, UNKNOWN_TASK):
         unfit = {**knobs, "system": system, "raw": raw or None, "max_tokens": max_tokens, "stop": stop}
         for name in _given(unfit):
             raise OptionError(f"--{name.replace('_', '-')} is for text generation, `{model}` is for {task}")

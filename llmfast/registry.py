@@ -7,7 +7,7 @@ define a frozen dataclass `Options`, which holds the only copy of its defaults.
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -42,13 +42,15 @@ def load(folder: str, name: str) -> ModuleType:
     """
     known = names(folder)
     if name not in known:
-        kind = folder.rpartition(".")[2].removesuffix("s")
-        close = get_close_matches(name, known, n=1)
-        raise OptionError(
-            f"unknown {kind} `{name}`",
-            f"did you mean `{close[0]}`?" if close else f"choose from: {', '.join(known)}",
-        )
+        raise unknown_name(folder.rpartition(".")[2].removesuffix("s"), name, known)
     return importlib.import_module(f"llmfast.{folder}.{name.replace('-', '_')}")
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str]) -> OptionError:
+    """Return the error for a name that is none of `known`, with the nearest one or all of them as the hint."""
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else f"choose from: {', '.join(known)}"
+    return OptionError(f"unknown {kind} `{name}`", hint)
 
 
 def make_options(plugin: ModuleType, settings: Mapping[str, str]) -> Any:

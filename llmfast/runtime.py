@@ -46,6 +46,7 @@ def open_session(
     threads: int | None = None,
     spin: bool = True,
     profile: Path | None = None,
+    graph: bytes | None = None,
 ) -> "onnxruntime.InferenceSession":
     """Open an ONNX Runtime session on the provider that was asked for, never silently on another.
 
@@ -55,6 +56,7 @@ def open_session(
         threads: intra-op threads; None takes the cores this process may use.
         spin: let idle threads spin, which helps latency and costs CPU time.
         profile: prefix of ONNX Runtime's JSON profile; None writes none.
+        graph: a serialized model to open in place of the file's, over the same external weights.
 
     Raises:
         UnsupportedError: the provider is absent or took no node, or an operator has no kernel.
@@ -74,9 +76,12 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    if graph is not None:
+        folder = str(model.parent.resolve())
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     providers = [(plugin.NAME, plugin.provider_options(0))]
     try:
-        session = ort.InferenceSession(str(model), options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(graph or str(model), options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise _translate(error, model) from error
     if session.get_providers()[0] != plugin.NAME or not placement(session).get(plugin.NAME):

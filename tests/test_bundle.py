@@ -99,6 +99,7 @@ def test_missing_and_changed_files_are_named(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ({"format": 99}, "format 99"),
+        ({"format": 99, "task": 7, "novelty": 1}, "format 99"),  # another format has other fields
         ({"graphs": {"model": {"file": "../model.onnx"}}}, "leaves the bundle"),
         ({"graphs": {}}, "no `model` graph"),
         ({"files": {}}, "lacks a graph's file"),

@@ -14,10 +14,9 @@ from llmfast.bench.options import BenchOptions, per_shape
 from llmfast.bench.quality import measure_quality
 from llmfast.bench.rounds import run_rounds
 from llmfast.bench.statistics import coverage, relative_spread
-from llmfast.bench.subject import GENERATION
 from llmfast.bench.table import print_document
 from llmfast.bench.verdict import judge
-from llmfast.bundle import UNKNOWN_TASK, sha256
+from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, sha256
 from llmfast.errors import InputError, OptionError
 from llmfast.runtime import resolve_threads
 
@@ -129,14 +128,14 @@ def _of_kind(metrics: Mapping[str, ModuleType], kind: str) -> Metrics:
 
 def _lengths(task: str, options: BenchOptions) -> dict[str, int]:
     """Return what the options ask a bundle of this task to hold: flag -> tokens."""
-    if task != GENERATION:
+    if task != TEXT_GENERATION:
         return {f"--shapes {shape}": length for shape, (_, length) in options.shape_sizes.items()}
     lengths = {"--prompt-tokens + --output-tokens": options.prompt_tokens + options.output_tokens}
     return lengths | ({"--seq-len": options.seq_len} if options.data else {})
 
 
 def _max_length(task: str, options: BenchOptions) -> int | None:
-    return max(_lengths(task, options).values()) if task == GENERATION else None
+    return max(_lengths(task, options).values()) if task == TEXT_GENERATION else None
 
 
 def _prepare_data(metrics: Metrics, baseline: Contestant, options: BenchOptions) -> dict[str, list[Any]]:
@@ -157,7 +156,7 @@ def _prepare_data(metrics: Metrics, baseline: Contestant, options: BenchOptions)
 def _check_vocabularies(task: str, contestants: Sequence[Contestant], baseline: Contestant) -> None:
     """Refuse to compare predictions over different vocabularies."""
     for one in contestants:
-        if task == GENERATION and one.vocab_size not in (None, baseline.vocab_size):
+        if task == TEXT_GENERATION and one.vocab_size not in (None, baseline.vocab_size):
             raise InputError(
                 f"`{one.label}` has {one.vocab_size} token ids, `{baseline.label}` has {baseline.vocab_size}",
                 "their predictions can't be compared: leave out --data, or choose another baseline",

@@ -9,13 +9,9 @@ from typing import Any
 import numpy as np
 
 from llmfast import registry
-from llmfast.bundle import UNKNOWN_TASK, ModelBundle
+from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
 from llmfast.errors import ResourceError
 from llmfast.runtime import open_session, placement, resolve_threads
-
-GENERATION = "text-generation"
-# The context of BERT and its kin, for a bundle that does not state its own.
-DEFAULT_ENCODER_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -95,9 +91,7 @@ class Subject:
             from llmfast.tokenizer import Tokenizer
 
             self._tokenizer = Tokenizer.load(self.bundle.path)
-        limits = (self.bundle.manifest.architecture.get(key) for key in ("context_length", "max_seq_length"))
-        max_length = min((limit for limit in limits if limit), default=DEFAULT_ENCODER_LENGTH)
-        encoded: dict[str, np.ndarray] = self._tokenizer.encode_batch(texts, max_length)
+        encoded: dict[str, np.ndarray] = self._tokenizer.encode_batch(texts, self.bundle.longest_text())
         return encoded
 
     @property
@@ -192,7 +186,7 @@ def settle(cpu_time: Callable[[], float] = time.process_time, sleep: Callable[[f
 
 def _opener(bundle: ModelBundle, provider: str, threads: int, max_length: int | None) -> Callable[[], tuple[Any, Any]]:
     """Import what opens the bundle, and return the function that does: (engine or None, session)."""
-    if bundle.manifest.task == GENERATION:
+    if bundle.manifest.task == TEXT_GENERATION:
         from llmfast.infer.engine import Engine
 
         def open_engine() -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from llmfast.bundle import Manifest, ModelBundle
 from llmfast.errors import GateError
+from llmfast.graph.feeds import sequence_feeds
 from llmfast.infer.engine import Engine
 from llmfast.worker import Worker
 
@@ -97,17 +98,8 @@ class Exported:
         return total.verdict()
 
     def _score_batch(self, prompts: np.ndarray) -> np.ndarray:
-        batch, length = prompts.shape
-        feeds = {
-            "input_ids": prompts,
-            "seqlens_k": np.full(batch, length - 1, np.int32),
-            "total_sequence_length": np.array(length, np.int32),
-            "num_logits": np.array([length], np.int64),
-        }
-        for value in self.engine.session.get_inputs():
-            if value.name.startswith("past_key_values."):
-                feeds[value.name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), np.float32)
-        logits: np.ndarray = self.engine.session.run(["logits"], feeds)[0]
+        session = self.engine.session
+        logits: np.ndarray = session.run(["logits"], sequence_feeds(session.get_inputs(), prompts))[0]
         return logits
 
     def _decode(self, prompt: np.ndarray, first: int) -> Iterator[tuple[int, np.ndarray]]:

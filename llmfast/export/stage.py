@@ -8,13 +8,12 @@ from typing import Any
 
 import llmfast
 from llmfast import registry
-from llmfast.bundle import Manifest, ModelBundle, Step, check_output, stage_output, write_manifest
+from llmfast.bundle import TEXT_GENERATION, Manifest, ModelBundle, Step, check_output, stage_output, write_manifest
 from llmfast.errors import OptionError
 from llmfast.export.requirements import require_export_extra
 from llmfast.graph.model import OnnxModel
 from llmfast.report import note, progress
 
-_DIRECT_TASK = "text-generation"
 _VERSIONED = ("onnx", "onnxruntime", "torch", "transformers")
 
 
@@ -49,7 +48,7 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
     """
     options = options or ExportOptions()
     task = _prepare(source, output, options)
-    route: Callable[..., Manifest] = _export_decoder if task == _DIRECT_TASK else _export_traced
+    route: Callable[..., Manifest] = _export_decoder if task == TEXT_GENERATION else _export_traced
     with stage_output(output, options.overwrite) as staged:
         manifest = route(source, task, staged, options)
         parameters = OnnxModel.load(staged / manifest.graphs["model"]["file"]).num_parameters
@@ -61,7 +60,7 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
 def describe_export(source: str, output: Path, options: ExportOptions) -> str:
     """Check what `export` checks before it works, and say in one line what it would do."""
     task = _prepare(source, output, options)
-    if task != _DIRECT_TASK:
+    if task != TEXT_GENERATION:
         return f"would trace `{source}` for {task} into `{output}`"
     from llmfast.export.architectures import describe
     from llmfast.export.checkpoint import open_checkpoint
@@ -81,9 +80,9 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
     from llmfast.export.traced import detect_task
 
     if Path(source).suffix == ".gguf":
-        task = options.task or _DIRECT_TASK
-        if task != _DIRECT_TASK:
-            raise OptionError(f"--task {task}: a .gguf file is exported for {_DIRECT_TASK}")
+        task = options.task or TEXT_GENERATION
+        if task != TEXT_GENERATION:
+            raise OptionError(f"--task {task}: a .gguf file is exported for {TEXT_GENERATION}")
     else:
         folder = resolve_folder(source)
         config = load_config(folder).to_dict()

@@ -1,14 +1,14 @@
 """A traced program as llmfast's model.onnx: the checkpoint's names, shapes that can be inferred, no dead ends."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
-from llmfast.graph.model import walk
+from llmfast.graph.model import live_nodes, walk
 from llmfast.graph.weights import WeightFile
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ def write_graph(model: Any, parameters: "Mapping[str, torch.Tensor]", staged: Pa
     arrays = _take_weights(model, parameters)
     proto: onnx.ModelProto = onnx_ir.to_proto(model)
     arrays |= _fix_reshapes(proto.graph)
-    _remove_dead_nodes(proto.graph)
+    live = live_nodes(proto.graph)
+    del proto.graph.node[:]
+    proto.graph.node.extend(live)
     _strip(proto)
     used = {name for node in walk(proto.graph) for name in node.input}
     weights = WeightFile(staged)
@@ -81,22 +83,6 @@ def _fix_reshapes(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
 def _shape(value: onnx.ValueInfoProto) -> Shape:
     sizes = value.type.tensor_type.shape.dim
     return tuple(size.dim_value if size.HasField("dim_value") else size.dim_param or None for size in sizes)
-
-
-def _remove_dead_nodes(graph: onnx.GraphProto) -> None:
-    needed = {output.name for output in graph.output}
-    alive = []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            alive.append(node)
-            needed.update(_inputs(node))
-    del graph.node[:]
-    graph.node.extend(reversed(alive))
-
-
-def _inputs(node: onnx.NodeProto) -> Iterable[str]:
-    inner = (part for attribute in node.attribute if attribute.HasField("g") for part in walk(attribute.g))
-    return [name for part in (node, *inner) for name in part.input]
 
 
 def _strip(proto: onnx.ModelProto) -> None:

@@ -1,8 +1,9 @@
 """An ONNX model on disk: the graph in memory, the weights read one at a time through a memory map."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ class OnnxModel:
         """Version of the standard operator set, 0 when the model imports none."""
         return max((entry.version for entry in self.proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
 
-    @property
+    @cached_property
     def initializers(self) -> dict[str, TensorProto]:
         """Constant tensors by name."""
         return {tensor.name: tensor for tensor in self.proto.graph.initializer}
@@ -89,6 +90,30 @@ def walk(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 yield from walk(attribute.g)
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """Return the values that a node, or a node inside its subgraphs, reads."""
+    inner = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+    return [*node.input, *(name for graph in inner for part in walk(graph) for name in part.input)]
+
+
+def live_nodes(
+    graph: onnx.GraphProto, needs: Callable[[onnx.NodeProto], Iterable[str]] = reads
+) -> list[onnx.NodeProto]:
+    """Return the nodes that the graph's outputs depend on, in order.
+
+    Args:
+        graph: its nodes are in topological order, as ONNX demands.
+        needs: the values that a node needs; fewer than it reads where it is going to be replaced.
+    """
+    needed = {output.name for output in graph.output}
+    live = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            live.append(node)
+            needed.update(needs(node))
+    return live[::-1]
 
 
 def read_tensor(tensor: TensorProto, folder: Path) -> np.ndarray:

@@ -13,13 +13,13 @@ import numpy as np
 
 from llmfast.bundle import ModelBundle, read_json
 from llmfast.errors import InputError, OptionError, ResourceError, UnsupportedError
+from llmfast.graph.feeds import PAST
 from llmfast.runtime import import_onnxruntime, open_session
 
 if TYPE_CHECKING:
     import onnxruntime
 
 _INPUTS = ("input_ids", "seqlens_k", "total_sequence_length", "num_logits")
-_PAST = "past_key_values."
 _DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -225,7 +225,7 @@ def _allocate_slab(
     device = ""
     try:
         for entry, info in zip(session.get_inputs(), session.get_input_memory_infos(), strict=True):
-            if not entry.name.startswith(_PAST):
+            if not entry.name.startswith(PAST):
                 continue
             device = info.name.lower()
             shape, dtype = (1, entry.shape[1], capacity, entry.shape[3]), _DTYPES[entry.type]
@@ -239,14 +239,14 @@ def _allocate_slab(
 
 
 def _present(past: str) -> str:
-    return past.replace("past_key_values", "present", 1)
+    return past.replace(PAST, "present.", 1)
 
 
 def _check_contract(session: "onnxruntime.InferenceSession", bundle: ModelBundle) -> None:
     inputs = {entry.name: entry for entry in session.get_inputs()}
     outputs = [entry.name for entry in session.get_outputs()]
-    past = [name for name in inputs if name.startswith(_PAST)]
-    missing = [name for name in (*_INPUTS, f"{_PAST}0.key") if name not in inputs]
+    past = [name for name in inputs if name.startswith(PAST)]
+    missing = [name for name in (*_INPUTS, f"{PAST}0.key") if name not in inputs]
     missing += [name for name in ("logits", *map(_present, past)) if name not in outputs]
     if missing:
         raise UnsupportedError(

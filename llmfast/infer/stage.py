@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from llmfast import registry
-from llmfast.bundle import UNKNOWN_TASK, ModelBundle
+from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
 from llmfast.errors import OptionError, UnsupportedError
 from llmfast.infer.engine import Engine
 from llmfast.infer.generate import Generation, check_limits, encode_prompt, finish, generate
 from llmfast.infer.sampling import Sampling
 from llmfast.tokenizer import Tokenizer
-
-GENERATION_TASK = "text-generation"
 
 
 def infer(
@@ -50,7 +48,7 @@ def infer(
     """
     check_limits(max_tokens, stop)
     bundle = ModelBundle.open(model)
-    if bundle.manifest.task not in (GENERATION_TASK, UNKNOWN_TASK):
+    if bundle.manifest.task not in (TEXT_GENERATION, UNKNOWN_TASK):
         raise OptionError(f"`{model}` generates no text: its task is {bundle.manifest.task}")
     tokenizer = Tokenizer.load(bundle.path)
     prompt_ids = encode_prompt(tokenizer, prompt, system, raw)

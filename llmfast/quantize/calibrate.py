@@ -13,14 +13,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from llmfast.bundle import ModelBundle, sha256
-from llmfast.errors import InputError, UnsupportedError
+from llmfast.bundle import TEXT_GENERATION, ModelBundle, sha256
+from llmfast.errors import InputError
+from llmfast.graph.feeds import sequence_feeds
 from llmfast.graph.model import OnnxModel
-from llmfast.runtime import import_onnxruntime, resolve_threads
+from llmfast.runtime import import_onnxruntime, open_session
 from llmfast.text import read_lines, read_text, token_windows
 from llmfast.tokenizer import Tokenizer
-
-_PAST = "past_key_values."
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Calibrator:
         options.only_execute_path_to_fetches = True
         sums: dict[str, Statistics] = {}
         for ids in self.samples:
-            values = self._session.run(list(names), _feeds(self._inputs, ids), options)
+            values = self._session.run(list(names), sequence_feeds(self._inputs, ids[None]), options)
             for name, value in zip(names, values, strict=True):
                 seen = _summarize(value.reshape(-1, value.shape[-1]), gram)
                 sums[name] = _add(sums[name], seen) if name in sums else seen
@@ -112,7 +111,7 @@ def _summarize(rows: np.ndarray, gram: bool) -> Statistics:
 
 def _add(one: Statistics, other: Statistics) -> Statistics:
     if one.gram is not None and other.gram is not None:
-        one.gram.__iadd__(other.gram)  # in place: these matrices are the largest thing in memory
+        np.add(one.gram, other.gram, out=one.gram)  # in place: these matrices are the largest thing in memory
     return replace(one, num_tokens=one.num_tokens + other.num_tokens, abs_max=np.maximum(one.abs_max, other.abs_max))
 
 
@@ -123,12 +122,11 @@ def _mean(total: Statistics) -> Statistics:
 def _samples(bundle: ModelBundle, calibration: Calibration) -> list[np.ndarray]:
     """Return token ids, int64 [seq] each."""
     tokenizer = Tokenizer.load(bundle.path)
-    if bundle.manifest.task == "text-generation":
+    if bundle.manifest.task == TEXT_GENERATION:
         limit = bundle.manifest.architecture.get("context_length", calibration.seq_len)
         ids = tokenizer.encode(read_text(calibration.path))
         return list(token_windows(ids, calibration.num_samples, min(calibration.seq_len, limit)))
-    limits = (bundle.manifest.architecture.get(key) for key in ("context_length", "max_seq_length"))
-    length = min([limit for limit in limits if limit] + [calibration.seq_len])
+    length = min(bundle.longest_text(calibration.seq_len), calibration.seq_len)
     lines = read_lines(calibration.path)[: calibration.num_samples]
     if not lines:
         raise InputError(f"no line of text in `{calibration.path}`", "encoders are calibrated on one sample a line")
@@ -136,43 +134,11 @@ def _samples(bundle: ModelBundle, calibration: Calibration) -> list[np.ndarray]:
 
 
 def _open_with_outputs(model: OnnxModel, names: Sequence[str]) -> Any:
-    """Open the float graph with inner values as outputs, its weights read where they lie."""
-    ort = import_onnxruntime()
+    """Open the float graph with inner values as outputs."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     present = {output.name for output in proto.graph.output}
     proto.graph.output.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name not in present
     )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = resolve_threads(None)
-    options.log_severity_level = 3
-    folder = str(model.path.parent.resolve())
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def _feeds(inputs: Sequence[Any], ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Return a graph's inputs for one sequence, whether llmfast or another exporter made the graph."""
-    length = len(ids)
-    known = {
-        "input_ids": ids[None],
-        "attention_mask": np.ones((1, length), np.int64),
-        "token_type_ids": np.zeros((1, length), np.int64),
-        "position_ids": np.arange(length, dtype=np.int64)[None],
-        "seqlens_k": np.array([length - 1], np.int32),
-        "total_sequence_length": np.array(length, np.int32),
-        "num_logits": np.array([length], np.int64),
-    }
-    feeds = {}
-    for value in inputs:
-        if value.name.startswith(_PAST):
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-        elif value.name in known:
-            feeds[value.name] = known[value.name]
-        else:
-            raise UnsupportedError(
-                f"can't calibrate: the graph has an input `{value.name}` that is not made from token ids",
-                f"known inputs: {', '.join(known)}",
-            )
-    return feeds
+    return open_session(model.path, graph=proto.SerializeToString())

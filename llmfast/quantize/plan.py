@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
@@ -185,9 +184,7 @@ def _split_method(method: str) -> tuple[list[str], str]:
     names = [name.strip() for name in method.split(",")] if method else []
     for name in names:
         if name not in transforms + roundings:
-            close = get_close_matches(name, transforms + roundings, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"choose from: {', '.join(transforms + roundings)}"
-            raise OptionError(f"unknown method `{name}`", hint)
+            raise registry.unknown_name("method", name, transforms + roundings)
     if any(name in roundings for name in names[:-1]) or len(set(names)) < len(names):
         raise OptionError(f"--method `{method}`: not transforms first, then one rounding", "e.g. smoothquant,gptq")
     if names and names[-1] in roundings:

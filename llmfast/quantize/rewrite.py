@@ -11,7 +11,7 @@ from llmfast.errors import InputError
 from llmfast.graph.builder import GraphBuilder
 from llmfast.graph.fold import Rescaling
 from llmfast.graph.linear import Embedding, Linear
-from llmfast.graph.model import OnnxModel, walk
+from llmfast.graph.model import OnnxModel, live_nodes, reads
 from llmfast.graph.packed import Grid, QuantizedWeight, store_blocks, write_gather, write_matmul_nbits
 from llmfast.graph.weights import WeightFile
 from llmfast.quantize.plan import EMBEDDING_ROLE, HEAD_ROLE, Layers
@@ -77,7 +77,11 @@ class QuantizedGraph:
         grids = self._layers.grids
         linear_of = {linear.output: linear for linear in self._layers.linears if linear.weight in grids}
         embedding_of = {table.node.output[0]: table for table in self._layers.embeddings if table.weight in grids}
-        for node in _live_nodes(self._model, {*linear_of, *embedding_of}):
+        replaced = {*linear_of, *embedding_of}
+        # Nodes that only prepared a replaced weight, such as a Transpose before a MatMul, are not needed.
+        for node in live_nodes(
+            self._model.proto.graph, lambda node: _activations(node) if node.output[0] in replaced else reads(node)
+        ):
             output = node.output[0]
             if output in linear_of:
                 self._replace_linear(graph, linear_of[output])
@@ -86,7 +90,7 @@ class QuantizedGraph:
                 self._replace_embedding(graph, embedding_of[output])
                 advance()
             else:
-                self._keep(graph, _constants(self._model, node))
+                self._keep(graph, [name for name in reads(node) if name in self._model.initializers])
                 graph.keep(node)
         self._keep(graph, [one.bias for one in linear_of.values() if one.bias in self._model.initializers])
         return [file.name for file in self._weights.save(graph.rewrite(self._model))]
@@ -135,27 +139,7 @@ class QuantizedGraph:
         return quantized
 
 
-def _constants(model: OnnxModel, node: onnx.NodeProto) -> list[str]:
-    """Return the initializers that a node, or a node inside its subgraphs, reads."""
-    return [name for name in _reads(node) if name in model.initializers]
-
-
-def _reads(node: onnx.NodeProto) -> list[str]:
-    inner = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-    return [*node.input, *(name for graph in inner for part in walk(graph) for name in part.input)]
-
-
-def _live_nodes(model: OnnxModel, replaced: set[str]) -> list[onnx.NodeProto]:
-    """Drop nodes that only prepared weights that are no longer read, such as a Transpose before a MatMul."""
-    needed = {output.name for output in model.proto.graph.output}
-    live = []
-    for node in reversed(model.proto.graph.node):
-        if not needed.intersection(node.output):
-            continue
-        live.append(node)
-        if node.output[0] in replaced:
-            activations = 1 if node.op_type == "Gather" else 0
-            needed.update([node.input[activations], *node.input[2:]])
-        else:
-            needed.update(_reads(node))
-    return live[::-1]
+def _activations(node: onnx.NodeProto) -> list[str]:
+    """Return what a linear layer or an embedding reads apart from its weight."""
+    first = 1 if node.op_type == "Gather" else 0
+    return [node.input[first], *node.input[2:]]

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 # Rows of one pass. The more there are the more of them is padding, and one pass of 32 fills the cores already.
 _BATCH_SIZE = 32
-# For a model whose manifest says nothing; nearly all encoders take this much.
-_DEFAULT_LENGTH = 512
 
 
 def run_texts(
@@ -38,8 +36,7 @@ def run_texts(
         InputError: no tokenizer, or a text without a token.
     """
     tokenizer = Tokenizer.load(bundle.path)
-    limits = (bundle.manifest.architecture.get(key) for key in ("context_length", "max_seq_length"))
-    max_length = min((limit for limit in limits if limit), default=_DEFAULT_LENGTH)
+    max_length = bundle.longest_text()
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     rows: dict[int, np.ndarray] = {}
     cut = 0

@@ -16,8 +16,6 @@ from llmfast.graph.fold import FoldSite, Rescaling
 from llmfast.graph.linear import Linear
 from llmfast.quantize.calibrate import Statistics
 
-NEEDS_GRAM = False
-
 
 @dataclass(frozen=True)
 class Options:
