@@ -14,7 +14,8 @@ from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.infer.engine import Engine
 from llmfast.infer.generate import Generation, StopFilter, encode_prompt, finish, generate
 from llmfast.infer.sampling import Sampling
-from llmfast.infer.stage import answer, infer, spell_answer, spell_speed
+from llmfast.infer.stage import answer, infer, spell_speed
+from llmfast.tasks import feature_extraction, text_classification
 from llmfast.tokenizer import Tokenizer
 
 # 256 bytes and 3 special tokens; the rows above them are padding, as in many real models.
@@ -438,9 +439,8 @@ def test_infer_refuses_a_model_of_another_task(bundle, tmp_path):
         infer(tmp_path, "hello", emit=print)
 
 
-def test_answers_of_several_texts(bundle, engine, tokenizer, monkeypatch):
-    monkeypatch.setattr("llmfast.tasks.text_generation.MAX_TOKENS", 8)
-    answers = answer(bundle.path, ["ab c", "hello"], threads=1)
+def test_answers_of_several_texts(bundle, engine, tokenizer):
+    answers = answer(bundle.path, ["ab c", "hello"], threads=1, max_tokens=8)
     assert [one["text"] for one in answers] == ["ab c", "hello"]
     assert answers[0]["answer"] == _generate(engine, tokenizer, max_tokens=8).text
     assert answers[0]["finish_reason"] == "length"
@@ -453,8 +453,8 @@ def test_answer_needs_to_know_the_task(bundle):
 
 def test_answers_are_spelled_for_people():
     scores = {"bad": 0.25, "good": 0.75}
-    assert spell_answer({"text": "x", "label": "good", "score": 0.75, "scores": scores}) == "good 0.7500"
-    assert spell_answer({"text": "x", "embedding": [0.5, -1.0]}) == "0.500000 -1.000000"
+    assert text_classification.spell({"text": "x", "label": "good", "score": 0.75, "scores": scores}) == "good 0.7500"
+    assert feature_extraction.spell({"text": "x", "embedding": [0.5, -1.0]}) == "0.500000 -1.000000"
     generation = Generation("yes", 5, 9, 0.25, 12.34, "eos")
     assert "5 prompt tokens" in spell_speed(generation)
     assert "9 tokens, 12.3 tokens/s; ended by eos" in spell_speed(generation)

@@ -13,6 +13,8 @@ from llmfast.infer.engine import Engine
 from llmfast.infer.sampling import Sampling, sample
 from llmfast.tokenizer import Tokenizer, TokenStream
 
+MAX_TOKENS = 256
+
 FinishReason = Literal["stop", "length", "eos"]
 
 

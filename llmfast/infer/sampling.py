@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -41,6 +41,9 @@ class Sampling:
             "must be above 0",
         )
         _require(self.seed >= 0, "--seed", self.seed, "must be 0 or more")
+
+
+SAMPLING_OPTIONS = tuple(field.name for field in fields(Sampling))
 
 
 def sample(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, previous: Collection[int] = ()) -> int:

@@ -8,7 +8,7 @@ from llmfast import registry
 from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
 from llmfast.errors import OptionError, UnsupportedError
 from llmfast.infer.engine import Engine
-from llmfast.infer.generate import Generation, check_limits, encode_prompt, finish, generate
+from llmfast.infer.generate import MAX_TOKENS, Generation, check_limits, encode_prompt, finish, generate
 from llmfast.infer.sampling import Sampling
 from llmfast.tokenizer import Tokenizer
 
@@ -20,7 +20,7 @@ def infer(
     emit: Callable[[str], None],
     system: str | None = None,
     raw: bool = False,
-    max_tokens: int = 256,
+    max_tokens: int = MAX_TOKENS,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     provider: str = "cpu",
@@ -58,7 +58,7 @@ def infer(
 
 
 def answer(
-    model: Path, texts: Sequence[str], *, provider: str = "cpu", threads: int | None = None
+    model: Path, texts: Sequence[str], *, provider: str = "cpu", threads: int | None = None, **options: Any
 ) -> list[dict[str, Any]]:
     """Answer several texts with a model of any task.
 
@@ -67,26 +67,30 @@ def answer(
         texts: prompts, or texts to classify or embed.
         provider: a name in `llmfast.providers`.
         threads: intra-op threads; None takes the cores this process may use.
+        options: those of the task's `INFER_OPTIONS` that are given.
 
     Returns:
         One dictionary a text, whose keys depend on the task; `text` is always there.
 
     Raises:
+        OptionError: an option that the task does not have.
         UnsupportedError: the model does not say its task.
     """
     bundle = ModelBundle.open(model)
     if bundle.manifest.task == UNKNOWN_TASK:
         raise UnsupportedError(f"`{model}` does not say its task", "give a bundle that llmfast wrote")
     task = registry.load("tasks", bundle.manifest.task)
-    answers: list[dict[str, Any]] = task.answer(bundle, texts, provider, threads)
+    for name in options:
+        if name not in task.INFER_OPTIONS:
+            raise _unfit(name, model, bundle.manifest.task)
+    answers: list[dict[str, Any]] = task.answer(bundle, texts, provider, threads, **options)
     return answers
 
 
-def spell_answer(answer: dict[str, Any]) -> str:
-    """Return an encoder's answer as a line for people."""
-    if "embedding" in answer:
-        return " ".join(f"{value:.6f}" for value in answer["embedding"])
-    return f"{answer['label']} {answer['score']:.4f}"
+def _unfit(option: str, model: Path, task: str) -> OptionError:
+    """Return the error for an option of `infer` that a model's task does not have."""
+    fitting = [name for name in registry.names("tasks") if option in registry.load("tasks", name).INFER_OPTIONS]
+    return OptionError(f"--{option.replace('_', '-')} is for {', '.join(fitting)}; `{model}` is for {task}")
 
 
 def spell_speed(generation: Generation) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 AUTO_MODEL = "AutoModel"
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
+INFER_OPTIONS = ()
 
 
 def answer(
@@ -33,6 +34,11 @@ def answer(
     session = open_session(bundle.model, provider, threads)
     vectors = run_texts(bundle, texts, lambda batch: embed(session, batch))
     return [{"text": text, "embedding": vector.tolist()} for text, vector in zip(texts, vectors, strict=True)]
+
+
+def spell(answer: dict[str, Any]) -> str:
+    """Return an answer as a line for people."""
+    return " ".join(f"{value:.6f}" for value in answer["embedding"])
 
 
 def embed(session: "onnxruntime.InferenceSession", batch: Mapping[str, np.ndarray]) -> np.ndarray:

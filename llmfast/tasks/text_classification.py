@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 AUTO_MODEL = "AutoModelForSequenceClassification"
 OUTPUTS = ("logits",)
+INFER_OPTIONS = ()
 
 
 def answer(
@@ -34,6 +35,11 @@ def answer(
     rows = run_texts(bundle, texts, lambda batch: classify(session, batch))
     problem = str(bundle.manifest.architecture.get("problem_type", "single_label_classification"))
     return [_describe(text, _score(row, problem), bundle) for text, row in zip(texts, rows, strict=True)]
+
+
+def spell(answer: dict[str, Any]) -> str:
+    """Return an answer as a line for people."""
+    return f"{answer['label']} {answer['score']:.4f}"
 
 
 def classify(session: "onnxruntime.InferenceSession", batch: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -4,17 +4,39 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmfast.bundle import ModelBundle
+from llmfast.infer.engine import Engine
+from llmfast.infer.generate import MAX_TOKENS, encode_prompt, finish, generate
+from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
+from llmfast.tokenizer import Tokenizer
 
 AUTO_MODEL = "AutoModelForCausalLM"
 OUTPUTS = ("logits",)
-
-MAX_TOKENS = 256
+INFER_OPTIONS = ("system", "raw", "max_tokens", "stop", *SAMPLING_OPTIONS)
 
 
 def answer(
-    bundle: ModelBundle, texts: Sequence[str], provider: str = "cpu", threads: int | None = None
+    bundle: ModelBundle,
+    texts: Sequence[str],
+    provider: str = "cpu",
+    threads: int | None = None,
+    system: str | None = None,
+    raw: bool = False,
+    max_tokens: int = MAX_TOKENS,
+    stop: Sequence[str] = (),
+    **sampling: Any,
 ) -> list[dict[str, Any]]:
-    """Answer every text greedily, through the chat template where the model has one.
+    """Answer every text, through the chat template where the model has one.
+
+    Args:
+        bundle: the model.
+        texts: prompts.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads; None takes the cores this process may use.
+        system: what the assistant is told first.
+        raw: leave the chat template out and go on with the text.
+        max_tokens: most tokens to generate.
+        stop: strings that end an answer.
+        sampling: fields of `Sampling`; none is greedy.
 
     Returns:
         `{"text", "answer", "generated_tokens", "finish_reason"}` for each text.
@@ -23,17 +45,13 @@ def answer(
         InputError: no tokenizer, or a text that is empty or does not fit the context.
         UnsupportedError: the graph is no decoder of llmfast's kind.
     """
-    from llmfast.infer.engine import Engine
-    from llmfast.infer.generate import encode_prompt, finish, generate
-    from llmfast.infer.sampling import Sampling
-    from llmfast.tokenizer import Tokenizer
-
     tokenizer = Tokenizer.load(bundle.path)
     engine = Engine(bundle, provider, threads)
+    choice = Sampling(**sampling)
     answers = []
     for text in texts:
-        prompt_ids = encode_prompt(tokenizer, text)
-        generation = finish(generate(engine, tokenizer, prompt_ids, MAX_TOKENS, Sampling(), eos_ids=tokenizer.eos_ids))
+        prompt_ids = encode_prompt(tokenizer, text, system, raw)
+        generation = finish(generate(engine, tokenizer, prompt_ids, max_tokens, choice, stop, tokenizer.eos_ids))
         answers.append(
             {
                 "text": text,
@@ -43,3 +61,8 @@ def answer(
             }
         )
     return answers
+
+
+def spell(answer: dict[str, Any]) -> str:
+    """Return an answer as a line for people."""
+    return str(answer["answer"])

@@ -1,0 +1,36 @@
+"""Options and checks that commands share."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmfast import registry, report
+from llmfast.errors import OptionError
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Directory of the new bundle.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the input and print the plan; write nothing.")]
+Provider = Annotated[str, typer.Option(help=f"Execution provider: {', '.join(registry.names('providers'))}.")]
+Threads = Annotated[int | None, typer.Option(help="Threads; the default is the cores this process may use.")]
+Format = Annotated[str, typer.Option("--format", help=f"How results are printed: {', '.join(report.FORMATS)}.")]
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what the user did not say, so that each default stands in one place, the library."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def check_format(name: str) -> None:
+    """Refuse a format that tables can't be printed in."""
+    if name not in report.FORMATS:
+        raise OptionError(f"unknown format `{name}`", f"choose from: {', '.join(report.FORMATS)}")
+
+
+def parse_settings(settings: list[str]) -> dict[str, str]:
+    """Return the `KEY=VALUE` settings of --set."""
+    pairs = [setting.partition("=") for setting in settings]
+    for key, separator, _ in pairs:
+        if not key or not separator:
+            raise OptionError(f"--set `{key}`: not KEY=VALUE", "for example --set block_size=64")
+    return {key: value for key, _, value in pairs}
