@@ -53,7 +53,7 @@ class Manifest:
         task: a name in `llmfast.tasks`, or `unknown`.
         source: where the weights come from: id, revision, sha256.
         architecture: sizes in the spellings of genai_config.json (`num_hidden_layers`, `head_size`, ...).
-        graphs: role (`model`, `prefill`) -> `{file, inputs, outputs}`.
+        graphs: role (`model`, or `encoder` and `decoder`) -> `{file, inputs, outputs}`.
         bits_per_weight: stored bits of all weights, scales included, per parameter.
         sparsity: share of zeros among the parameters.
         lineage: the steps that made this bundle, oldest first.
@@ -80,7 +80,7 @@ class ModelBundle:
     Attributes:
         path: the bundle's directory, or the directory of a lone `.onnx` file.
         manifest: the facts; for a model that llmfast did not write, what can be said without reading it.
-        model: the graph's path.
+        model: the graph's path; the first one's of a model that has several.
     """
 
     path: Path
@@ -91,6 +91,12 @@ class ModelBundle:
     def name(self) -> str:
         """The name to print: the directory's, or the file's when it stands alone."""
         return self.path.resolve().name if self.manifest.files else self.model.name
+
+    @property
+    def graphs(self) -> dict[str, Path]:
+        """Role -> path of every graph; a model that llmfast did not write has one, its `model`."""
+        found = {role: self.path / graph["file"] for role, graph in self.manifest.graphs.items()}
+        return found or {"model": self.model}
 
     @property
     def size_bytes(self) -> int:
@@ -130,7 +136,7 @@ class ModelBundle:
         if (path / MANIFEST).is_file():
             manifest = _read_manifest(path / MANIFEST)
             _check_sizes(path, manifest)
-            return cls(path, manifest, path / manifest.graphs["model"]["file"])
+            return cls(path, manifest, path / next(iter(manifest.graphs.values()))["file"])
         if (path / MODEL).is_file():
             return cls(path, Manifest(UNKNOWN_TASK), path / MODEL)
         hint = f"looked for {MANIFEST} and {MODEL}"
@@ -261,8 +267,10 @@ def _read_manifest(path: Path) -> Manifest:
         graph_files = [graph["file"] for graph in manifest.graphs.values()]
         if any(Path(name).name != name for name in [*manifest.files, *graph_files]):
             raise ValueError("a file name leaves the bundle")
-        if "model" not in manifest.graphs or not set(graph_files) <= set(manifest.files):
-            raise ValueError("there is no `model` graph, or `files` lacks a graph's file")
+        if any(graph["file"] != f"{role}.onnx" for role, graph in manifest.graphs.items()):
+            raise ValueError("a graph's file is not named after its role")
+        if not graph_files or not set(graph_files) <= set(manifest.files):
+            raise ValueError("there is no graph, or `files` lacks a graph's file")
         if manifest.task not in (*registry.names("tasks"), UNKNOWN_TASK):
             raise ValueError(f"unknown task `{manifest.task}`")
     except (AttributeError, KeyError, TypeError, ValueError) as error:

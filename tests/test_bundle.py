@@ -101,7 +101,8 @@ def test_missing_and_changed_files_are_named(tmp_path: Path) -> None:
         ({"format": 99}, "format 99"),
         ({"format": 99, "task": 7, "novelty": 1}, "format 99"),  # another format has other fields
         ({"graphs": {"model": {"file": "../model.onnx"}}}, "leaves the bundle"),
-        ({"graphs": {}}, "no `model` graph"),
+        ({"graphs": {}}, "there is no graph"),
+        ({"graphs": {"../model": {"file": "model.onnx"}}}, "not named after its role"),
         ({"files": {}}, "lacks a graph's file"),
         ({"files": []}, "`files` is of type list"),
         ({"files": {"model.onnx": None}}, "how many bytes"),

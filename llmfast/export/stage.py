@@ -11,7 +11,7 @@ from llmfast import registry
 from llmfast.bundle import TEXT_GENERATION, Manifest, ModelBundle, Step, check_output, stage_output, write_manifest
 from llmfast.errors import OptionError
 from llmfast.export.requirements import require_export_extra
-from llmfast.graph.model import OnnxModel
+from llmfast.graph.model import OnnxModel, count_parameters
 from llmfast.report import note, progress
 
 _VERSIONED = ("onnx", "onnxruntime", "torch", "transformers")
@@ -51,7 +51,7 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
     route: Callable[..., Manifest] = _export_decoder if task == TEXT_GENERATION else _export_traced
     with stage_output(output, options.overwrite) as staged:
         manifest = route(source, task, staged, options)
-        parameters = OnnxModel.load(staged / manifest.graphs["model"]["file"]).num_parameters
+        parameters = count_parameters(OnnxModel.load(staged / graph["file"]) for graph in manifest.graphs.values())
         architecture = {**manifest.architecture, "num_parameters": parameters}
         write_manifest(staged, replace(manifest, architecture=architecture))
     return ModelBundle.open(output)

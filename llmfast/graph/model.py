@@ -15,8 +15,8 @@ from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
 
 OLDEST_OPSET = 13
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
-# Rotary tables are stored for speed; nobody trained them.
-COMPUTED_PREFIX = "rotary."
+# Tables of positions are stored for speed; nobody trained them.
+COMPUTED_PREFIXES = ("rotary.", "computed.")
 GIT_LFS = b"version https://git-lfs.github.com/"
 
 
@@ -68,19 +68,27 @@ class OnnxModel:
         """Return a tensor's values; external ones are a read-only memory map."""
         return read_tensor(tensor, self.path.parent)
 
-    @property
-    def num_parameters(self) -> int:
-        """Number of trained values, as far as a float graph tells them from tables it could compute."""
-        return sum(math.prod(tensor.dims) for tensor in self._weights() if tensor.data_type in FLOATS)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Stored bytes of all weights, scales and zero points included."""
-        return sum(tensor_bytes(tensor) for tensor in self._weights())
+def count_parameters(models: Iterable[OnnxModel]) -> int:
+    """Count the trained values of a bundle's graphs, as far as float graphs tell them from tables."""
+    return sum(math.prod(tensor.dims) for tensor in _weights(models) if tensor.data_type in FLOATS)
 
-    def _weights(self) -> list[TensorProto]:
-        initializers = self.proto.graph.initializer
-        return [tensor for tensor in initializers if not tensor.name.startswith(COMPUTED_PREFIX)]
+
+def count_weight_bytes(models: Iterable[OnnxModel]) -> int:
+    """Count the stored bytes of all weights, scales and zero points included."""
+    return sum(tensor_bytes(tensor) for tensor in _weights(models))
+
+
+def _weights(models: Iterable[OnnxModel]) -> Iterator[TensorProto]:
+    """Yield the weights of a bundle's graphs; what they share once."""
+    seen = set()
+    for model in models:
+        for tensor in model.proto.graph.initializer:
+            place = tuple((entry.key, entry.value) for entry in tensor.external_data)
+            if tensor.name.startswith(COMPUTED_PREFIXES) or (place and (tensor.name, place) in seen):
+                continue
+            seen.add((tensor.name, place))
+            yield tensor
 
 
 def walk(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

@@ -1,7 +1,8 @@
-"""Writing an ONNX model: weights stream to one external-data file, the graph is saved last."""
+"""Writing ONNX models: weights stream to one external-data file, the graphs that share it are saved last."""
 
 import hashlib
 import mmap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,7 +25,8 @@ class WeightFile:
     """Appends tensors to a data file, so that no more than one of them is in memory.
 
     The file is named after its content when the model is saved (`model.<sha8>.onnx.data`): a graph
-    can never meet another model's weights.
+    can never meet another model's weights. A tensor that two graphs have under the same name, an
+    embedding for instance, is stored once.
 
     Args:
         folder: an empty staging directory.
@@ -38,13 +40,17 @@ class WeightFile:
         self._file: BinaryIO = self._path.open("wb")
         self._digest = hashlib.sha256()
         self._end = 0
-        self._external: list[TensorProto] = []
+        self._external: dict[tuple[str, bytes], TensorProto] = {}
 
     def add(self, name: str, array: np.ndarray) -> TensorProto:
         """Store a tensor and return the initializer that stands for it in the graph."""
         array = np.asarray(array, order="C")
         if array.nbytes < INLINE_BYTES or array.dtype in _ONNX_TYPES:
             return onnx.numpy_helper.from_array(array, name)
+        data = array.reshape(-1).view(np.uint8).data
+        key = name, hashlib.sha256(data).digest()
+        if key in self._external:
+            return self._external[key]
         self._write(b"\0" * (-self._end % ALIGNMENT))
         tensor = TensorProto(
             name=name,
@@ -53,33 +59,44 @@ class WeightFile:
             data_location=TensorProto.EXTERNAL,
         )
         _set_external(tensor, location=self._path.name, offset=self._end, length=array.nbytes)
-        self._write(array.reshape(-1).view(np.uint8).data)
-        self._external.append(tensor)
+        self._write(data)
+        self._external[key] = tensor
         return tensor
 
     def save(self, model: onnx.ModelProto) -> list[Path]:
-        """Write the graph beside its data and return the files.
+        """Write the one graph beside its data and return the files.
 
         The model's initializers must be those that `add` returned, so that they are told the
         data file's final name. Small models get their weights moved inside the graph.
         """
+        if self._end > SINGLE_FILE_BYTES:
+            return self.save_all({self._stem: model})
         self._file.close()
+        for tensor in self._stored(model):
+            _move_inside(tensor, self._path)
+        self._path.unlink()
         graph_file = self._folder / f"{self._stem}.onnx"
-        stored = {tensor.name for tensor in self._external}
-        external = [tensor for tensor in model.graph.initializer if tensor.name in stored]
-        if self._end <= SINGLE_FILE_BYTES:
-            for tensor in external:
-                _move_inside(tensor, self._path)
-            self._path.unlink()
-            onnx.save(model, graph_file)
-            return [graph_file]
-        data_file = self._folder / f"{self._stem}.{self._digest.hexdigest()[:8]}.onnx.data"
-        for tensor in external:
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            _set_external(tensor, location=data_file.name, offset=entries["offset"], length=entries["length"])
-        self._path.rename(data_file)
         onnx.save(model, graph_file)
-        return [graph_file, data_file]
+        return [graph_file]
+
+    def save_all(self, models: Mapping[str, onnx.ModelProto]) -> list[Path]:
+        """Write several graphs, file name without `.onnx` -> model, beside the data they share; return the files.
+
+        The weights stay outside whatever their size: inside, shared ones would be stored twice.
+        """
+        self._file.close()
+        data_file = self._folder / f"{self._stem}.{self._digest.hexdigest()[:8]}.onnx.data"
+        self._path.rename(data_file)
+        for name, model in models.items():
+            for tensor in self._stored(model):
+                entries = {entry.key: entry.value for entry in tensor.external_data}
+                _set_external(tensor, location=data_file.name, offset=entries["offset"], length=entries["length"])
+            onnx.save(model, self._folder / f"{name}.onnx")
+        return [*(self._folder / f"{name}.onnx" for name in models), data_file]
+
+    def _stored(self, model: onnx.ModelProto) -> list[TensorProto]:
+        names = {tensor.name for tensor in self._external.values()}
+        return [tensor for tensor in model.graph.initializer if tensor.name in names]
 
     def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)

@@ -1,7 +1,7 @@
 """What a quantization will do, checked before it begins: plug-ins with their options, layers with their grids."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from types import ModuleType
 from typing import Any
@@ -109,19 +109,26 @@ class Layers:
         weights = [linear.weight for linear in self.linears] + [table.weight for table in self.embeddings]
         return sum(weight in self.grids for weight in weights)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row per role: layers, parameters, bits."""
-        parts = {table.weight: (EMBEDDING_ROLE, table.shape) for table in self.embeddings}
-        for linear in self.linears:
-            role = HEAD_ROLE if linear.weight in self.block_wise else linear.role
-            parts.setdefault(linear.weight, (role, linear.shape))
-        rows: dict[tuple[str, int], dict[str, Any]] = {}
-        for weight, (role, (out_features, in_features)) in parts.items():
-            bits = self.grids[weight].bits if weight in self.grids else FLOAT_BITS
-            row = rows.setdefault((role, bits), {"role": role, "layers": 0, "num_parameters": 0, "bits": bits})
-            row["layers"] += 1
-            row["num_parameters"] += out_features * in_features
-        return list(rows.values())
+    def bits(self, weight: str) -> int:
+        """Return how many bits a weight will have."""
+        return self.grids[weight].bits if weight in self.grids else FLOAT_BITS
+
+
+def list_layers(graphs: Sequence[Layers]) -> list[dict[str, Any]]:
+    """Return one row per role over all graphs of a bundle: layers, parameters, bits; what they share counts once."""
+    parts: dict[str, tuple[str, tuple[int, int], int]] = {}
+    for layers in graphs:
+        for table in layers.embeddings:
+            parts.setdefault(table.weight, (EMBEDDING_ROLE, table.shape, layers.bits(table.weight)))
+        for linear in layers.linears:
+            role = HEAD_ROLE if linear.weight in layers.block_wise else linear.role
+            parts.setdefault(linear.weight, (role, linear.shape, layers.bits(linear.weight)))
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for role, (out_features, in_features), bits in parts.values():
+        row = rows.setdefault((role, bits), {"role": role, "layers": 0, "num_parameters": 0, "bits": bits})
+        row["layers"] += 1
+        row["num_parameters"] += out_features * in_features
+    return list(rows.values())
 
 
 def choose_layers(model: OnnxModel, plan: Plan, include: str, exclude: str) -> Layers:

@@ -71,8 +71,8 @@ class QuantizedGraph:
         self._blocks: dict[str, tuple[QuantizedWeight, list[str]]] = {}
         self.reports: list[LayerReport] = []
 
-    def write(self, advance: Callable[[], None]) -> list[str]:
-        """Write the graph; return the names of its files."""
+    def write(self, advance: Callable[[], None]) -> onnx.ModelProto:
+        """Write the weights, and return the graph that goes with them."""
         graph = GraphBuilder(self._weights, self._model.opset)
         grids = self._layers.grids
         linear_of = {linear.output: linear for linear in self._layers.linears if linear.weight in grids}
@@ -93,7 +93,7 @@ class QuantizedGraph:
                 self._keep(graph, [name for name in reads(node) if name in self._model.initializers])
                 graph.keep(node)
         self._keep(graph, [one.bias for one in linear_of.values() if one.bias in self._model.initializers])
-        return [file.name for file in self._weights.save(graph.rewrite(self._model))]
+        return graph.rewrite(self._model)
 
     def _keep(self, graph: GraphBuilder, names: list[str]) -> None:
         for name in names:

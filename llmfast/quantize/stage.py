@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 import llmfast
 from llmfast import registry
@@ -26,11 +27,11 @@ from llmfast.bundle import (
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.graph.fold import Rescaling, find_fold_sites
 from llmfast.graph.linear import Linear
-from llmfast.graph.model import OnnxModel
+from llmfast.graph.model import OnnxModel, count_parameters, count_weight_bytes
 from llmfast.graph.packed import Grid, QuantizedWeight
 from llmfast.graph.weights import WeightFile
 from llmfast.quantize.calibrate import Calibration, Calibrator, Statistics
-from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Plan, choose_layers
+from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Plan, choose_layers, list_layers
 from llmfast.quantize.rewrite import LayerReport, QuantizedGraph
 from llmfast.report import Column, note, progress
 from llmfast.runtime import open_session
@@ -88,26 +89,46 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         UnsupportedError: nothing to quantize, or already quantized.
         OutputExistsError: the output exists.
     """
-    plan, bundle, model, layers = _prepare(source, output, options)
+    plan, bundle, graphs = _prepare(source, output, options)
     with stage_output(output, options.overwrite) as staged:
-        rescaling, statistics_of = _calibrate(plan, bundle, model, layers, options.calibration)
-        graph = QuantizedGraph(
-            model,
-            layers,
-            rescaling,
-            WeightFile(staged),
-            plan.scheme.plugin.write_linear,
-            _rounding(plan, statistics_of),
-        )
-        with progress("quantizing", layers.num_nodes) as advance:
-            files = graph.write(advance)
+        weights = WeightFile(staged)
+        quantized = {
+            role: _quantize_graph(plan, bundle, model, layers, weights, options.calibration)
+            for role, (model, layers) in graphs.items()
+        }
+        if len(quantized) == 1:
+            weights.save(next(iter(quantized.values()))[0])
+        else:
+            weights.save_all({role: proto for role, (proto, _) in quantized.items()})
         for name in COMPANIONS:
             if companion := bundle.companion(name):
                 shutil.copyfile(companion, staged / name)
-        _check_loads(staged / files[0], source)
-        written = OnnxModel.load(staged / files[0])
-        write_manifest(staged, _manifest(bundle, model, written, plan, options, graph.reports))
+        before = [model for model, _ in graphs.values()]
+        after = {role: OnnxModel.load(staged / f"{role}.onnx") for role in quantized}
+        for model in after.values():
+            _check_loads(model.path, source)
+        reports: list[LayerReport] = []
+        for _, part in quantized.values():
+            known = {report.name for report in reports}  # what graphs share was quantized alike
+            reports += [report for report in part if report.name not in known]
+        write_manifest(staged, _manifest(bundle, before, after, plan, options, reports))
     return ModelBundle.open(output)
+
+
+def _quantize_graph(
+    plan: Plan,
+    bundle: ModelBundle,
+    model: OnnxModel,
+    layers: Layers,
+    weights: WeightFile,
+    calibration: Calibration | None,
+) -> tuple[onnx.ModelProto, list[LayerReport]]:
+    rescaling, statistics_of = _calibrate(plan, bundle, model, layers, calibration)
+    write_linear, round_weight = plan.scheme.plugin.write_linear, _rounding(plan, statistics_of)
+    graph = QuantizedGraph(model, layers, rescaling, weights, write_linear, round_weight)
+    with progress(f"quantizing {model.path.name}", layers.num_nodes) as advance:
+        proto = graph.write(advance)
+    return proto, graph.reports
 
 
 def _check_loads(model: Path, source: Path) -> None:
@@ -120,18 +141,21 @@ def _check_loads(model: Path, source: Path) -> None:
 
 def plan_layers(source: Path, output: Path, options: QuantizeOptions) -> list[dict[str, Any]]:
     """Check everything `quantize` checks before it works, and return one row per role of what it would do."""
-    return _prepare(source, output, options)[3].rows()
+    return list_layers([layers for _, layers in _prepare(source, output, options)[2].values()])
 
 
-def _prepare(source: Path, output: Path, options: QuantizeOptions) -> tuple[Plan, ModelBundle, OnnxModel, Layers]:
+def _prepare(
+    source: Path, output: Path, options: QuantizeOptions
+) -> tuple[Plan, ModelBundle, dict[str, tuple[OnnxModel, Layers]]]:
     plan = Plan.make(options.scheme, options.method, options.settings)
     if plan.needs_calibration and options.calibration is None:
         raise OptionError(f"{' and '.join(plan.needs_calibration)} need --calibration", "give a UTF-8 text file")
     bundle = ModelBundle.open(source)
     inputs = (source, source.parent) if (source.parent / MANIFEST).is_file() else (source,)
     check_output(output, inputs, options.overwrite)
-    model = OnnxModel.load(bundle.model)
-    return plan, bundle, model, choose_layers(model, plan, options.include, options.exclude)
+    models = {role: OnnxModel.load(path) for role, path in bundle.graphs.items()}
+    chosen = {role: choose_layers(model, plan, options.include, options.exclude) for role, model in models.items()}
+    return plan, bundle, {role: (models[role], layers) for role, layers in chosen.items()}
 
 
 def _calibrate(
@@ -209,14 +233,14 @@ def _rounding(plan: Plan, statistics_of: Callable[[Linear], Statistics | None]) 
 
 def _manifest(
     bundle: ModelBundle,
-    before: OnnxModel,
-    after: OnnxModel,
+    before: list[OnnxModel],
+    after: dict[str, OnnxModel],
     plan: Plan,
     options: QuantizeOptions,
     reports: list[LayerReport],
 ) -> Manifest:
     source = bundle.manifest.source or {"id": bundle.model.name, "revision": None, "sha256": sha256(bundle.model)}
-    parameters = bundle.manifest.architecture.get("num_parameters") or before.num_parameters
+    parameters = bundle.manifest.architecture.get("num_parameters") or count_parameters(before)
     step = Step(
         stage="quantize",
         method=f"{plan.scheme.name}:{plan.method}",
@@ -225,19 +249,19 @@ def _manifest(
         | {"llmfast": llmfast.__version__},
         calibration=options.calibration.describe() if options.calibration and plan.needs_calibration else None,
     )
-    graph = after.proto.graph
     return replace(
         bundle.manifest,
         source=source,
         architecture={**bundle.manifest.architecture, "num_parameters": parameters},
         graphs={
-            "model": {
-                "file": after.path.name,
-                "inputs": [value.name for value in graph.input],
-                "outputs": [value.name for value in graph.output],
+            role: {
+                "file": model.path.name,
+                "inputs": [value.name for value in model.proto.graph.input],
+                "outputs": [value.name for value in model.proto.graph.output],
             }
+            for role, model in after.items()
         },
-        bits_per_weight=8 * after.weight_bytes / parameters,
+        bits_per_weight=8 * count_weight_bytes(after.values()) / parameters,
         lineage=(*bundle.manifest.lineage, step),
         measured={**bundle.manifest.measured, "quantize": {"layers": _summarize(reports)}},
     )
