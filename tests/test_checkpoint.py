@@ -56,7 +56,7 @@ def test_code_fields_of_a_config_are_ignored_with_a_note(
 def test_weights_that_do_not_fit_the_config_are_refused(own_checkpoint: Path, tmp_path: Path) -> None:
     path = own_checkpoint / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 80}))
-    with pytest.raises(InputError, match="PyTorch can't load"):
+    with pytest.raises(InputError, match=r"gate_proj\.weight` of .* is \[96, 64\], its config makes it \[80, 64\]"):
         export(str(own_checkpoint), tmp_path / "bundle")
 
 

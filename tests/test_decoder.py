@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from llmfast.bundle import ModelBundle
 from llmfast.errors import GateError, UnsupportedError
-from llmfast.export import decoder as decoder_module
 from llmfast.export.architectures import describe
 from llmfast.export.checkpoint import SafetensorsCheckpoint
+from llmfast.export.rotary import Rotary
 from llmfast.export.stage import export
 from llmfast.graph.model import OnnxModel
 from tests.conftest import ARCHITECTURES, write_checkpoint
@@ -115,14 +115,7 @@ def test_half_precision_weights_are_read(tmp_path: Path) -> None:
 def test_wrong_graph_is_refused_and_nothing_is_written(
     checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tables = decoder_module._DecoderWriter._write_rotary_tables
-
-    def swapped(self: decoder_module._DecoderWriter) -> None:
-        tables(self)
-        initializers = self.graph._initializers
-        initializers["rotary.cos"].name, initializers["rotary.sin"].name = "rotary.sin", "rotary.cos"
-
-    monkeypatch.setattr(decoder_module._DecoderWriter, "_write_rotary_tables", swapped)
+    monkeypatch.setattr(Rotary, "sine", Rotary.cosine)
     with pytest.raises(GateError, match="differs from PyTorch"):
         export(str(checkpoints("llama")), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
@@ -131,7 +124,7 @@ def test_wrong_graph_is_refused_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"hidden_act": "gelu"}, "activation `gelu`"),
+        ({"hidden_act": "mish"}, "activation `mish`"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rotary scaling `dynamic`"),
     ],
 )

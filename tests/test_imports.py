@@ -13,7 +13,7 @@ from llmfast import registry
 ROOT = Path(llmfast.__file__).parent
 HEAVY = {"torch", "transformers", "optimum", "numpy", "onnx", "onnxruntime", "tokenizers", "rich", "jinja2", "gguf"}
 CHECKPOINT_STACK = {"torch", "transformers", "optimum", "gguf", "huggingface_hub"}
-PLUGIN_FOLDERS = ("quantize.schemes", "quantize.rounding", "bench.metrics", "tasks", "providers")
+PLUGIN_FOLDERS = ("quantize.schemes", "quantize.rounding", "bench.metrics", "tasks", "providers", "export.decoders")
 STAGES = {f"llmfast.{stage}.stage" for stage in ("export", "quantize", "bench", "infer")}
 
 

@@ -40,6 +40,9 @@ class Checkpoint(Protocol):
     def read(self, name: str) -> np.ndarray:
         """Return a weight as float32, by its Hugging Face name."""
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a weight's shape without reading it."""
+
     def source(self) -> dict[str, Any]:
         """Return the manifest's source: id and hashes."""
 
@@ -72,11 +75,17 @@ class SafetensorsCheckpoint:
         Raises:
             InputError: no weight of that name, or one that is not floating point.
         """
-        # A base model saved without its head lacks the `model.` prefix.
-        for candidate in (name, name.removeprefix("model.")):
-            if candidate in self._owners:
-                return self._owners[candidate].read(candidate)
-        raise InputError(f"weight `{name}` is missing from `{self.path}`", "the checkpoint is incomplete")
+        shard, stored = self._find(name)
+        return shard.read(stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a weight's shape.
+
+        Raises:
+            InputError: no weight of that name.
+        """
+        shard, stored = self._find(name)
+        return tuple(shard.entries[stored]["shape"])
 
     def source(self) -> dict[str, Any]:
         """Return the folder's name and the hash of each weight file."""
@@ -102,6 +111,13 @@ class SafetensorsCheckpoint:
     def write_companions(self, folder: Path) -> None:
         """Copy config and tokenizer; a tokenizer that is not in tokenizer.json form is converted to it."""
         copy_companions(self.path, folder)
+
+    def _find(self, name: str) -> tuple["_Shard", str]:
+        # A base model saved without its head lacks the prefix, `model.` or `transformer.` for instance.
+        for candidate in (name, name.partition(".")[2]):
+            if candidate in self._owners:
+                return self._owners[candidate], candidate
+        raise InputError(f"weight `{name}` is missing from `{self.path}`", "the checkpoint is incomplete")
 
 
 class _Shard:

@@ -1,8 +1,8 @@
 """The direct route: a decoder's ONNX graph written from its config and weights, without tracing.
 
 The graph follows the decoder contract: GroupQueryAttention with the rotation inside, packed
-query-key-value and gate-up projections, residual sums fused into the norms, logits for the last
-`num_logits` positions only. Weights are read, transposed and written one at a time.
+query-key-value projections, residual sums fused into the norms, logits for the last `num_logits`
+positions only. The nodes come first; weights are then read, converted and written one at a time.
 """
 
 from collections.abc import Callable
@@ -14,145 +14,233 @@ import onnx
 from onnx import TensorProto, helper
 
 from llmfast.bundle import MODEL
-from llmfast.errors import InputError
-from llmfast.export.architectures import Decoder
+from llmfast.export.architectures import ACTIVATIONS, Decoder
 from llmfast.export.checkpoint import Checkpoint
+from llmfast.export.decoder_weights import DecoderWeights
+from llmfast.export.rotary import Rotary
 from llmfast.graph.builder import CONTRIB, GraphBuilder
 from llmfast.graph.weights import WeightFile
 
 
-def write_decoder(
-    checkpoint: Checkpoint, decoder: Decoder, folder: Path, advance: Callable[[], None]
-) -> dict[str, Any]:
-    """Write `model.onnx` and its data into `folder`.
+class DecoderGraph:
+    """The graph of a decoder, its weights found in the checkpoint but not yet read.
 
     Args:
         checkpoint: where the weights are read.
         decoder: sizes and differences of the architecture.
-        folder: an empty staging directory.
-        advance: called once per layer.
 
-    Returns:
-        The manifest's entry for the graph: file, inputs, outputs.
+    Attributes:
+        graph: its nodes.
+        weights: its initializers.
+
+    Raises:
+        InputError: a weight is missing, or has another shape than the config makes it.
     """
-    weights = WeightFile(folder)
-    writer = _DecoderWriter(checkpoint, decoder, GraphBuilder(weights))
-    model = writer.write(advance)
-    weights.save(model)
-    return {
-        "file": MODEL,
-        "inputs": [value.name for value in model.graph.input],
-        "outputs": [value.name for value in model.graph.output],
-    }
 
-
-class _DecoderWriter:
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, graph: GraphBuilder) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, decoder: Decoder) -> None:
         self.decoder = decoder
-        self.graph = graph
+        self.weights = DecoderWeights(checkpoint, decoder)
+        self.graph = GraphBuilder()
+        self._build()
+        self.weights.check()
 
-    def write(self, advance: Callable[[], None]) -> onnx.ModelProto:
-        graph, decoder = self.graph, self.decoder
-        embedding = graph.weight("model.embed_tokens.weight", self._read("model.embed_tokens.weight"))
-        residual = graph.op("Gather", [embedding, "input_ids"], "model.embed_tokens")
-        self._write_rotary_tables()
-        graph.constant("num_logits.axis", [1])
-        graph.constant("num_logits.end", [np.iinfo(np.int64).max])
-        start = graph.op("Neg", ["num_logits"], "num_logits.start")
+    def write(self, folder: Path, advance: Callable[[], None]) -> dict[str, Any]:
+        """Write `model.onnx` and its data into `folder`.
 
-        hidden = self._norm("model.layers.0.input_layernorm", residual)
+        Args:
+            folder: an empty staging directory.
+            advance: called once per weight.
+
+        Returns:
+            The manifest's entry for the graph: file, inputs, outputs.
+        """
+        file = WeightFile(folder)
+        graph = GraphBuilder(file)
+        for node in self.graph.nodes:
+            graph.keep(node)
+        self.weights.store(graph, advance)
+        model = graph.build("decoder", self._inputs(), self._outputs())
+        file.save(model)
+        return {
+            "file": MODEL,
+            "inputs": [value.name for value in model.graph.input],
+            "outputs": [value.name for value in model.graph.output],
+        }
+
+    def _build(self) -> None:
+        decoder, weights, norms = self.decoder, self.weights, self.decoder.norms
+        residual = self._embed()
+        self._add_rotary_tables()
+        weights.constant("num_logits.axis", [1])
+        weights.constant("num_logits.end", [np.iinfo(np.int64).max])
+        self.graph.op("Neg", ["num_logits"], "num_logits.start")
+
+        branch = ""  # what is still to be added to the residual sum
         for layer in range(decoder.num_hidden_layers):
             name = f"model.layers.{layer}"
+            hidden, residual = self._add_and_norm(name, norms.before_attention, residual, branch)
             attention = self._attention(layer, f"{name}.self_attn", hidden)
             if layer == decoder.num_hidden_layers - 1:
                 # Nothing after the last attention mixes positions: go on with those that get logits.
-                attention = self._last(attention, start)
-                residual = self._last(residual, start)
-            attention = self._linear(f"{name}.self_attn.o_proj", attention, decoder.output_bias)
-            hidden, residual = self._skip_norm(f"{name}.post_attention_layernorm", residual, attention)
-            hidden = self._mlp(f"{name}.mlp", hidden)
-            following = f"model.layers.{layer + 1}.input_layernorm"
-            if layer == decoder.num_hidden_layers - 1:
-                following = "model.norm"
-            hidden, residual = self._skip_norm(following, residual, hidden)
-            advance()
-        self._head(hidden, embedding)
-        return graph.build("decoder", self._inputs(), self._outputs())
+                attention, residual = self._last(attention), self._last(residual)
+                if decoder.parallel and norms.before_mlp == norms.before_attention:
+                    hidden = self._last(hidden)
+            attention = self._linear(
+                f"{name}.self_attn.o_proj",
+                attention,
+                (decoder.hidden_size, decoder.query_size),
+                decoder.output_bias,
+                decoder.residual_scale,
+            )
+            if decoder.parallel:
+                branch = self._parallel_mlp(name, hidden, residual, attention)
+            else:
+                residual, branch = self._mlp_after_attention(name, residual, attention)
+        hidden, _ = self._add_and_norm("model", "norm" if decoder.final_norm else "", residual, branch)
+        self._head(hidden)
 
-    def _read(self, *names: str) -> np.ndarray:
-        """Read weights and stack them along their output features."""
-        arrays = [self.checkpoint.read(name) for name in names]
-        for name, array in zip(names, arrays, strict=True):
-            if not np.isfinite(array).all():
-                raise InputError(
-                    f"weight `{name}` of `{self.checkpoint.path}` has values that are NaN or infinite",
-                    "the checkpoint is damaged or its training diverged",
-                )
-        return np.concatenate(arrays)
+    def _embed(self) -> str:
+        graph, decoder = self.graph, self.decoder
+        embedding = self.weights.table("model.embed_tokens", decoder.vocab_size, decoder.embedding_size)
+        hidden = graph.op("Gather", [embedding, "input_ids"], "model.embed_tokens")
+        if decoder.embedding_scale != 1.0:
+            scale = self.weights.constant("embedding_scale", decoder.embedding_scale, np.float32)
+            hidden = graph.op("Mul", [hidden, scale], "model.embed_tokens.scaled")
+        if decoder.embedding_size != decoder.hidden_size:
+            hidden = self._linear("model.project_in", hidden, (decoder.hidden_size, decoder.embedding_size))
+        if decoder.position_offset is not None:
+            hidden = graph.op("Add", [hidden, self._positions()], "model.embeddings")
+        return hidden
 
-    def _linear(self, name: str, hidden: str, bias: bool, parts: tuple[str, ...] = ()) -> str:
-        """Multiply by the weight `[K, N]` of one projection, or of several that share their input."""
-        sources = [f"{name.rpartition('.')[0]}.{part}" for part in parts] or [name]
-        array = self._read(*[f"{source}.weight" for source in sources])
-        weight = self.graph.weight(f"{name}.weight", array.T)
-        output = self.graph.op("MatMul", [hidden, weight], name)
+    def _positions(self) -> str:
+        """Embed positions: those of a row's new tokens end at its `seqlens_k`, and begin at 0 in a padded prompt."""
+        graph, decoder, constant = self.graph, self.decoder, self.weights.constant
+        length = graph.op("Shape", ["input_ids"], "positions.length", start=1, end=2)
+        last = graph.op("Cast", ["seqlens_k"], "positions.last", to=TensorProto.INT64)
+        total = graph.op("Add", [last, constant("positions.one", [1])], "positions.total")
+        past = graph.op("Sub", [total, length], "positions.past")
+        past = graph.op("Max", [past, constant("positions.zero", [0])], "positions.first")
+        past = graph.op("Unsqueeze", [past, constant("positions.axis", [1])], "positions.column")
+        count = graph.op("Squeeze", [length], "positions.count")
+        bounds = constant("positions.start", 0), constant("positions.step", 1)
+        steps = graph.op("Range", [bounds[0], count, bounds[1]], "positions.steps")
+        positions = graph.op("Add", [past, steps], "positions")
+        skipped = decoder.position_offset or 0
+        name = "model.embed_positions"
+        table = self.weights.table(name, decoder.context_length, decoder.hidden_size, skipped)
+        return graph.op("Gather", [table, positions], name)
+
+    def _mlp_after_attention(self, name: str, residual: str, attention: str) -> tuple[str, str]:
+        """Return the residual sum after attention, and what the MLP adds to it."""
+        norms = self.decoder.norms
+        if self.decoder.norms_the_sum:
+            residual, _ = self._add_and_norm(name, norms.after_attention, residual, attention)
+            residual, _ = self._add_and_norm(name, norms.after_mlp, residual, self._mlp(f"{name}.mlp", residual))
+            return residual, ""
+        if norms.after_attention:
+            attention = self._norm(f"{name}.{norms.after_attention}", attention)
+        hidden, residual = self._add_and_norm(name, norms.before_mlp, residual, attention)
+        mlp = self._mlp(f"{name}.mlp", hidden)
+        return residual, self._norm(f"{name}.{norms.after_mlp}", mlp) if norms.after_mlp else mlp
+
+    def _parallel_mlp(self, name: str, hidden: str, residual: str, attention: str) -> str:
+        """Return what attention and MLP, which read the same sum, add to it."""
+        norms = self.decoder.norms
+        if norms.before_mlp != norms.before_attention:
+            hidden = self._norm(f"{name}.{norms.before_mlp}", residual)
+        return self.graph.op("Add", [attention, self._mlp(f"{name}.mlp", hidden)], f"{name}.branches")
+
+    def _linear(self, name: str, hidden: str, shape: tuple[int, int], bias: bool = False, scale: float = 1.0) -> str:
+        """Multiply by the weight of one projection, shape `(N, K)`."""
+        output = self.graph.op("MatMul", [hidden, self.weights.linear(name, shape, scale)], name)
         if not bias:
             return output
-        vector = self.graph.weight(f"{name}.bias", self._read(*[f"{source}.bias" for source in sources]))
-        return self.graph.op("Add", [output, vector], f"{name}.biased")
+        return self.graph.op("Add", [output, self.weights.bias(name, shape[0], scale)], f"{name}.biased")
 
     def _norm(self, name: str, hidden: str) -> str:
-        weight = self.graph.weight(f"{name}.weight", self._read(f"{name}.weight"))
+        operator, vectors = self._norm_operator(name)
         epsilon = self.decoder.norm_epsilon
-        return self.graph.op("SimplifiedLayerNormalization", [hidden, weight], name, axis=-1, epsilon=epsilon)
+        return self.graph.op(operator, [hidden, *vectors], name, axis=-1, epsilon=epsilon)
 
-    def _skip_norm(self, name: str, residual: str, hidden: str) -> tuple[str, str]:
-        """Return the norm of the sum, and the sum."""
-        weight = self.graph.weight(f"{name}.weight", self._read(f"{name}.weight"))
+    def _add_and_norm(self, parent: str, norm: str, residual: str, branch: str) -> tuple[str, str]:
+        """Add a branch, if there is one, to the residual sum; return the norm of the sum, and the sum.
+
+        Without a norm the sum is returned twice.
+        """
+        name = f"{parent}.{norm}"
+        if not branch:
+            return (self._norm(name, residual) if norm else residual), residual
+        if not norm:
+            total = self.graph.op("Add", [residual, branch], f"{branch}.residual")
+            return total, total
+        operator, vectors = self._norm_operator(name)
         outputs = [name, "", "", f"{name}.residual"]
-        self.graph.ops(
-            "SkipSimplifiedLayerNormalization",
-            [residual, hidden, weight],
-            outputs,
-            CONTRIB,
-            epsilon=self.decoder.norm_epsilon,
-        )
+        inputs = [residual, branch, *vectors]
+        self.graph.ops(f"Skip{operator}", inputs, outputs, CONTRIB, epsilon=self.decoder.norm_epsilon)
         return outputs[0], outputs[3]
+
+    def _norm_operator(self, name: str) -> tuple[str, list[str]]:
+        """Return the operator of a norm, and its weight and bias."""
+        decoder = self.decoder
+        size, scale = decoder.hidden_size, 1.0
+        part = name.rpartition(".")[2]
+        if part in ("q_norm", "k_norm"):
+            by_width = decoder.query_size if part == "q_norm" else decoder.kv_size
+            size = decoder.head_size if decoder.qk_norm == "head" else by_width
+        if name == "model.norm":
+            scale = decoder.logits_scale / (decoder.logits_softcap or 1.0)
+        vectors = [self.weights.vector(name, size, offset=decoder.norm_offset, scale=scale)]
+        if decoder.norm == "rms":
+            return "SimplifiedLayerNormalization", vectors
+        if decoder.norm_bias:
+            vectors.append(self.weights.vector(name, size, "bias", scale=scale))
+        return "LayerNormalization", vectors
 
     def _attention(self, layer: int, name: str, hidden: str) -> str:
         decoder = self.decoder
-        qkv = self._linear(f"{name}.qkv_proj", hidden, decoder.qkv_bias, ("q_proj", "k_proj", "v_proj"))
+        rotary = decoder.rotary[layer]
+        size = decoder.query_size + 2 * decoder.kv_size
+        qkv = self._linear(f"{name}.qkv_proj", hidden, (size, decoder.hidden_size), decoder.qkv_bias)
         queries_keys_values = [qkv, "", ""]  # packed
         if decoder.qk_norm:
-            queries_keys_values = self._normalize_heads(name, qkv)
-        outputs = [name, f"present.{layer}.key", f"present.{layer}.value"]
+            queries_keys_values = self._normalize_queries_and_keys(name, qkv)
+        inputs = [
+            *queries_keys_values,
+            f"past_key_values.{layer}.key",
+            f"past_key_values.{layer}.value",
+            "seqlens_k",
+            "total_sequence_length",
+        ]
+        attributes: dict[str, Any] = {}
+        if rotary is not None:
+            inputs += [f"{rotary.name}.cos", f"{rotary.name}.sin"]
+        if decoder.rotary_interleaved:
+            attributes["rotary_interleaved"] = 1
+        if decoder.attention_scale is not None:
+            attributes["scale"] = decoder.attention_scale
+        if decoder.attention_softcap:
+            attributes["softcap"] = decoder.attention_softcap
         self.graph.ops(
             "GroupQueryAttention",
-            [
-                *queries_keys_values,
-                f"past_key_values.{layer}.key",
-                f"past_key_values.{layer}.value",
-                "seqlens_k",
-                "total_sequence_length",
-                "rotary.cos",
-                "rotary.sin",
-            ],
-            outputs,
+            inputs,
+            [name, f"present.{layer}.key", f"present.{layer}.value"],
             CONTRIB,
             num_heads=decoder.num_attention_heads,
             kv_num_heads=decoder.num_key_value_heads,
-            do_rotary=1,
+            do_rotary=int(rotary is not None),
             local_window_size=decoder.sliding_windows[layer],
+            **attributes,
         )
         return name
 
-    def _normalize_heads(self, name: str, qkv: str) -> list[str]:
-        graph, decoder = self.graph, self.decoder
-        sizes = graph.constant("qkv.sizes", [decoder.query_size, decoder.kv_size, decoder.kv_size])
+    def _normalize_queries_and_keys(self, name: str, qkv: str) -> list[str]:
+        graph, decoder, constant = self.graph, self.decoder, self.weights.constant
+        sizes = constant("qkv.sizes", [decoder.query_size, decoder.kv_size, decoder.kv_size])
         query, key, value = graph.ops("Split", [qkv, sizes], [f"{name}.{part}" for part in "qkv"], axis=-1)
-        by_head = graph.constant("heads.split", [0, 0, -1, decoder.head_size])
-        merged = graph.constant("heads.merge", [0, 0, -1])
+        if decoder.qk_norm == "width":
+            return [self._norm(f"{name}.q_norm", query), self._norm(f"{name}.k_norm", key), value]
+        by_head = constant("heads.split", [0, 0, -1, decoder.head_size])
+        merged = constant("heads.merge", [0, 0, -1])
         normalized = []
         for part, vector in (("q_norm", query), ("k_norm", key)):
             heads = graph.op("Reshape", [vector, by_head], f"{name}.{part}.heads")
@@ -161,30 +249,48 @@ class _DecoderWriter:
         return [*normalized, value]
 
     def _mlp(self, name: str, hidden: str) -> str:
-        graph, bias = self.graph, self.decoder.mlp_bias
-        gate = self._linear(f"{name}.gate_proj", hidden, bias)
-        up = self._linear(f"{name}.up_proj", hidden, bias)
-        gate = graph.op("QuickGelu", [gate], f"{name}.act", CONTRIB, alpha=1.0)  # x * sigmoid(x): SiLU
-        return self._linear(f"{name}.down_proj", graph.op("Mul", [gate, up], f"{name}.product"), bias)
+        graph, decoder, bias = self.graph, self.decoder, self.decoder.mlp_bias
+        wide = (decoder.intermediate_size, decoder.hidden_size)
+        operator, domain, attributes = ACTIVATIONS[decoder.activation]
+        gate = self._linear(f"{name}.gate_proj", hidden, wide, bias) if decoder.gated else ""
+        up = self._linear(f"{name}.up_proj", hidden, wide, bias)
+        inner = graph.op(operator, [gate or up], f"{name}.act", domain, **attributes)
+        if gate:
+            inner = graph.op("Mul", [inner, up], f"{name}.product")
+        return self._linear(f"{name}.down_proj", inner, wide[::-1], bias, decoder.residual_scale)
 
-    def _last(self, hidden: str, start: str) -> str:
-        inputs = [hidden, start, "num_logits.end", "num_logits.axis"]
+    def _last(self, hidden: str) -> str:
+        inputs = [hidden, "num_logits.start", "num_logits.end", "num_logits.axis"]
         return self.graph.op("Slice", inputs, f"{hidden}.last")
 
-    def _head(self, hidden: str, embedding: str) -> None:
-        if self.decoder.tied:
-            # The one stored copy [vocab, hidden] serves both ends of the model.
-            self.graph.op("FusedMatMul", [hidden, embedding], "logits", CONTRIB, transB=1)
+    def _head(self, hidden: str) -> None:
+        graph, decoder = self.graph, self.decoder
+        shape = (decoder.vocab_size, decoder.embedding_size)
+        if decoder.embedding_size != decoder.hidden_size:
+            hidden = self._linear("model.project_out", hidden, (decoder.embedding_size, decoder.hidden_size))
+        logits = "lm_head" if decoder.head_bias or decoder.logits_softcap else "logits"
+        if decoder.tied:
+            # The one stored copy [vocab, embedding] serves both ends of the model.
+            embedding = self.weights.table("model.embed_tokens", *shape)
+            graph.op("FusedMatMul", [hidden, embedding], logits, CONTRIB, transB=1)
         else:
-            weight = self.graph.weight("lm_head.weight", self._read("lm_head.weight").T)
-            self.graph.op("MatMul", [hidden, weight], "logits")
+            graph.op("MatMul", [hidden, self.weights.linear("lm_head", shape)], logits)
+        if decoder.head_bias:
+            graph.op("Add", [logits, self.weights.bias("lm_head", decoder.vocab_size)], "logits")
+        if decoder.logits_softcap:
+            # The division by the cap is part of the last norm.
+            cap = self.weights.constant("logits.softcap", decoder.logits_softcap, np.float32)
+            graph.op("Mul", [graph.op("Tanh", [logits], "logits.tanh"), cap], "logits")
 
-    def _write_rotary_tables(self) -> None:
-        positions = np.arange(self.decoder.context_length, dtype=np.float32)
-        angles = np.outer(positions, self.decoder.inverse_frequencies)
-        scale = np.float32(self.decoder.rope_scale)
-        self.graph.weight("rotary.cos", np.cos(angles) * scale)
-        self.graph.weight("rotary.sin", np.sin(angles) * scale)
+    def _add_rotary_tables(self) -> None:
+        for rotary in dict.fromkeys(self.decoder.rotary):
+            if rotary is not None:
+                self._add_rotary_table(rotary)
+
+    def _add_rotary_table(self, rotary: Rotary) -> None:
+        length = self.decoder.context_length
+        self.weights.computed(f"{rotary.name}.cos", lambda: rotary.cosine(length))
+        self.weights.computed(f"{rotary.name}.sin", lambda: rotary.sine(length))
 
     def _inputs(self) -> list[onnx.ValueInfoProto]:
         return [

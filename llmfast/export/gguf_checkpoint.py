@@ -79,15 +79,17 @@ class GgufCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         """Return a weight as float32, by its Hugging Face name."""
-        stored = _stored_name(name)
-        if stored not in self._file.tensors:
-            raise InputError(f"weight `{name}` (`{stored}`) is missing from `{self.path}`", "the file is incomplete")
+        stored = self._find(name)
         array = self._file.read(stored)
         if self._architecture in _INTERLEAVED_ROTARY and ".attn_q." in stored:
             return _split_halves(array, self.config.num_attention_heads)
         if self._architecture in _INTERLEAVED_ROTARY and ".attn_k." in stored:
             return _split_halves(array, self.config.num_key_value_heads)
         return array
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a weight's shape, by its Hugging Face name."""
+        return tuple(self._file.tensors[self._find(name)].shape)
 
     def source(self) -> dict[str, Any]:
         """Return the file's name and hash."""
@@ -119,6 +121,12 @@ class GgufCheckpoint:
         (folder / "tokenizer_config.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
         if template := metadata.get("tokenizer.chat_template"):
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+    def _find(self, name: str) -> str:
+        stored = _stored_name(name)
+        if stored not in self._file.tensors:
+            raise InputError(f"weight `{name}` (`{stored}`) is missing from `{self.path}`", "the file is incomplete")
+        return stored
 
     def _read_config(self) -> Any:
         from transformers import AutoConfig

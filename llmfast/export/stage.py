@@ -64,8 +64,11 @@ def describe_export(source: str, output: Path, options: ExportOptions) -> str:
         return f"would trace `{source}` for {task} into `{output}`"
     from llmfast.export.architectures import describe
     from llmfast.export.checkpoint import open_checkpoint
+    from llmfast.export.decoder import DecoderGraph
 
-    decoder = describe(open_checkpoint(source).config)
+    checkpoint = open_checkpoint(source)
+    decoder = describe(checkpoint.config)
+    DecoderGraph(checkpoint, decoder)  # finds every weight
     return (
         f"would write a {decoder.model_type} decoder of {decoder.num_hidden_layers} layers, "
         f"{decoder.hidden_size} wide, from `{source}` into `{output}`"
@@ -97,13 +100,14 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
 def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions) -> Manifest:
     from llmfast.export.architectures import describe
     from llmfast.export.checkpoint import open_checkpoint
-    from llmfast.export.decoder import write_decoder
+    from llmfast.export.decoder import DecoderGraph
     from llmfast.export.parity import prove_decoder
 
     checkpoint = open_checkpoint(source)
     decoder = describe(checkpoint.config)
-    with progress("writing the graph", decoder.num_hidden_layers) as advance:
-        graph = write_decoder(checkpoint, decoder, staged, advance)
+    layout = DecoderGraph(checkpoint, decoder)
+    with progress("writing the graph", len(layout.weights)) as advance:
+        graph = layout.write(staged, advance)
     checkpoint.write_companions(staged)
     manifest = Manifest(
         task=task,

@@ -20,14 +20,14 @@ class GraphBuilder:
     """Collects nodes and initializers; every method returns the names of the values it makes.
 
     Args:
-        weights: where initializers are stored as they are added.
+        weights: where initializers are stored as they are added; None adds nodes only.
         opset: version of the standard operators that the nodes are written for.
     """
 
-    def __init__(self, weights: WeightFile, opset: int = OPSET) -> None:
+    def __init__(self, weights: WeightFile | None = None, opset: int = OPSET) -> None:
         self.opset = opset
+        self.nodes: list[onnx.NodeProto] = []
         self._weights = weights
-        self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
         self._values: set[str] = set()
 
@@ -50,12 +50,13 @@ class GraphBuilder:
     def weight(self, name: str, array: np.ndarray) -> str:
         """Store an initializer; a name that several layers share is stored once."""
         if name not in self._initializers:
+            assert self._weights is not None
             self._initializers[name] = self._weights.add(name, array)
         return name
 
     def keep(self, node: onnx.NodeProto) -> None:
         """Add a node as it is."""
-        self._nodes.append(node)
+        self.nodes.append(node)
         self._values.update(node.output)
 
     def constant(self, name: str, values: Any, dtype: type = np.int64) -> str:
@@ -68,10 +69,10 @@ class GraphBuilder:
         proto.CopyFrom(model.proto)
         proto.ir_version = max(proto.ir_version, IR_VERSION)
         proto.producer_name, proto.producer_version = "llmfast", llmfast.__version__
-        for domain in {node.domain for node in self._nodes} - {entry.domain for entry in proto.opset_import}:
+        for domain in {node.domain for node in self.nodes} - {entry.domain for entry in proto.opset_import}:
             proto.opset_import.append(helper.make_opsetid(domain, 1))
         del proto.graph.node[:]
-        proto.graph.node.extend(self._nodes)
+        proto.graph.node.extend(self.nodes)
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(self._initializers.values())
         kept = [value for value in proto.graph.value_info if value.name in self._values]
@@ -89,7 +90,7 @@ class GraphBuilder:
         self, name: str, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]
     ) -> onnx.ModelProto:
         """Return the model made of everything added so far."""
-        graph = helper.make_graph(self._nodes, name, inputs, outputs, list(self._initializers.values()))
+        graph = helper.make_graph(self.nodes, name, inputs, outputs, list(self._initializers.values()))
         return helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", self.opset), helper.make_opsetid(CONTRIB, 1)],
