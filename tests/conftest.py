@@ -23,6 +23,7 @@ SIZES = {
     "max_position_embeddings": 512,
     "eos_token_id": 2,
     "initializer_range": 0.2,
+    "init_std": 0.2,
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -31,6 +32,29 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+GEMMA = {
+    "head_dim": 32,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 16,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+}
+GRANITE = {
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 1.5,
+}
+PHI3_LONGROPE = {
+    "pad_token_id": 0,
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8],
+        "long_factor": [1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+    },
 }
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}),
@@ -47,6 +71,36 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 6.0}),
+    "gemma3_text": ("gemma3_text", GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "phi3": (
+        "phi3",
+        {"pad_token_id": 0, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "head_dim": 32},
+    ),
+    "phi3-longrope": ("phi3", PHI3_LONGROPE),
+    "smollm3": (
+        "smollm3",
+        {"pad_token_id": 0, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 16},
+    ),
+    "olmo2": ("olmo2", {"pad_token_id": 0}),
+    "granite": ("granite", GRANITE),
+    "granite-tied": ("granite", GRANITE | {"tie_word_embeddings": True}),
+    "gpt2": ("gpt2", {"n_inner": 96}),
+    "gpt_neox": (
+        "gpt_neox",
+        {"num_attention_heads": 2, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "gpt_neox-odd-rotary": ("gpt_neox", {"hidden_size": 96, "num_attention_heads": 2, "use_parallel_residual": False}),
+    "opt": ("opt", {"ffn_dim": 96}),
+    "opt-norm-after": ("opt", {"ffn_dim": 96, "do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "phi": ("phi", {"num_attention_heads": 2}),
+    "starcoder2": ("starcoder2", {"sliding_window": 16}),
+    "stablelm": ("stablelm", {"hidden_size": 128, "num_attention_heads": 2}),
+    "stablelm-parallel": (
+        "stablelm",
+        {"hidden_size": 128, "num_attention_heads": 2, "use_parallel_residual": True, "use_qkv_bias": True},
+    ),
+    "cohere": ("cohere", {"pad_token_id": 0, "logit_scale": 0.8}),
 }
 
 
@@ -61,16 +115,16 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_checkpoint(folder: Path, model_type: str, settings: dict[str, Any]) -> Path:
+def write_checkpoint(folder: Path, model_type: str, settings: dict[str, Any], seed: int = 0) -> Path:
     """Write a random decoder as `save_pretrained` does, biases and norms not left at their initial 0 and 1."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(SIZES | settings)))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
     make_tokenizer().save(str(folder / "tokenizer.json"))

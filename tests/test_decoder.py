@@ -1,6 +1,7 @@
 """The direct route against PyTorch: every architecture, whole prompts, cached decode, batches."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,62 +12,140 @@ from transformers import AutoModelForCausalLM
 
 from llmfast.bundle import ModelBundle
 from llmfast.errors import GateError, UnsupportedError
-from llmfast.export.architectures import describe
+from llmfast.export.architectures import Decoder, describe
 from llmfast.export.checkpoint import SafetensorsCheckpoint
+from llmfast.export.decoder import DecoderGraph
 from llmfast.export.rotary import Rotary
 from llmfast.export.stage import export
+from llmfast.graph.linear import find_linears
 from llmfast.graph.model import OnnxModel
+from llmfast.quantize.stage import QuantizeOptions, quantize
 from tests.conftest import ARCHITECTURES, write_checkpoint
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 
+@dataclass
+class Exported:
+    """A decoder's graph in a session, and the PyTorch model it was written from."""
+
+    folder: Path
+    decoder: Decoder
+    reference: torch.nn.Module
+    session: onnxruntime.InferenceSession
+
+    def run(self, ids: np.ndarray, past: list[np.ndarray], logits: int, lengths: list[int] | None = None) -> list:
+        """Return logits and cache; `lengths` counts each row's tokens with its past, all alike if None."""
+        total = past[0].shape[2] + ids.shape[1] if lengths is None else max(lengths)
+        names = [value.name for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
+        feeds = {
+            "input_ids": ids,
+            "seqlens_k": np.array(lengths or [total] * len(ids), np.int32) - 1,
+            "total_sequence_length": np.array(total, np.int32),
+            "num_logits": np.array([logits], np.int64),
+        }
+        return self.session.run(None, feeds | dict(zip(names, past, strict=True)))
+
+    def empty(self, batch: int) -> list[np.ndarray]:
+        """Return a cache without positions."""
+        shape = (batch, self.decoder.num_key_value_heads, 0, self.decoder.head_size)
+        return [np.zeros(shape, np.float32)] * (2 * self.decoder.num_hidden_layers)
+
+    def expected(self, ids: np.ndarray) -> np.ndarray:
+        """Return PyTorch's logits."""
+        with torch.no_grad():
+            logits: np.ndarray = self.reference(torch.from_numpy(ids)).logits.numpy()
+        return logits
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def exported(
     request: pytest.FixtureRequest, checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[ModelBundle, torch.nn.Module]:
-    source = checkpoints(request.param)
-    bundle = export(str(source), tmp_path_factory.mktemp("exported") / "bundle")
+) -> Exported:
+    return _write(checkpoints(request.param), tmp_path_factory.mktemp("exported"))
+
+
+def _write(source: Path, folder: Path) -> Exported:
+    checkpoint = SafetensorsCheckpoint(source)
+    decoder = describe(checkpoint.config)
+    DecoderGraph(checkpoint, decoder).write(folder, lambda: None)
     reference = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
-    return bundle, reference
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return Exported(folder, decoder, reference, session)
 
 
-def _run(session: onnxruntime.InferenceSession, ids: np.ndarray, past: list[np.ndarray], logits: int) -> list:
-    names = [value.name for value in session.get_inputs() if value.name.startswith("past_key_values.")]
-    total = past[0].shape[2] + ids.shape[1]
-    feeds = {
-        "input_ids": ids,
-        "seqlens_k": np.full(len(ids), total - 1, np.int32),
-        "total_sequence_length": np.array(total, np.int32),
-        "num_logits": np.array([logits], np.int64),
-    }
-    return session.run(None, feeds | dict(zip(names, past, strict=True)))
-
-
-def test_logits_match_pytorch_in_batches_and_step_by_step(exported: tuple[ModelBundle, torch.nn.Module]) -> None:
-    bundle, reference = exported
-    facts = bundle.manifest.architecture
-    ids = np.random.default_rng(1).integers(3, facts["vocab_size"], (2, 40))
-    with torch.no_grad():
-        expected = reference(torch.from_numpy(ids)).logits.numpy()
-    session = onnxruntime.InferenceSession(bundle.model, providers=["CPUExecutionProvider"])
-    empty = np.zeros((2, facts["num_key_value_heads"], 0, facts["head_size"]), np.float32)
-
-    whole, *_ = _run(session, ids, [empty] * (2 * facts["num_hidden_layers"]), 40)
+def test_logits_match_pytorch_in_batches_in_chunks_and_step_by_step(exported: Exported) -> None:
+    ids = np.random.default_rng(1).integers(3, exported.decoder.vocab_size, (2, 40))
+    expected = exported.expected(ids)
+    whole, *_ = exported.run(ids, exported.empty(2), 40)
     np.testing.assert_allclose(whole, expected, **TOLERANCE)
 
-    last, *past = _run(session, ids[:, :30], [empty] * (2 * facts["num_hidden_layers"]), 1)
+    last, *past = exported.run(ids[:, :30], exported.empty(2), 1)
     np.testing.assert_allclose(last[:, 0], expected[:, 29], **TOLERANCE)
     for position in range(30, 40):
-        step, *past = _run(session, ids[:, position : position + 1], past, 1)
+        step, *past = exported.run(ids[:, position : position + 1], past, 1)
         np.testing.assert_allclose(step[:, 0], expected[:, position], **TOLERANCE)
 
+    past = exported.empty(1)
+    for start, end in ((0, 7), (7, 25), (25, 40)):
+        chunk, *past = exported.run(ids[:1, start:end], past, end - start)
+        np.testing.assert_allclose(chunk, expected[:1, start:end], **TOLERANCE)
 
-def test_manifest_tells_sizes_and_parity(exported: tuple[ModelBundle, torch.nn.Module]) -> None:
-    bundle, reference = exported
+
+def test_rows_of_different_lengths_do_not_disturb_each_other(exported: Exported) -> None:
+    rng = np.random.default_rng(2)
+    rows = [rng.integers(3, exported.decoder.vocab_size, length + 3) for length in (25, 9, 18)]
+    lengths = [len(row) - 3 for row in rows]
+    ids = np.zeros((3, max(lengths)), np.int64)
+    for line, row, length in zip(ids, rows, lengths, strict=True):
+        line[:length] = row[:length]
+    expected = [exported.expected(row[None])[0] for row in rows]
+    logits, *past = exported.run(ids, exported.empty(3), max(lengths), lengths)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(logits[row, :length], expected[row][:length], **TOLERANCE)
+    past = [np.pad(array, ((0, 0), (0, 0), (0, 3), (0, 0))) for array in past]  # room for three steps
+    for step in range(3):
+        ids = np.stack([row[length + step] for row, length in zip(rows, lengths, strict=True)])[:, None]
+        logits, *past = exported.run(ids, past, 1, [length + step + 1 for length in lengths])
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(logits[row, 0], expected[row][length + step], **TOLERANCE)
+
+
+def test_greedy_tokens_are_those_of_transformers(exported: Exported) -> None:
+    prompt = np.random.default_rng(3).integers(3, exported.decoder.vocab_size, 20)
+    with torch.no_grad():
+        generated = exported.reference.generate(
+            torch.from_numpy(prompt[None]), max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    logits, *past = exported.run(prompt[None], exported.empty(1), 1)
+    tokens = []
+    while len(tokens) < 32:
+        tokens.append(int(logits[0, -1].argmax()))
+        logits, *past = exported.run(np.array([[tokens[-1]]]), past, 1)
+    assert tokens == generated[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_every_linear_layer_is_quantized(exported: Exported, scheme: str, tmp_path: Path) -> None:
+    quantize(exported.folder / "model.onnx", tmp_path / "quantized", QuantizeOptions(scheme))
+    model = OnnxModel.load(ModelBundle.open(tmp_path / "quantized").model)
+    assert find_linears(model) == []
+    ids = np.random.default_rng(1).integers(3, exported.decoder.vocab_size, (2, 24))
+    session = onnxruntime.InferenceSession(model.path, providers=["CPUExecutionProvider"])
+    logits, *_ = replace(exported, session=session).run(ids, exported.empty(2), 24)
+    expected = exported.expected(ids)
+    error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+    assert error < {"int8": 0.15, "int4": 0.6}[scheme]
+
+
+def test_manifest_tells_sizes_and_parity(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    source = checkpoints("opt-norm-after")
+    bundle = export(str(source), tmp_path / "bundle")
+    reference = AutoModelForCausalLM.from_pretrained(source)
     facts = bundle.manifest.architecture
-    assert facts["num_parameters"] == sum(parameter.numel() for parameter in reference.parameters())
-    assert facts["model_type"] == reference.config.model_type
+    unused = 2 * reference.config.hidden_size  # OPT's first two positions
+    assert facts["num_parameters"] == sum(parameter.numel() for parameter in reference.parameters()) - unused
+    assert facts["model_type"] == "opt"
     parity = bundle.manifest.measured["export"]["parity"]
     assert parity["argmax_agreement"] == 1.0
     assert 0 < parity["max_abs_diff"] < 1e-3
@@ -98,18 +177,21 @@ def test_graph_keeps_the_contract(fp32_bundle: Path) -> None:
 
 def test_same_checkpoint_gives_the_same_bytes(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     for name in ("one", "two"):
-        export(str(checkpoints("qwen3")), tmp_path / name)
-    for file in (tmp_path / "one").iterdir():
-        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+        (tmp_path / name).mkdir()
+        _write(checkpoints("qwen3"), tmp_path / name)
+    assert (tmp_path / "one" / "model.onnx").read_bytes() == (tmp_path / "two" / "model.onnx").read_bytes()
 
 
-def test_half_precision_weights_are_read(tmp_path: Path) -> None:
-    for dtype in ("bfloat16", "float16"):
-        source = write_checkpoint(tmp_path / dtype, "llama", {})
-        model = AutoModelForCausalLM.from_pretrained(source)
-        model.to(getattr(torch, dtype)).save_pretrained(source)
-        parity = export(str(source), tmp_path / f"{dtype}-bundle").manifest.measured["export"]["parity"]
-        assert parity["max_abs_diff"] < 1e-3
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_weights_are_read(dtype: str, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "checkpoint", "llama", {})
+    AutoModelForCausalLM.from_pretrained(source).to(getattr(torch, dtype)).save_pretrained(source)
+    (tmp_path / "graph").mkdir()
+    exported = _write(source, tmp_path / "graph")
+    ids = np.arange(3, 23)[None]
+    logits, *_ = exported.run(ids, exported.empty(1), 20)
+    exported.reference.float()
+    np.testing.assert_allclose(logits, exported.expected(ids), **TOLERANCE)
 
 
 def test_wrong_graph_is_refused_and_nothing_is_written(

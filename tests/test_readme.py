@@ -9,6 +9,7 @@ from typer.main import get_command
 
 from llmfast import registry
 from llmfast.cli import app
+from llmfast.export.architectures import supported_model_types
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,3 +52,9 @@ def test_readme_names_every_scheme_and_method() -> None:
     for folder in ("quantize.schemes", "quantize.transforms", "quantize.rounding"):
         for name in registry.names(folder):
             assert f"| `{name}`" in README
+
+
+def test_readme_names_every_architecture_of_the_direct_route() -> None:
+    row = next(line for line in README.splitlines() if line.startswith("| direct "))
+    names = row.split("|")[2].partition(";")[0].strip().split(", ")
+    assert names == supported_model_types()

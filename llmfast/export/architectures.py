@@ -146,15 +146,16 @@ class ConfigReader:
     def __init__(self, config: Any, context_length: int | None) -> None:
         self.original = config
         self.fields: set[str] = set()
+        self.original_context_length: int = self.max_position_embeddings
         rope = getattr(config, "rope_parameters", None) or {}
-        longest: int = self.max_position_embeddings
-        self.original_context_length: int = longest
+        short = getattr(self, "original_max_position_embeddings", None)  # Phi-3 has it outside of the rope's own
         if rope.get("rope_type") == "longrope":
-            inside = rope.get("original_max_position_embeddings")
-            self.original_context_length = inside or self.original_max_position_embeddings
+            self.original_context_length = int(rope.get("original_max_position_embeddings") or short or 0)
         self.context_length = context_length or self.original_context_length
-        if self.context_length > longest:
-            raise OptionError(f"--context-length {context_length}: the model was made for {longest} positions")
+        if self.context_length > self.max_position_embeddings:
+            raise OptionError(
+                f"--context-length {context_length}: the model was made for {self.max_position_embeddings} positions"
+            )
 
     @property
     def head_size(self) -> int:
@@ -220,7 +221,7 @@ def windows_by_layer(config: Any) -> tuple[int, ...]:
 
 def supported_model_types() -> list[str]:
     """List the `model_type`s of the direct route."""
-    return [name.replace("-", "_") for name in registry.names(_FOLDER)]
+    return sorted(name.replace("-", "_") for name in registry.names(_FOLDER))
 
 
 def describe(config: Any, context_length: int | None = None) -> Decoder:
