@@ -47,6 +47,7 @@ def open_session(
     spin: bool = True,
     profile: Path | None = None,
     graph: bytes | None = None,
+    prepack: bool = True,
 ) -> "onnxruntime.InferenceSession":
     """Open an ONNX Runtime session on the provider that was asked for, never silently on another.
 
@@ -57,6 +58,8 @@ def open_session(
         spin: let idle threads spin, which helps latency and costs CPU time.
         profile: prefix of ONNX Runtime's JSON profile; None writes none.
         graph: a serialized model to open in place of the file's, over the same external weights.
+        prepack: copy weights into the order that the kernels like best. Without it weights stay in the mapped
+            file, and its pages are all the memory that they take.
 
     Raises:
         UnsupportedError: the provider is absent or took no node, or an operator has no kernel.
@@ -73,6 +76,8 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

@@ -56,6 +56,7 @@ PHI3_LONGROPE = {
         "long_factor": [1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
     },
 }
+QWEN3_MOE = {"head_dim": 32, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -100,6 +101,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "stablelm",
         {"hidden_size": 128, "num_attention_heads": 2, "use_parallel_residual": True, "use_qkv_bias": True},
     ),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "qwen3_moe": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": True}),
+    "qwen3_moe-unnormalized": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": False}),
     "cohere": ("cohere", {"pad_token_id": 0, "logit_scale": 0.8}),
 }
 

@@ -51,6 +51,21 @@ class Norms:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """MLPs of which a router chooses a few for every token.
+
+    Attributes:
+        num_experts: MLPs of a layer.
+        per_token: how many of them a token goes through.
+        normalized: the weights of those chosen sum to 1.
+    """
+
+    num_experts: int
+    per_token: int
+    normalized: bool
+
+
+@dataclass(frozen=True)
 class Decoder:
     """Sizes of a decoder and the points where architectures differ; the defaults are Llama's.
 
@@ -72,6 +87,7 @@ class Decoder:
         qk_norm: norm of queries and keys before the rotation, over each head or all heads together.
         qkv_bias, output_bias, mlp_bias, head_bias: which linear layers have a bias.
         activation: a key of `ACTIVATIONS`.
+        experts: there are several MLPs; None is one.
         gated: the MLP multiplies the activation with a second projection.
         embedding_scale, residual_scale, logits_scale: factors on embeddings, on what attention and MLP add,
             and on logits.
@@ -115,6 +131,7 @@ class Decoder:
     mlp_bias: bool = False
     head_bias: bool = False
     gated: bool = True
+    experts: Experts | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_scale: float = 1.0
@@ -165,8 +182,12 @@ class ConfigReader:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.original, name)
-        self.fields.add(self.original.attribute_map.get(name, name))
+        self.fields.update((name, self.original.attribute_map.get(name, name)))
         return value
+
+    def skip(self, *fields: str) -> None:
+        """Say that fields play no part in what is described."""
+        self.fields.update(fields)
 
     def refuse_unread(self) -> None:
         """Refuse a field that nobody read and that is neither at its default nor known to change nothing."""
@@ -255,6 +276,8 @@ def _check(decoder: Decoder) -> None:
         raise UnsupportedError(f"activation `{decoder.activation}` in a `{kind}` decoder is not supported")
     rotaries = [rotary for rotary in decoder.rotary if rotary is not None]
     step = _ROTARY_HEAD_SIZE_STEP if rotaries else _HEAD_SIZE_STEP
+    if decoder.experts and (decoder.activation != "silu" or not decoder.gated or decoder.mlp_bias):
+        raise UnsupportedError(f"experts in a `{kind}` decoder that are no gated SiLU MLPs are not supported")
     if decoder.head_size % step:
         raise UnsupportedError(
             f"head size {decoder.head_size} is not supported: ONNX Runtime's attention needs a multiple of {step}"

@@ -92,21 +92,10 @@ class SafetensorsCheckpoint:
         return folder_source(self.path)
 
     def load_reference(self) -> Any:
-        """Load the model as `transformers` does."""
-        import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+        """Load the model as `transformers` does, its weights left in the files until they are needed."""
+        from llmfast.export.reference import load_streamed
 
-        logging.disable_progress_bar()
-        try:
-            return AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-            ).eval()
-        except RuntimeError as error:
-            raise InputError(
-                f"PyTorch can't load `{self.path}`: {str(error).strip().splitlines()[0]}",
-                "weights and config.json do not belong together",
-            ) from error
+        return load_streamed(self.path)
 
     def write_companions(self, folder: Path) -> None:
         """Copy config and tokenizer; a tokenizer that is not in tokenizer.json form is converted to it."""

@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from llmfast.bundle import MODEL
-from llmfast.export.architectures import ACTIVATIONS, Decoder
+from llmfast.export.architectures import ACTIVATIONS, Decoder, Experts
 from llmfast.export.checkpoint import Checkpoint
 from llmfast.export.decoder_weights import DecoderWeights
 from llmfast.export.rotary import Rotary
@@ -250,6 +250,8 @@ class DecoderGraph:
 
     def _mlp(self, name: str, hidden: str) -> str:
         graph, decoder, bias = self.graph, self.decoder, self.decoder.mlp_bias
+        if decoder.experts is not None:
+            return self._experts(name, hidden, decoder.experts)
         wide = (decoder.intermediate_size, decoder.hidden_size)
         operator, domain, attributes = ACTIVATIONS[decoder.activation]
         gate = self._linear(f"{name}.gate_proj", hidden, wide, bias) if decoder.gated else ""
@@ -258,6 +260,28 @@ class DecoderGraph:
         if gate:
             inner = graph.op("Mul", [inner, up], f"{name}.product")
         return self._linear(f"{name}.down_proj", inner, wide[::-1], bias, decoder.residual_scale)
+
+    def _experts(self, name: str, hidden: str, experts: Experts) -> str:
+        """Send every token through the MLPs that its router chooses; the operator has SiLU and product inside."""
+        graph, decoder = self.graph, self.decoder
+        scores = self._linear(f"{name}.router", hidden, (experts.num_experts, decoder.hidden_size))
+        flat = self.weights.constant("router.flat", [-1, experts.num_experts])
+        scores = graph.op("Reshape", [scores, flat], f"{name}.router.scores")
+        wide, narrow = decoder.intermediate_size, decoder.hidden_size
+        gate_up = self.weights.experts(f"{name}.experts", "gate_up_proj", experts.num_experts, (2 * wide, narrow))
+        down = self.weights.experts(f"{name}.experts", "down_proj", experts.num_experts, (narrow, wide))
+        return graph.op(
+            "MoE",
+            [hidden, scores, gate_up, "", down],
+            name,
+            CONTRIB,
+            k=experts.per_token,
+            normalize_routing_weights=int(experts.normalized),
+            activation_type="swiglu",
+            swiglu_fusion=1,
+            activation_alpha=1.0,
+            activation_beta=0.0,
+        )
 
     def _last(self, hidden: str) -> str:
         inputs = [hidden, "num_logits.start", "num_logits.end", "num_logits.axis"]

@@ -75,6 +75,28 @@ class DecoderWeights:
         parts = tuple((f"{source}.weight", stored) for source, stored in zip(names, shapes, strict=True))
         return self._add(f"{name}.weight", parts, make)
 
+    def experts(self, name: str, part: str, num_experts: int, shape: tuple[int, int]) -> str:
+        """Add one projection of all experts, `[experts, N, K]`; `gate_up_proj` has gate and up in alternating rows.
+
+        Rows alternate because ONNX Runtime's MoE wants them so.
+        """
+        sources = _GATE_UP if part == "gate_up_proj" else (part,)
+        size = shape[0] // len(sources)
+        prefix, stored = self._stored(name), self._decoder.stored
+        parts = [
+            (f"{prefix}.{expert}.{stored.get(source, source)}.weight", (size, shape[1]))
+            for expert in range(num_experts)
+            for source in sources
+        ]
+
+        def make(*arrays: np.ndarray) -> np.ndarray:
+            joined = np.empty((num_experts, size, len(sources), shape[1]), np.float32)
+            for index, array in enumerate(arrays):
+                joined[index // len(sources), :, index % len(sources)] = array
+            return joined.reshape(num_experts, *shape)
+
+        return self._add(f"{name}.{part}.weight", parts, make)
+
     def bias(self, name: str, size: int, scale: float = 1.0) -> str:
         """Add a linear layer's bias `[N]`."""
         names, sizes = self._sources(name, size)

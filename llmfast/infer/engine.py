@@ -51,6 +51,7 @@ class Engine:
         max_length: positions that will be needed; None means the model's whole context.
         chunk_tokens: tokens of a prompt that go through the graph at once.
         spin: let idle threads spin.
+        prepack: copy weights for speed; see `open_session`.
 
     Attributes:
         session: the ONNX Runtime session.
@@ -73,6 +74,7 @@ class Engine:
         max_length: int | None = None,
         chunk_tokens: int = 256,
         spin: bool = True,
+        prepack: bool = True,
     ) -> None:
         if chunk_tokens < 1:
             raise OptionError(f"chunk of {chunk_tokens} tokens: must be at least 1")
@@ -80,7 +82,7 @@ class Engine:
             raise OptionError(f"length of {max_length} tokens: must be at least 1")
         ort = import_onnxruntime()
         start = time.perf_counter()
-        self.session = open_session(bundle.model, provider, threads, spin)
+        self.session = open_session(bundle.model, provider, threads, spin, prepack=prepack)
         self.load_s = time.perf_counter() - start
         _check_contract(self.session, bundle)
         self.context_length = _context_length(bundle)
