@@ -1,13 +1,22 @@
 """Quantized weights: packing against blocks written by hand, kernels against NumPy float64."""
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
 from llmfast.graph.builder import GraphBuilder
 from llmfast.graph.linear import Linear
-from llmfast.graph.packed import Grid, QuantizedWeight, store_blocks, to_blocks, write_gather, write_matmul_nbits
+from llmfast.graph.packed import (
+    Grid,
+    QuantizedWeight,
+    store_blocks,
+    to_blocks,
+    write_blocks,
+    write_gather,
+    write_matmul_nbits,
+)
 from llmfast.graph.weights import WeightFile
 from llmfast.quantize.rounding import rtn
 from llmfast.quantize.schemes import int8
@@ -109,6 +118,26 @@ def test_gather_reads_the_rows_of_the_head(bits: int, tmp_path) -> None:
     session = _session(graph, weights, [helper.make_tensor_value_info("ids", INT64, ["batch", "seq"])], tmp_path)
     ids = np.array([[0, 49, 7], [3, 3, 1]])
     np.testing.assert_allclose(session.run(None, {"ids": ids})[0], quantized.dequantize()[ids], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-9])
+def test_scales_are_stored_as_float16_where_it_is_precise_enough(size: float, tmp_path) -> None:
+    """A weight of tiny values keeps float32 scales; either way the file holds what the codes were chosen for."""
+    weight = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32) * np.float32(size)
+    weight[2] *= size != 1  # a row of zeros among ordinary ones
+    quantized = rtn.quantize_weight(weight, Grid(4, 32), rtn.Options())
+    weights = WeightFile(tmp_path)
+    graph = GraphBuilder(weights)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    write_blocks(graph, Linear("layer", node, "w", True, "", weight.shape), quantized)
+    session = _session(graph, weights, [helper.make_tensor_value_info("x", FLOAT, ["batch", 64])], tmp_path)
+    proto = onnx.load(tmp_path / "model.onnx")
+    types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer if "scale" in tensor.name}
+    name = "layer.weight_scale.half" if size == 1 else "layer.weight_scale"
+    assert types == {name: TensorProto.FLOAT16 if size == 1 else FLOAT}
+    hidden = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    expected = hidden @ quantized.dequantize().T
+    np.testing.assert_allclose(session.run(None, {"x": hidden})[0], expected, atol=np.abs(expected).max() / 60)
 
 
 def _int8_layer(tmp_path, weight: np.ndarray, opset: int = 21) -> tuple[QuantizedWeight, onnxruntime.InferenceSession]:

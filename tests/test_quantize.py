@@ -1,6 +1,7 @@
 """The quantize stage on whole models: decoders, encoders, and files that llmfast did not export."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,14 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoModelForCausalLM
 
 from llmfast import registry
+from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.export.stage import export
 from llmfast.graph.linear import find_embeddings, find_linears
 from llmfast.graph.model import OnnxModel
+from llmfast.graph.packed import Grid
 from llmfast.infer.engine import Engine
+from llmfast.quantize import stage
 from llmfast.quantize.plan import block_wise_grid
 from llmfast.quantize.rounding import rtn
 from llmfast.quantize.stage import QuantizeOptions, plan_layers, quantize
@@ -87,7 +91,7 @@ def test_foreign_model_keeps_its_answers(scheme: str, tmp_path: Path) -> None:
     ids = np.arange(12).reshape(2, 6)
     expected, actual = _answer(source, ids), _answer(bundle.model, ids)
     assert np.corrcoef(expected.ravel(), actual.ravel())[0, 1] > (0.98 if scheme == "int4" else 0.999)
-    assert bundle.size_bytes < len(before) / (3.5 if scheme == "int8" else 3.6)
+    assert bundle.size_bytes < len(before) / (3.5 if scheme in ("int8", "w8") else 3.6)
     assert source.read_bytes() == before
     names = {tensor.name for tensor in OnnxModel.load(bundle.model).proto.graph.initializer}
     assert not names & {"table", "w1", "w2.weight"}, "a float weight was left in the file"
@@ -145,6 +149,28 @@ def test_tied_embedding_and_head_share_their_codes(tmp_path: Path) -> None:
     (gather,) = [node for node in graph.node if node.op_type == "GatherBlockQuantized"]
     head = next(node for node in graph.node if node.output[0] == "y")
     assert gather.input[0] == head.input[1]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_plan_may_give_any_layer_its_own_grid(scheme: str, fp32_bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    """Blocks of several widths and sizes side by side compute what their weights say."""
+    choose = stage.choose_layers
+
+    def mixed(*args):
+        layers = choose(*args)
+        grids = dict(layers.grids)
+        for number, linear in enumerate(layers.linears[:-1]):
+            if number % 2:
+                grids[linear.weight] = Grid(*[(8, 32, True), (4, 16, False), (4, 64, True), (8, 16, False)][number % 4])
+        return replace(layers, grids=grids)
+
+    monkeypatch.setattr(stage, "choose_layers", mixed)
+    bundle = quantize(fp32_bundle, tmp_path / "out", QuantizeOptions(scheme))
+    bits = {row["bits"] for row in bundle.manifest.measured["quantize"]["layers"]}
+    assert bits >= {4, 8}
+    ids = np.random.default_rng(0).integers(3, 259, 48)
+    expected, actual = Engine(ModelBundle.open(fp32_bundle)).score(ids), Engine(bundle).score(ids)
+    assert np.corrcoef(expected.ravel(), actual.ravel())[0, 1] > 0.9
 
 
 def test_include_and_exclude_choose_layers(fp32_bundle: Path, tmp_path: Path) -> None:

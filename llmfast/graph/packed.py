@@ -3,14 +3,19 @@
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import TensorProto
 
+from llmfast.errors import OptionError
 from llmfast.graph.builder import CONTRIB, GraphBuilder
+from llmfast.graph.linear import Linear
 
 # MatMulNBits computes in int8 at this level; without it the CPU kernel is 2-3 times slower, and for
 # 8-bit weights it expands the whole matrix on every call.
 # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 ACCURACY_INT8 = 4
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+# float16 holds eleven bits of a scale between these two, and fewer of a smaller one.
+_HALF_RANGE = (2.0**-14, 65504.0)
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,41 @@ def largest_block_size(features: int) -> int:
     return next((size for size in (128, 64, 32, 16) if features % size == 0), 32)
 
 
+def check_block_size(block_size: int) -> None:
+    """Refuse a block size that MatMulNBits has no kernel for.
+
+    Raises:
+        OptionError: it has none.
+    """
+    if block_size not in BLOCK_SIZES:
+        raise OptionError(
+            f"block_size {block_size}: ONNX Runtime has no kernel for it",
+            f"choose from: {', '.join(map(str, BLOCK_SIZES))}",
+        )
+
+
+def storable_scales(scales: np.ndarray, grid: Grid) -> np.ndarray:
+    """Return float32 scales as they will be stored: those of blocks rounded to float16 where it is precise enough."""
+    if not grid.block_size:
+        return scales
+    low, high = _HALF_RANGE
+    fits = (scales >= low) & (scales <= high)
+    return np.where(fits, np.where(fits, scales, 1).astype(np.float16).astype(np.float32), scales)
+
+
 def store_blocks(graph: GraphBuilder, name: str, weight: QuantizedWeight) -> list[str]:
-    """Store codes, scales and zero points of a block-wise weight; return their names."""
-    stored = [
-        graph.weight(f"{name}.weight_q{weight.grid.bits}", weight.pack()),
-        graph.weight(f"{name}.weight_scale", weight.scales),
-    ]
+    """Store codes, scales and zero points of a block-wise weight; return their names.
+
+    Scales are stored as float16 when that loses nothing, see `storable_scales`. The Cast to the kernel's
+    float32 costs nothing at run time: its input is constant, so ONNX Runtime computes it as the model loads.
+    """
+    scale = f"{name}.weight_scale"
+    half = np.clip(weight.scales, 0, _HALF_RANGE[1]).astype(np.float16)
+    if np.array_equal(half.astype(np.float32), weight.scales):
+        graph.op("Cast", [graph.weight(f"{scale}.half", half)], scale, to=TensorProto.FLOAT)
+    else:
+        graph.weight(scale, weight.scales)
+    stored = [graph.weight(f"{name}.weight_q{weight.grid.bits}", weight.pack()), scale]
     if weight.zero_points is not None:
         stored.append(graph.weight(f"{name}.weight_zero_point", weight.pack_zero_points()))
     return stored
@@ -125,6 +159,12 @@ def write_matmul_nbits(
         block_size=weight.codes.shape[2],
         accuracy_level=ACCURACY_INT8,
     )
+
+
+def write_blocks(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -> None:
+    """Add a linear layer whose weight is in blocks, of any width and size that has a kernel."""
+    stored = store_blocks(graph, linear.name, weight)
+    write_matmul_nbits(graph, stored, weight, linear.input, linear.output, linear.bias)
 
 
 def write_gather(graph: GraphBuilder, stored: list[str], weight: QuantizedWeight, indices: str, output: str) -> None:

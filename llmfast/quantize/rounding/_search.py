@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from llmfast.errors import OptionError
-from llmfast.graph.packed import Grid, to_blocks
+from llmfast.graph.packed import Grid, storable_scales, to_blocks
 from llmfast.runtime import usable_cores
 
 # Rows are searched in groups that stay in a core's cache.
 _GROUP_ELEMENTS = 1 << 16
 _SMALLEST_SCALE = np.float32(1e-30)
-
+# Of a block of zeros: float16 holds it, and what a kernel loses to cancellation times it is nothing.
+_ZERO_SCALE = np.float32(2.0**-14)
 
 _MOST_STEPS = 1000
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -70,7 +71,7 @@ def _search(blocks: np.ndarray, grid: Grid, shares: np.ndarray, weights: np.ndar
         for scales, zeros in _candidates(blocks, grid, share):
             steps = np.rint(blocks / scales[..., None])
             np.clip(steps, -zeros[..., None], (grid.largest - zeros)[..., None], out=steps)
-            scales = _fit(blocks, steps, scales, weights)
+            scales = storable_scales(_fit(blocks, steps, scales, weights), grid)
             error = (np.square(blocks - steps * scales[..., None]) * weights).sum(-1)
             better = error < best_error
             best_error[better] = error[better]
@@ -84,12 +85,17 @@ def _candidates(blocks: np.ndarray, grid: Grid, share: np.float32) -> list[tuple
     """Return scales and zero points that cover a share of each block's range."""
     if grid.symmetric:
         magnitude = np.abs(blocks).max(-1) * share
-        scales = np.maximum(magnitude / np.float32(grid.middle - 1), _SMALLEST_SCALE)
+        scales = _positive(magnitude / np.float32(grid.middle - 1))
         return [(scales, np.full(scales.shape, grid.middle, np.float32))]
     low = np.minimum(blocks.min(-1), 0) * share
     high = np.maximum(blocks.max(-1), 0) * share
-    scales = np.maximum((high - low) / np.float32(grid.largest), _SMALLEST_SCALE)
+    scales = _positive((high - low) / np.float32(grid.largest))
     return [(scales, np.clip(np.rint(-low / scales), 0, grid.largest))]
+
+
+def _positive(scales: np.ndarray) -> np.ndarray:
+    """Return scales that can be divided by."""
+    return np.where(scales > _SMALLEST_SCALE, scales, _ZERO_SCALE)
 
 
 def _fit(blocks: np.ndarray, steps: np.ndarray, scales: np.ndarray, weights: np.ndarray) -> np.ndarray:

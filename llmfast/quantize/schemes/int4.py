@@ -1,4 +1,4 @@
-"""Weight-only 4 bit: blocks of codes with a float scale each, multiplied by MatMulNBits.
+"""Weight-only 4 bit: blocks of codes with a float16 scale each, multiplied by MatMulNBits.
 
 w[n, k] = (code - zero_point[n, b]) * scale[n, b]; activations are quantized inside the kernel (accuracy level 4).
 Reads an eighth of the bytes of float32, so decoding, which is bound by memory, gains most.
@@ -8,10 +8,9 @@ Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators
 
 from dataclasses import dataclass
 
-from llmfast.errors import OptionError
 from llmfast.graph.builder import GraphBuilder
 from llmfast.graph.linear import Linear
-from llmfast.graph.packed import BLOCK_SIZES, Grid, QuantizedWeight, store_blocks, write_matmul_nbits
+from llmfast.graph.packed import Grid, QuantizedWeight, check_block_size, write_blocks
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,7 @@ class Options:
     head_bits: int = 8
 
     def __post_init__(self) -> None:
-        if self.block_size not in BLOCK_SIZES:
-            raise OptionError(
-                f"block_size {self.block_size}: ONNX Runtime has no kernel for it",
-                f"choose from: {', '.join(map(str, BLOCK_SIZES))}",
-            )
+        check_block_size(self.block_size)
 
 
 def grid(options: Options) -> Grid:
@@ -43,5 +38,4 @@ def grid(options: Options) -> Grid:
 
 def write_linear(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -> None:
     """Add the nodes of one linear layer."""
-    stored = store_blocks(graph, linear.name, weight)
-    write_matmul_nbits(graph, stored, weight, linear.input, linear.output, linear.bias)
+    write_blocks(graph, linear, weight)

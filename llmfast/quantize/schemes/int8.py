@@ -13,7 +13,7 @@ import numpy as np
 
 from llmfast.graph.builder import CONTRIB, GraphBuilder
 from llmfast.graph.linear import Linear
-from llmfast.graph.packed import Grid, QuantizedWeight
+from llmfast.graph.packed import Grid, QuantizedWeight, write_blocks
 
 _ZERO_POINT = 128  # activations are stored unsigned: code = round(x / r) + 128
 _BLOCKED_QUANTIZATION_OPSET = 21
@@ -37,6 +37,9 @@ def grid(options: Options) -> Grid:
 
 def write_linear(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -> None:
     """Add the nodes of one linear layer; layers that share an input share its quantization."""
+    if weight.grid.block_size:  # one that a plan gave a finer grid
+        write_blocks(graph, linear, weight)
+        return
     name = linear.name
     codes, row_scale = f"{linear.input}.q8", f"{linear.input}.row_scale"
     if not graph.has(codes):
