@@ -181,6 +181,14 @@ def test_include_and_exclude_choose_layers(fp32_bundle: Path, tmp_path: Path) ->
     assert {"model.layers.1.mlp.up_proj", "model.layers.0.self_attn.o_proj"} <= kept
 
 
+@pytest.mark.parametrize(("include", "bits"), [("^lm_head$", {8}), ("down_proj|embedding", {4, 8})])
+def test_include_and_exclude_match_roles_too(include: str, bits: set[int], fp32_bundle: Path, tmp_path: Path) -> None:
+    rows = plan_layers(fp32_bundle, tmp_path / "out", QuantizeOptions("int4", include=include))
+    assert {row["bits"] for row in rows} == bits
+    others = plan_layers(fp32_bundle, tmp_path / "out", QuantizeOptions("int4", exclude=include))
+    assert not {row["role"] for row in others} & {"down_proj"} or include == "^lm_head$"
+
+
 def test_head_stays_float_on_request(fp32_bundle: Path, tmp_path: Path) -> None:
     bundle = quantize(fp32_bundle, tmp_path / "out", QuantizeOptions("int4", settings={"head_bits": "32"}))
     assert "model.embed_tokens.weight" in OnnxModel.load(bundle.model).initializers
@@ -217,6 +225,9 @@ def test_external_weights_stay_outside_and_complete(
         (QuantizeOptions("int4", settings={"search_floor": "nan"}), "search_floor nan"),
         (QuantizeOptions("int4", "gptq", {"damping": "-1"}), "damping -1"),
         (QuantizeOptions("int8", "smoothquant", {"alpha": "1.5"}), "alpha 1.5"),
+        (QuantizeOptions("int8", settings={"activations": "statik"}), "activations `statik`"),
+        (QuantizeOptions("int8", settings={"activations": "static"}), "int8 need --calibration"),
+        (QuantizeOptions("int8", settings={"activation_range": "max"}), "activation_range `max`"),
         (QuantizeOptions("int4", include="("), "not a regular expression"),
     ],
 )

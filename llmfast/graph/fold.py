@@ -6,11 +6,12 @@ run time: it goes into the norm's weight, or into the rows of the linear layer t
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
+from llmfast.graph.edits import Edits
 from llmfast.graph.linear import Linear
 from llmfast.graph.model import OnnxModel, walk
 
@@ -40,43 +41,14 @@ class FoldSite:
     rows_of: Linear | None = None
 
 
-@dataclass
-class Rescaling:
-    """Factors to multiply weights by as they are read.
-
-    Attributes:
-        rows: weight -> float32 [N].
-        columns: weight -> float32 [K].
-        vectors: initializer -> float32 [K].
-        activations: value -> what its channels are multiplied by, float32 [K].
-    """
-
-    rows: dict[str, np.ndarray] = field(default_factory=dict)
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
-    vectors: dict[str, np.ndarray] = field(default_factory=dict)
-    activations: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def divide(self, site: FoldSite, factors: np.ndarray) -> None:
-        """Divide a site's activations by `factors`, float32 [K] > 0."""
-        _multiply(self.activations, site.activations, 1 / factors)
-        for linear in site.linears:
-            _multiply(self.columns, linear.weight, factors)
-        for vector in site.vectors:
-            _multiply(self.vectors, vector, 1 / factors)
-        if site.rows_of is not None:
-            _multiply(self.rows, site.rows_of.weight, 1 / factors)
-
-    def weight(self, linear: Linear, weight: np.ndarray) -> np.ndarray:
-        """Return a layer's weight `[N, K]` with its rows and columns rescaled."""
-        if linear.weight in self.columns:
-            weight = weight * self.columns[linear.weight]
-        if linear.weight in self.rows:
-            weight = weight * self.rows[linear.weight][:, None]
-        return weight
-
-    def vector(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Return an initializer that is no layer's weight, rescaled."""
-        return values * self.vectors[name] if name in self.vectors else values
+def divide(edits: Edits, site: FoldSite, factors: np.ndarray) -> None:
+    """Divide a site's activations by `factors`, float32 [K] > 0, and multiply the columns that meet them."""
+    for linear in site.linears:
+        edits.add(linear.weight, lambda weight: weight * factors)
+    for vector in site.vectors:
+        edits.add(vector, lambda values: values / factors)
+    if site.rows_of is not None:
+        edits.add(site.rows_of.weight, lambda weight: weight / factors[:, None])
 
 
 def find_fold_sites(model: OnnxModel, linears: list[Linear]) -> list[FoldSite]:
@@ -111,7 +83,3 @@ def find_fold_sites(model: OnnxModel, linears: list[Linear]) -> list[FoldSite]:
             if factor is not None and len(readers[factor.output]) == 1 and not factor.bias:
                 sites.append(FoldSite(name, layers, rows_of=factor))
     return sites
-
-
-def _multiply(factors: dict[str, np.ndarray], name: str, by: np.ndarray) -> None:
-    factors[name] = factors[name] * by if name in factors else by

@@ -53,6 +53,10 @@ class Linear:
         array = model.read(model.initializers[self.weight]).astype(np.float32, copy=False)
         return array if self.stored_transposed else array.T
 
+    def as_stored(self, weight: np.ndarray) -> np.ndarray:
+        """Return a weight `[N, K]` the way round that the initializer holds it."""
+        return weight if self.stored_transposed else weight.T
+
 
 @dataclass(frozen=True)
 class Embedding:
@@ -82,7 +86,9 @@ def find_linears(model: OnnxModel) -> list[Linear]:
     return found
 
 
-def find_embeddings(model: OnnxModel, linears: list[Linear]) -> list[Embedding]:
+def find_embeddings(
+    model: OnnxModel, linears: list[Linear], min_elements: int = MIN_EMBEDDING_ELEMENTS
+) -> list[Embedding]:
     """Return the embedding tables of the top-level graph that are large, or that one of `linears` multiplies by."""
     initializers = model.initializers
     tied = {linear.weight for linear in linears}
@@ -92,7 +98,7 @@ def find_embeddings(model: OnnxModel, linears: list[Linear]) -> list[Embedding]:
         if node.op_type == "Gather" and _attribute(node, "axis", 0) == 0 and node.input[1] not in initializers
         for table in (initializers.get(node.input[0]),)
         if table is not None and _is_matrix(table)
-        if table.name in tied or table.dims[0] * table.dims[1] >= MIN_EMBEDDING_ELEMENTS
+        if table.name in tied or table.dims[0] * table.dims[1] >= min_elements
     ]
 
 

@@ -1,5 +1,6 @@
 """Quantized weights: the grid, the codes, and the nodes that compute with them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +97,9 @@ def to_blocks(weight: np.ndarray, grid: Grid) -> np.ndarray:
 def largest_block_size(features: int) -> int:
     """Return the largest block size up to 128 that divides `features`, 32 when none does."""
     return next((size for size in (128, 64, 32, 16) if features % size == 0), 32)
+
+
+WriteLinear = Callable[[GraphBuilder, Linear, QuantizedWeight], None]
 
 
 def check_block_size(block_size: int) -> None:

@@ -1,23 +1,14 @@
-"""Statistics of the activations that linear layers multiply, from running the float model on a text.
+"""The text that methods calibrate on, and statistics of the activations that it makes."""
 
-Nothing of the text is kept: each sample is added to running sums, so memory depends on the widths of
-the layers asked about and not on the number of samples.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
 
 from llmfast.bundle import TEXT_GENERATION, ModelBundle, sha256
 from llmfast.errors import InputError
-from llmfast.graph.feeds import sequence_feeds
-from llmfast.graph.model import OnnxModel
-from llmfast.runtime import import_onnxruntime, open_session
 from llmfast.text import read_lines, read_text, token_windows
 from llmfast.tokenizer import Tokenizer
 
@@ -54,72 +45,45 @@ class Statistics:
         num_tokens: how many were seen.
         abs_max: float32 [K], the largest magnitude of each channel.
         gram: float32 [K, K], the mean of x x^T over tokens; None unless asked for.
+        drift: float32 [K, K], the mean of (e - x) x^T, where e is what x is in the exact model; None where they
+            are the same.
     """
 
     num_tokens: int
     abs_max: np.ndarray
     gram: np.ndarray | None = None
-
-    def multiplied(self, factors: np.ndarray) -> "Statistics":
-        """Return the statistics of the activations times `factors`, float32 [K]."""
-        gram = None if self.gram is None else self.gram * factors * factors[:, None]
-        return replace(self, abs_max=self.abs_max * factors, gram=gram)
+    drift: np.ndarray | None = None
 
 
-class Calibrator:
-    """Runs a float model on the samples of a calibration text.
+def summarize(
+    samples: Sequence[np.ndarray], gram: bool = False, exact: Sequence[np.ndarray] | None = None
+) -> Statistics:
+    """Return the statistics of activations.
 
     Args:
-        model: the graph.
-        bundle: where its tokenizer is.
-        calibration: the text.
-        names: every value that `measure` may be asked about.
-
-    Raises:
-        InputError: no tokenizer, or too little text.
-        UnsupportedError: an input of the graph that can't be made from token ids.
+        samples: float32 [..., K] each.
+        gram: also collect the [K, K] matrix.
+        exact: the same activations in the exact model; asks for the drift.
     """
-
-    def __init__(self, model: OnnxModel, bundle: ModelBundle, calibration: Calibration, names: Sequence[str]) -> None:
-        self.samples: list[np.ndarray] = _samples(bundle, calibration)
-        self._session = _open_with_outputs(model, names)
-        self._inputs = self._session.get_inputs()
-
-    def measure(self, names: Sequence[str], gram: bool, advance: Callable[[], None]) -> dict[str, Statistics]:
-        """Return the statistics of some values over all samples.
-
-        Args:
-            names: the values.
-            gram: also collect the [K, K] matrices.
-            advance: called once per sample.
-        """
-        options = import_onnxruntime().RunOptions()
-        options.only_execute_path_to_fetches = True
-        sums: dict[str, Statistics] = {}
-        for ids in self.samples:
-            values = self._session.run(list(names), sequence_feeds(self._inputs, ids[None]), options)
-            for name, value in zip(names, values, strict=True):
-                seen = _summarize(value.reshape(-1, value.shape[-1]), gram)
-                sums[name] = _add(sums[name], seen) if name in sums else seen
-            advance()
-        return {name: _mean(total) for name, total in sums.items()}
+    features = samples[0].shape[-1]
+    num_tokens = sum(sample.size // features for sample in samples)
+    abs_max = np.zeros(features, np.float32)
+    sums = np.zeros((features, features), np.float32) if gram else None
+    drift = np.zeros((features, features), np.float32) if exact is not None else None
+    for number, sample in enumerate(samples):
+        rows = sample.reshape(-1, features)
+        np.maximum(abs_max, np.abs(rows).max(0), out=abs_max)
+        if sums is not None:
+            sums += rows.T @ rows
+        if drift is not None and exact is not None:
+            drift += (exact[number].reshape(-1, features) - rows).T @ rows
+    for matrix in (sums, drift):
+        if matrix is not None:
+            matrix /= np.float32(num_tokens)
+    return Statistics(num_tokens, abs_max, sums, drift)
 
 
-def _summarize(rows: np.ndarray, gram: bool) -> Statistics:
-    return Statistics(len(rows), np.abs(rows).max(0), rows.T @ rows if gram else None)
-
-
-def _add(one: Statistics, other: Statistics) -> Statistics:
-    if one.gram is not None and other.gram is not None:
-        np.add(one.gram, other.gram, out=one.gram)  # in place: these matrices are the largest thing in memory
-    return replace(one, num_tokens=one.num_tokens + other.num_tokens, abs_max=np.maximum(one.abs_max, other.abs_max))
-
-
-def _mean(total: Statistics) -> Statistics:
-    return replace(total, gram=None if total.gram is None else total.gram / np.float32(total.num_tokens))
-
-
-def _samples(bundle: ModelBundle, calibration: Calibration) -> list[np.ndarray]:
+def calibration_samples(bundle: ModelBundle, calibration: Calibration) -> list[np.ndarray]:
     """Return token ids, int64 [seq] each."""
     tokenizer = Tokenizer.load(bundle.path)
     if bundle.manifest.task == TEXT_GENERATION:
@@ -131,14 +95,3 @@ def _samples(bundle: ModelBundle, calibration: Calibration) -> list[np.ndarray]:
     if not lines:
         raise InputError(f"no line of text in `{calibration.path}`", "encoders are calibrated on one sample a line")
     return [np.array(tokenizer.encode(line)[:length], np.int64) for line in lines]
-
-
-def _open_with_outputs(model: OnnxModel, names: Sequence[str]) -> Any:
-    """Open the float graph with inner values as outputs."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    present = {output.name for output in proto.graph.output}
-    proto.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name not in present
-    )
-    return open_session(model.path, graph=proto.SerializeToString())

@@ -55,8 +55,8 @@ class Plan:
     @property
     def needs_calibration(self) -> list[str]:
         """The plug-ins that ask for statistics of activations."""
-        needy = [choice.name for choice in self.transforms]
-        return needy + ([self.rounding.name] if self.rounding.plugin.NEEDS_STATISTICS else [])
+        scheme = [self.scheme.name] if self.scheme.plugin.needs_statistics(self.scheme.options) else []
+        return scheme + [one.name for one in (*self.transforms, self.rounding) if one.plugin.NEEDS_STATISTICS]
 
     @property
     def options(self) -> dict[str, dict[str, Any]]:
@@ -137,8 +137,8 @@ def choose_layers(model: OnnxModel, plan: Plan, include: str, exclude: str) -> L
     Args:
         model: a float graph.
         plan: says which grid.
-        include: quantize only layers whose name matches this regular expression.
-        exclude: keep layers whose name matches; empty keeps none.
+        include: quantize only layers whose name or role matches this regular expression.
+        exclude: keep layers whose name or role matches; empty keeps none.
 
     Raises:
         OptionError: not a regular expression.
@@ -154,12 +154,15 @@ def choose_layers(model: OnnxModel, plan: Plan, include: str, exclude: str) -> L
     except re.error as error:
         raise OptionError(f"not a regular expression: `{error.pattern!s}`: {error}") from error
 
-    def chosen(name: str) -> bool:
-        return bool(wanted.search(name)) and not unwanted.search(name)
+    def chosen(name: str, role: str) -> bool:
+        names = (name, role)
+        return any(map(wanted.search, names)) and not any(map(unwanted.search, names))
 
     found = find_linears(model)
-    linears = [linear for linear in found if chosen(linear.name)]
-    embeddings = [table for table in find_embeddings(model, found) if chosen(table.weight.removesuffix(".weight"))]
+    tables = find_embeddings(model, found)
+    tied = {table.weight for table in tables}
+    linears = [one for one in found if chosen(one.name, HEAD_ROLE if one.weight in tied else one.role)]
+    embeddings = [table for table in tables if chosen(table.weight.removesuffix(".weight"), EMBEDDING_ROLE)]
     if not linears and not embeddings:
         hint = "it has no MatMul or plain Gemm with a constant float32 matrix"
         if found:
@@ -207,8 +210,8 @@ def _share_out(settings: Mapping[str, str], plugins: Mapping[str, ModuleType]) -
         owner, _, key = typed.replace("-", "_").rpartition(".")
         owners = [name for name in plugins if key in keys[name] and owner in ("", name)]
         if not owners:
-            known = ", ".join(sorted(set().union(*keys.values())))
-            raise OptionError(f"{', '.join(plugins)}: no option `{typed}`", f"they have: {known}")
+            near = registry.unknown_name("option", key, sorted(set().union(*keys.values())))
+            raise OptionError(f"{', '.join(plugins)}: no option `{typed}`", near.hint)
         if len(owners) > 1:
             raise OptionError(f"several methods have an option `{key}`", f"say {' or '.join(owners)} with a dot")
         chosen[owners[0]][key] = value

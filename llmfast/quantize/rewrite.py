@@ -9,10 +9,10 @@ import onnx
 
 from llmfast.errors import InputError
 from llmfast.graph.builder import GraphBuilder
-from llmfast.graph.fold import Rescaling
+from llmfast.graph.edits import Edits
 from llmfast.graph.linear import Embedding, Linear
 from llmfast.graph.model import OnnxModel, live_nodes, reads
-from llmfast.graph.packed import Grid, QuantizedWeight, store_blocks, write_gather, write_matmul_nbits
+from llmfast.graph.packed import Grid, QuantizedWeight, WriteLinear, store_blocks, write_gather, write_matmul_nbits
 from llmfast.graph.weights import WeightFile
 from llmfast.quantize.plan import EMBEDDING_ROLE, HEAD_ROLE, Layers
 
@@ -47,9 +47,9 @@ class QuantizedGraph:
     Args:
         model: the float graph.
         layers: which weights, and their grids.
-        rescaling: what the transforms decided.
+        edits: what the transforms decided.
         weights: where the new weights go.
-        write_linear: the scheme's `write_linear`.
+        write_linear: what the scheme's `make_writer` returned.
         round_weight: the method's.
     """
 
@@ -57,14 +57,14 @@ class QuantizedGraph:
         self,
         model: OnnxModel,
         layers: Layers,
-        rescaling: Rescaling,
+        edits: Edits,
         weights: WeightFile,
-        write_linear: Callable[[GraphBuilder, Linear, QuantizedWeight], None],
+        write_linear: WriteLinear,
         round_weight: RoundWeight,
     ) -> None:
         self._model = model
         self._layers = layers
-        self._rescaling = rescaling
+        self._edits = edits
         self._weights = weights
         self._write_linear = write_linear
         self._round_weight = round_weight
@@ -97,21 +97,21 @@ class QuantizedGraph:
 
     def _keep(self, graph: GraphBuilder, names: list[str]) -> None:
         for name in names:
-            array = self._model.read(self._model.initializers[name])
-            graph.weight(name, self._rescaling.vector(name, array))
+            graph.weight(name, self._edits.read_stored(name))
 
     def _replace_linear(self, graph: GraphBuilder, linear: Linear) -> None:
         if linear.weight in self._layers.block_wise:
-            weight, stored = self._store(graph, linear.weight, linear.name, HEAD_ROLE, lambda: linear.read(self._model))
+            weight, stored = self._store(graph, linear.weight, linear.name, HEAD_ROLE, lambda: self._edits.read(linear))
             write_matmul_nbits(graph, stored, weight, linear.input, linear.output, linear.bias)
             return
-        array = self._rescaling.weight(linear, linear.read(self._model))
-        self._write_linear(graph, linear, self._quantize(linear.weight, linear.name, linear.role, array, linear))
+        weight = self._quantize(linear.weight, linear.name, linear.role, self._edits.read(linear), linear)
+        self._write_linear(graph, linear, weight)
 
     def _replace_embedding(self, graph: GraphBuilder, table: Embedding) -> None:
-        tensor = self._model.initializers[table.weight]
         name = table.weight.removesuffix(".weight")
-        weight, stored = self._store(graph, table.weight, name, EMBEDDING_ROLE, lambda: self._model.read(tensor))
+        weight, stored = self._store(
+            graph, table.weight, name, EMBEDDING_ROLE, lambda: self._edits.read_stored(table.weight)
+        )
         write_gather(graph, stored, weight, table.node.input[1], table.node.output[0])
 
     def _store(

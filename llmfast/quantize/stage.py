@@ -3,7 +3,7 @@
 import importlib.metadata
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,15 @@ from llmfast.bundle import (
     write_manifest,
 )
 from llmfast.errors import InputError, OptionError, UnsupportedError
-from llmfast.graph.fold import Rescaling, find_fold_sites
 from llmfast.graph.linear import Linear
 from llmfast.graph.model import OnnxModel, count_parameters, count_weight_bytes
 from llmfast.graph.packed import Grid, QuantizedWeight
 from llmfast.graph.weights import WeightFile
-from llmfast.quantize.calibrate import Calibration, Calibrator, Statistics
+from llmfast.quantize.calibrate import Calibration, calibration_samples
 from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Plan, choose_layers, list_layers
-from llmfast.quantize.rewrite import LayerReport, QuantizedGraph
-from llmfast.report import Column, note, progress
+from llmfast.quantize.rewrite import LayerReport, QuantizedGraph, RoundWeight
+from llmfast.quantize.workpiece import InputStatistics, Workpiece
+from llmfast.report import Column, progress
 from llmfast.runtime import open_session
 
 LAYER_COLUMNS = (
@@ -43,9 +43,6 @@ LAYER_COLUMNS = (
     Column("bits", "bits"),
     Column("relative error", "relative_error", "{:.4f}".format),
 )
-
-# [K, K] statistics held at a time: a layer whose own are larger is measured alone.
-_GRAM_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -123,9 +120,10 @@ def _quantize_graph(
     weights: WeightFile,
     calibration: Calibration | None,
 ) -> tuple[onnx.ModelProto, list[LayerReport]]:
-    rescaling, statistics_of = _calibrate(plan, bundle, model, layers, calibration)
-    write_linear, round_weight = plan.scheme.plugin.write_linear, _rounding(plan, statistics_of)
-    graph = QuantizedGraph(model, layers, rescaling, weights, write_linear, round_weight)
+    workpiece = _transform(plan, bundle, model, layers, calibration)
+    write_linear = plan.scheme.plugin.make_writer(workpiece, plan.scheme.options)
+    round_weight = _rounding(plan, workpiece)
+    graph = QuantizedGraph(model, layers, workpiece.edits, weights, write_linear, round_weight)
     with progress(f"quantizing {model.path.name}", layers.num_nodes) as advance:
         proto = graph.write(advance)
     return proto, graph.reports
@@ -158,74 +156,32 @@ def _prepare(
     return plan, bundle, {role: (models[role], layers) for role, layers in chosen.items()}
 
 
-def _calibrate(
+def _transform(
     plan: Plan, bundle: ModelBundle, model: OnnxModel, layers: Layers, calibration: Calibration | None
-) -> tuple[Rescaling, Callable[[Linear], Statistics | None]]:
-    """Run the transforms; return what they decided, and a function that gives a layer's statistics."""
-    rescaling = Rescaling()
-    if calibration is None or not plan.needs_calibration:
-        return rescaling, lambda linear: None
-    linears = [one for one in layers.linears if one.weight in layers.grids and one.weight not in layers.block_wise]
-    calibrator = Calibrator(model, bundle, calibration, list(dict.fromkeys(one.input for one in linears)))
-    sites = find_fold_sites(model, linears) if plan.transforms else []
-    if plan.transforms and not sites:
-        note(f"note: `{model.path}`: nothing to rescale: every norm feeds more than linear layers")
-    if sites:
-        with progress("calibrating", len(calibrator.samples)) as advance:
-            statistics = calibrator.measure([site.activations for site in sites], False, advance)
-        for transform in plan.transforms:
-            transform.plugin.transform(
-                sites,
-                statistics,
-                lambda linear: rescaling.weight(linear, linear.read(model)),
-                rescaling,
-                transform.options,
-            )
-    return rescaling, _GramSupply(calibrator, linears, rescaling)
+) -> Workpiece:
+    """Run the transforms and return what they made."""
+    samples = calibration_samples(bundle, calibration) if calibration and plan.needs_calibration else []
+    workpiece = Workpiece(model, layers, samples)
+    for transform in plan.transforms:
+        transform.plugin.transform(workpiece, transform.options)
+    return workpiece
 
 
-class _GramSupply:
-    """Gives each layer's statistics in the graph's order, measuring as many at a time as memory allows."""
-
-    def __init__(self, calibrator: Calibrator, linears: list[Linear], rescaling: Rescaling) -> None:
-        self._calibrator = calibrator
-        self._widths = {linear.input: linear.shape[1] for linear in linears}
-        self._rescaling = rescaling
-        self._measured: dict[str, Statistics] = {}
-
-    def __call__(self, linear: Linear) -> Statistics:
-        if linear.input not in self._measured:
-            self._measured = {}
-            with progress("calibrating", len(self._calibrator.samples)) as advance:
-                self._measured = self._calibrator.measure(self._group(linear.input), True, advance)
-        statistics = self._measured[linear.input]
-        factors = self._rescaling.activations.get(linear.input)
-        return statistics if factors is None else statistics.multiplied(factors)
-
-    def _group(self, first: str) -> list[str]:
-        names = list(self._widths)
-        group: list[str] = []
-        size = 0
-        for name in names[names.index(first) :]:
-            size += 4 * self._widths[name] ** 2
-            if group and size > _GRAM_BYTES:
-                break
-            group.append(name)
-        return group
-
-
-def _rounding(plan: Plan, statistics_of: Callable[[Linear], Statistics | None]) -> Any:
+def _rounding(plan: Plan, workpiece: Workpiece) -> RoundWeight:
     """Return the function that rounds a weight; embeddings and heads are rounded to nearest."""
     nearest = registry.load("quantize.rounding", DEFAULT_ROUNDING)
     method = plan.rounding
+    statistics_of = InputStatistics(workpiece, method.options.sequential) if method.plugin.NEEDS_STATISTICS else None
 
     def round_weight(weight: np.ndarray, grid: Grid, linear: Linear | None) -> QuantizedWeight:
         quantized: QuantizedWeight
         if linear is None:
             quantized = nearest.quantize_weight(weight, grid, nearest.Options())
+        elif statistics_of is None:
+            quantized = method.plugin.quantize_weight(weight, grid, method.options)
         else:
-            statistics = statistics_of(linear) if method.plugin.NEEDS_STATISTICS else None
-            quantized = method.plugin.quantize_weight(weight, grid, method.options, statistics)
+            quantized = method.plugin.quantize_weight(weight, grid, method.options, statistics_of(linear), linear.name)
+            statistics_of.quantized(linear, quantized)
         return quantized
 
     return round_weight

@@ -31,11 +31,15 @@ class Options:
 
     Attributes:
         damping: added to the diagonal of X^T X, as a share of its mean; ten times more when it is singular.
+        sequential: take the inputs that the layers quantized so far make, not the float model's.
+        compensation: share of their drift from the float model's that the weight makes up for; needs sequential.
         search_steps: candidate ranges per block.
         search_floor: the smallest candidate, as a share of the block's range.
     """
 
     damping: float = 0.01
+    sequential: bool = True
+    compensation: float = 1.0
     search_steps: int = 12
     search_floor: float = 0.7
 
@@ -43,30 +47,44 @@ class Options:
         check_search(self.search_steps, self.search_floor)
         if not 0 < self.damping < 1:
             raise OptionError(f"damping {self.damping}: not between 0 and 1")
+        if not 0 <= self.compensation <= 1:
+            raise OptionError(f"compensation {self.compensation}: not from 0 to 1")
 
 
 def quantize_weight(
-    weight: np.ndarray, grid: Grid, options: Options, statistics: Statistics | None = None
+    weight: np.ndarray, grid: Grid, options: Options, statistics: Statistics, name: str
 ) -> QuantizedWeight:
     """Quantize a weight, float32 [N, K], given the statistics of its input; a singular one falls back to rounding."""
-    assert statistics is not None
-    assert statistics.gram is not None
+    gram = statistics.gram
+    assert gram is not None
     features = weight.shape[1]
-    power = np.diagonal(statistics.gram)
+    power = np.diagonal(gram)
+    order = np.argsort(-power, kind="stable")
+    factor = _inverse_factor(gram[np.ix_(order, order)], options.damping)
+    if factor is None:
+        note(f"warning: layer `{name}`: its inputs have singular statistics: rounded to nearest")
+    elif statistics.drift is not None:
+        weight = _undrifted(weight, statistics.drift, factor, order, options.compensation)
     importance = (power + options.damping * power.mean()).astype(np.float32)
     codes, scales, zero_points = search_blocks(
         weight, grid, options.search_steps, options.search_floor, importance if power.any() else None
     )
-    order = np.argsort(-power, kind="stable")
-    factor = _inverse_factor(statistics.gram[np.ix_(order, order)], options.damping)
-    if factor is None:
-        note(f"note: singular statistics for a layer of {weight.shape}: rounded to nearest")
-    else:
+    if factor is not None:
         block = order // codes.shape[2]
         rounded = _round_columns(weight[:, order].T, factor, scales.T[block], zero_points.T[block], grid)
         flat = codes.reshape(len(codes), -1)
         flat[:, order] = rounded.T
     return QuantizedWeight(codes, scales, None if grid.symmetric else zero_points, grid, features)
+
+
+def _undrifted(
+    weight: np.ndarray, drift: np.ndarray, factor: np.ndarray, order: np.ndarray, share: float
+) -> np.ndarray:
+    """Return the weight that makes the exact outputs from drifted inputs, as nearly as one can: W + W D H^-1."""
+    change = (weight @ drift)[:, order] @ factor.T @ factor
+    restored = np.empty_like(change)
+    restored[:, order] = change
+    return np.asarray(weight + np.float32(share) * restored)
 
 
 def _inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray | None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmfast.graph.packed import Grid, QuantizedWeight
-from llmfast.quantize.calibrate import Statistics
 from llmfast.quantize.rounding._search import check_search, search_blocks
 
 NEEDS_STATISTICS = False
@@ -31,9 +30,7 @@ class Options:
         check_search(self.search_steps, self.search_floor)
 
 
-def quantize_weight(
-    weight: np.ndarray, grid: Grid, options: Options, statistics: Statistics | None = None
-) -> QuantizedWeight:
+def quantize_weight(weight: np.ndarray, grid: Grid, options: Options) -> QuantizedWeight:
     """Quantize a weight, float32 [N, K]."""
     codes, scales, zero_points = search_blocks(weight, grid, options.search_steps, options.search_floor, None)
     return QuantizedWeight(codes, scales, None if grid.symmetric else zero_points, grid, weight.shape[1])

@@ -1,5 +1,6 @@
 """Schemes: number formats.
 
-Every file defines `Options`, `grid(options)` and `write_linear(graph, linear, weight)`. A plan may give any layer
-another grid than the scheme's: `write_linear` takes every grid in blocks, and `grid(options)`.
+Every file defines `Options`, `grid(options)`, `needs_statistics(options)` and `make_writer(workpiece, options)`, which
+returns what adds a layer's nodes. A plan may give any layer another grid than the scheme's: writers take every grid in
+blocks, and `grid(options)`.
 """

@@ -8,9 +8,8 @@ Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators
 
 from dataclasses import dataclass
 
-from llmfast.graph.builder import GraphBuilder
-from llmfast.graph.linear import Linear
-from llmfast.graph.packed import Grid, QuantizedWeight, check_block_size, write_blocks
+from llmfast.graph.packed import Grid, WriteLinear, check_block_size, write_blocks
+from llmfast.quantize.workpiece import Workpiece
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,11 @@ def grid(options: Options) -> Grid:
     return Grid(bits=4, block_size=options.block_size, symmetric=options.symmetric)
 
 
-def write_linear(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -> None:
-    """Add the nodes of one linear layer."""
-    write_blocks(graph, linear, weight)
+def needs_statistics(options: Options) -> bool:
+    """Return whether the scheme needs a calibration text."""
+    return False
+
+
+def make_writer(workpiece: Workpiece, options: Options) -> WriteLinear:
+    """Return what adds the nodes of a linear layer."""
+    return write_blocks

@@ -6,15 +6,15 @@ Choose it before int8, whose activations have one scale per token.
 Source: Xiao et al. 2022, https://arxiv.org/abs/2211.10438
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from llmfast.errors import OptionError
-from llmfast.graph.fold import FoldSite, Rescaling
-from llmfast.graph.linear import Linear
-from llmfast.quantize.calibrate import Statistics
+from llmfast.graph.fold import divide
+from llmfast.quantize.workpiece import Workpiece
+
+NEEDS_STATISTICS = True
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,13 @@ class Options:
             raise OptionError(f"alpha {self.alpha}: not between 0 and 1")
 
 
-def transform(
-    sites: list[FoldSite],
-    statistics: dict[str, Statistics],
-    read: Callable[[Linear], np.ndarray],
-    rescaling: Rescaling,
-    options: Options,
-) -> None:
-    """Add the factors of every site to `rescaling`.
-
-    Args:
-        sites: where activations can be rescaled.
-        statistics: of each site's activations.
-        read: returns a layer's weight [N, K] as it is now.
-        rescaling: is changed in place.
-        options: see `Options`.
-    """
-    for site in sites:
-        activations = statistics[site.activations].abs_max
-        weights = np.max([np.abs(read(linear)).max(0) for linear in site.linears], axis=0)
+def transform(workpiece: Workpiece, options: Options) -> None:
+    """Divide the activations of every site where that can be folded into the weights around it."""
+    sites = {site.activations: site for site in workpiece.fold_sites()}
+    for name, statistics in workpiece.measure(list(sites)):
+        activations = statistics.abs_max
+        weights = np.max([np.abs(workpiece.read(linear)).max(0) for linear in sites[name].linears], axis=0)
         known = (activations > 0) & (weights > 0)
         factors = np.ones_like(activations)
         factors[known] = activations[known] ** options.alpha / weights[known] ** (1 - options.alpha)
-        rescaling.divide(site, np.maximum(factors, np.float32(1e-5)))
+        divide(workpiece.edits, sites[name], np.maximum(factors, np.float32(1e-5)))

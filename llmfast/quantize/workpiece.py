@@ -1,0 +1,137 @@
+"""The model in the middle of a quantization: its graph, its layers, and what was done to their weights so far."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from onnx import helper, numpy_helper
+
+from llmfast.graph.edits import Edits
+from llmfast.graph.fold import FoldSite, find_fold_sites
+from llmfast.graph.linear import Linear
+from llmfast.graph.model import OnnxModel
+from llmfast.graph.packed import Grid, QuantizedWeight
+from llmfast.quantize.calibrate import Statistics, summarize
+from llmfast.quantize.plan import Layers
+from llmfast.quantize.replay import Replay
+from llmfast.report import note, progress
+
+
+class Workpiece:
+    """What transforms work on.
+
+    Args:
+        model: the float graph.
+        layers: which weights will be quantized, and their grids.
+        samples: token ids to calibrate on, int64 [seq] each; empty without a calibration text.
+
+    Attributes:
+        edits: the changes to weights so far.
+    """
+
+    def __init__(self, model: OnnxModel, layers: Layers, samples: Sequence[np.ndarray] = ()) -> None:
+        self.model = model
+        self.layers = layers
+        self.samples = samples
+        self.edits = Edits(model)
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The layers that the scheme quantizes; heads, which get blocks of their own, are not among them."""
+        layers = self.layers
+        return [one for one in layers.linears if one.weight in layers.grids and one.weight not in layers.block_wise]
+
+    def read(self, linear: Linear) -> np.ndarray:
+        """Return a layer's weight as it is now, float32 [N, K]."""
+        return self.edits.read(linear)
+
+    def insert_linear(self, name: str, weight: np.ndarray, before: Linear, grid: Grid | None) -> None:
+        """Put a linear layer in front of another one.
+
+        Args:
+            name: the new layer's.
+            weight: float32 [N, K].
+            before: the layer that reads its output from now on.
+            grid: of the new layer; None leaves it float.
+        """
+        graph = self.model.proto.graph
+        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight.T), f"{name}.weight"))
+        self.model.initializers[f"{name}.weight"] = graph.initializer[-1]
+        position = next(index for index, node in enumerate(graph.node) if node.output[0] == before.output)
+        graph.node.insert(position, helper.make_node("MatMul", [before.input, f"{name}.weight"], [name], name=name))
+        before.node.input[0] = name
+        rows, columns = weight.shape
+        linear = Linear(name, graph.node[position], f"{name}.weight", False, "", (rows, columns))
+        self.edits.know(linear)
+        if grid is not None:
+            self.layers.linears.append(linear)
+            self.layers.grids[linear.weight] = grid
+
+    def fold_sites(self) -> list[FoldSite]:
+        """Return where activations can be rescaled; says so when that is nowhere."""
+        sites = find_fold_sites(self.model, self.linears)
+        if not sites:
+            note(f"note: `{self.model.path}`: nothing to rescale: every norm feeds more than linear layers")
+        return sites
+
+    def measure(self, names: Sequence[str], gram: bool = False) -> Iterator[tuple[str, Statistics]]:
+        """Yield the statistics of values of the graph as it is when this is called, in the graph's order.
+
+        Args:
+            names: the values, in that order.
+            gram: also collect the [K, K] matrices.
+        """
+        replay = self.replay()
+        with progress("calibrating", len(names)) as advance:
+            for name in names:
+                yield name, summarize(replay.until(name), gram)
+                advance()
+
+    def replay(self, quantized: dict[str, Callable[[], np.ndarray]] | None = None) -> Replay:
+        """Return a run of the graph with the edits of this moment.
+
+        Args:
+            quantized: initializer -> a function that returns what takes its place; may grow while the run goes on.
+        """
+        replaced = {} if quantized is None else quantized
+        replaced |= self.edits.snapshot()
+        return Replay(self.model, self.samples, replaced)
+
+
+class InputStatistics:
+    """Gives the statistics of each layer's input, asked for in the graph's order; an earlier one starts anew.
+
+    Args:
+        workpiece: the model after its transforms.
+        sequential: measure the inputs that the layers quantized so far make, and how far they drifted.
+    """
+
+    def __init__(self, workpiece: Workpiece, sequential: bool) -> None:
+        self._workpiece = workpiece
+        self._sequential = sequential
+        self._last: tuple[str, Statistics] | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self._quantized: dict[str, Callable[[], np.ndarray]] = {}
+        self._exact = self._workpiece.replay()
+        self._rounded = self._workpiece.replay(self._quantized) if self._sequential else None
+
+    def __call__(self, linear: Linear) -> Statistics:
+        """Return the statistics of a layer's input: its [K, K] matrix, and its drift when sequential."""
+        name = linear.input
+        if self._last is not None and self._last[0] == name:
+            return self._last[1]
+        if self._exact.is_past(name):
+            self._start()
+        exact = self._exact.until(name)
+        if self._rounded is None:
+            statistics = summarize(exact, gram=True)
+        else:
+            statistics = summarize(self._rounded.until(name), gram=True, exact=exact)
+        self._last = name, statistics
+        return statistics
+
+    def quantized(self, linear: Linear, weight: QuantizedWeight) -> None:
+        """Let the layers after this one see its rounded weight."""
+        if self._sequential:
+            self._quantized[linear.weight] = lambda: linear.as_stored(weight.dequantize())
