@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmfast.bench.verdict import Gate
 from llmfast.errors import OptionError
+from llmfast.verdict import Gate
 
 _SHAPE = re.compile(r"([1-9]\d{0,6})x([1-9]\d{0,6})")
 

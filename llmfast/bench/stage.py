@@ -15,10 +15,10 @@ from llmfast.bench.quality import measure_quality
 from llmfast.bench.rounds import run_rounds
 from llmfast.bench.statistics import coverage, relative_spread
 from llmfast.bench.table import print_document
-from llmfast.bench.verdict import judge
 from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, sha256
 from llmfast.errors import InputError, OptionError
 from llmfast.runtime import resolve_threads
+from llmfast.verdict import judge
 
 __all__ = ["BenchOptions", "bench", "print_document"]
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from llmfast import registry, report
-from llmfast.bench.verdict import spell
 from llmfast.errors import OptionError
 from llmfast.report import Column
+from llmfast.verdict import spell
 
 _NAME = Column("bundle", "bundle", align_right=False)
 _UNSURE = "~"

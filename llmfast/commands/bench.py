@@ -46,7 +46,7 @@ def bench(
     from llmfast.bench.options import BenchOptions
     from llmfast.bench.stage import bench as run
     from llmfast.bench.table import print_document
-    from llmfast.bench.verdict import Gate, enforce, parse_speedup
+    from llmfast.verdict import Gate, enforce, parse_speedup
 
     limits = {
         "kld": max_kld,

@@ -13,6 +13,7 @@ import numpy as np
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.subject import Subject
 from llmfast.bundle import ModelBundle
+from llmfast.divergence import prediction_figures, prediction_sums
 from llmfast.report import Column
 
 ORDER = 60
@@ -27,9 +28,6 @@ COLUMNS = (
     Column("top-1 %", "top1_agreement", lambda value: f"{value * 100:.1f}"),
     Column("ppl x", "perplexity_ratio", lambda value: f"{value:.3f}"),
 )
-
-# Positions whose softmax is in memory as float64 at a time: 32 x 152k x 8 bytes = 39 MB.
-_CHUNK = 32
 
 
 def prepare(bundle: ModelBundle, data: Path, options: BenchOptions) -> list[np.ndarray]:
@@ -58,38 +56,9 @@ def compare(ids: np.ndarray, logits: np.ndarray, reference: np.ndarray) -> np.nd
     Returns:
         float64 [1, 5] = positions, KL divergence, agreements, -log p(next), the baseline's -log p(next).
     """
-    sums = np.zeros(5)
-    scored = len(ids) - 1
-    for start in range(0, scored, _CHUNK):
-        stop = min(start + _CHUNK, scored)
-        ours, theirs = _log_softmax(logits[start:stop]), _log_softmax(reference[start:stop])
-        # p log(p/q) is 0 where p is 0, also where both logits are -inf (masked vocabulary).
-        gap = np.subtract(theirs, ours, out=np.zeros_like(theirs), where=theirs > -np.inf)
-        rows, following = np.arange(stop - start), ids[start + 1 : stop + 1]
-        sums += (
-            stop - start,
-            (np.exp(theirs) * gap).sum(),
-            (ours.argmax(axis=-1) == theirs.argmax(axis=-1)).sum(),
-            -ours[rows, following].sum(),
-            -theirs[rows, following].sum(),
-        )
-    return sums[None]
+    return prediction_sums(ids, logits, reference)
 
 
 def figures(rows: np.ndarray) -> dict[str, float | None]:
     """Return the figures of some windows from their sums, float64 [windows, 5]."""
-    positions, kld, agreements, nll, baseline_nll = rows.sum(axis=0)
-    with np.errstate(over="ignore"):
-        return {
-            "kld": kld / positions,
-            "top1_agreement": agreements / positions,
-            "perplexity": np.exp(nll / positions),
-            "perplexity_ratio": np.exp((nll - baseline_nll) / positions),
-        }
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = logits.astype(np.float64)
-    logits -= logits.max(axis=-1, keepdims=True)
-    logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    return logits
+    return prediction_figures(rows)

@@ -13,6 +13,7 @@ import numpy as np
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.subject import Subject
 from llmfast.bundle import ModelBundle
+from llmfast.divergence import cosines
 from llmfast.report import Column
 
 ORDER = 70
@@ -74,12 +75,12 @@ def compare(item: Texts, vectors: np.ndarray, reference: np.ndarray) -> np.ndarr
         the baseline's in the third.
     """
     same_size = vectors.shape == reference.shape
-    moved = _cosines(vectors, reference) if same_size else np.full(len(vectors), np.nan)
+    moved = cosines(vectors, reference) if same_size else np.full(len(vectors), np.nan)
     if not item.scores:
         unpaired = np.full(len(vectors), np.nan)
         return np.stack([unpaired, unpaired, moved], axis=1)
     first, second = np.split(vectors, 2)
-    return np.stack([item.scores, _cosines(first, second), moved.reshape(2, -1).mean(axis=0)], axis=1)
+    return np.stack([item.scores, cosines(first, second), moved.reshape(2, -1).mean(axis=0)], axis=1)
 
 
 def figures(rows: np.ndarray) -> dict[str, float | None]:
@@ -91,13 +92,6 @@ def figures(rows: np.ndarray) -> dict[str, float | None]:
 def _texts_of(pairs: list[tuple[float, str, str]]) -> Texts:
     scores, first, second = zip(*pairs, strict=True)
     return Texts((*first, *second), scores)
-
-
-def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    left, right = left.astype(np.float64), right.astype(np.float64)
-    lengths = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
-    cosines: np.ndarray = (left * right).sum(axis=-1) / np.maximum(lengths, np.finfo(np.float64).tiny)
-    return cosines
 
 
 def _spearman(left: np.ndarray, right: np.ndarray) -> float | None:
