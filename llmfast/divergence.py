@@ -48,9 +48,9 @@ def prediction_figures(rows: np.ndarray) -> dict[str, float | None]:
         }
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Return log p over the last axis, float64."""
-    logits = logits.astype(np.float64)
+def log_softmax(logits: np.ndarray, dtype: type = np.float64) -> np.ndarray:
+    """Return log p over the last axis, computed in `dtype`."""
+    logits = logits.astype(dtype)
     logits -= logits.max(axis=-1, keepdims=True)
     logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return logits

@@ -133,10 +133,11 @@ def progress(description: str, total: float | None = None) -> Iterator[Callable[
         SpinnerColumn,
         TextColumn,
         TimeElapsedColumn,
+        TimeRemainingColumn,
     )
 
     columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()]
-    columns += [MofNCompleteColumn()] if total else []
+    columns += [MofNCompleteColumn(), TimeRemainingColumn()] if total else []
     bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
     with bar:
         task = bar.add_task(description, total=total)

@@ -49,7 +49,7 @@ def test_pipeline_from_checkpoint_to_answer(checkpoints: Callable[[str], Path], 
     assert "differs from PyTorch by at most" in result.stdout
     result = run("quantize", fp32, "-o", int8, "--scheme", "int8", "--format", "json")
     assert result.exit_code == 0, result.output
-    assert {row["role"] for row in json.loads(result.stdout)} >= {"embedding", "qkv_proj", "down_proj"}
+    assert {row["role"] for row in json.loads(result.stdout)["layers"]} >= {"embedding", "qkv_proj", "down_proj"}
     result = run("infer", int8, "--prompt", "hello", "--max-tokens", "4", "--format", "json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["generated_tokens"] <= 4

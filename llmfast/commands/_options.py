@@ -1,5 +1,6 @@
 """Options and checks that commands share."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,6 +8,9 @@ import typer
 
 from llmfast import registry, report
 from llmfast.errors import OptionError
+
+_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZE = re.compile(r"(\d+\.?\d*) ?([KMG]i?B)", re.IGNORECASE)
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Directory of the new bundle.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")]
@@ -34,3 +38,15 @@ def parse_settings(settings: list[str]) -> dict[str, str]:
         if not key or not separator:
             raise OptionError(f"--set `{key}`: not KEY=VALUE", "for example --set block_size=64")
     return {key: value for key, _, value in pairs}
+
+
+def parse_size(text: str) -> float:
+    """Return the bytes of a size such as `100MB` or `1.5GiB`.
+
+    Raises:
+        OptionError: no number with a unit.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise OptionError(f"not a size: `{text}`", "for example 100MB or 1.5GB")
+    return float(match[1]) * _UNITS[match[2].upper()]

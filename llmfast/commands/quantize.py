@@ -2,13 +2,16 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import DryRun, Format, Overwrite, check_format, given, parse_settings
+from llmfast.commands._options import DryRun, Format, Overwrite, check_format, given, parse_settings, parse_size
 from llmfast.errors import OptionError
+
+if TYPE_CHECKING:
+    from llmfast.bundle import ModelBundle
 
 SUMMARY = "A float model to a smaller one."
 
@@ -34,45 +37,98 @@ def quantize(
     ] = None,
     include: Annotated[str | None, typer.Option(help="Quantize only layers whose name matches this regex.")] = None,
     exclude: Annotated[str | None, typer.Option(help="Keep layers whose name matches this regex as floats.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Text for methods that calibrate, gptq for one.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text or JSON lines for methods that calibrate; the default is a set that llmfast ships."),
+    ] = None,
+    calibration_field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Field of its JSON lines; `messages` holds conversations.")
+    ] = None,
     num_samples: Annotated[int | None, typer.Option(help="Windows, or an encoder's lines, of it to use.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Pick the samples at random; the default is the first ones.")] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Budget: stored bits per weight; chooses each layer's bits and blocks.")
+    ] = None,
+    target_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Budget: of all weights, e.g. 100MB.")] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What each layer costs, from an earlier bundle with a budget.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Text to compare with the float model on.")] = None,
+    data_samples: Annotated[int | None, typer.Option(help="Windows, or an encoder's lines, of it to compare.")] = None,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Compare with the float model.")] = True,
+    max_kld: Annotated[
+        float | None,
+        typer.Option(help="Gate: KL divergence in nats; without --scheme also the budget, for the smallest model."),
+    ] = None,
+    max_drop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=X", help="Gate: top1_agreement or flipped_labels in points, or cosine."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     show_list: Annotated[bool, typer.Option("--list", help="List schemes and methods with their options.")] = False,
     output_format: Format = "table",
 ) -> None:
-    """Quantize a float model; the output says how far its weights moved.
+    """Quantize a float model; the output says how far its weights and its answers moved.
 
-    Example: llmfast quantize fp32 -o int4 --scheme int4 --set block_size=64
+    With a budget instead of a scheme each layer gets the bits and blocks that serve the answers most.
+    Exits with 7 when a gate or a budget is missed.
+
+    Example: llmfast quantize fp32 -o int4 --scheme int4 --set block_size=64 --max-kld 0.1
     """
     check_format(output_format)
     if show_list:
         report.out(registry.describe("quantize.schemes", "quantize.transforms", "quantize.rounding"))
         return
-    if model is None or output is None or scheme is None:
+    budget = {"max_bits": target_bits, "max_bytes": None if target_size is None else parse_size(target_size)}
+    if scheme is None and max_kld is not None and not given(budget):
+        budget["max_kld"] = max_kld
+    if model is None or output is None or (scheme is None and not given(budget)):
         raise OptionError(
-            "quantize needs a MODEL, --output and --scheme", "llmfast quantize fp32 -o int4 --scheme int4"
+            "quantize needs a MODEL, --output, and --scheme or a budget", "llmfast quantize fp32 -o int4 --scheme int4"
         )
+    from llmfast.quantize.budget import Budget
     from llmfast.quantize.calibrate import Calibration
-    from llmfast.quantize.stage import LAYER_COLUMNS, QuantizeOptions, plan_layers
+    from llmfast.quantize.measure import parse_drop
+    from llmfast.quantize.options import MIXED_SCHEME, QuantizeOptions
+    from llmfast.quantize.stage import plan_layers
     from llmfast.quantize.stage import quantize as run
+    from llmfast.quantize.summary import LAYER_COLUMNS
+    from llmfast.verdict import Gate
 
+    gates = [Gate("kld", max_kld, "max")] if max_kld is not None else []
+    samples = {"path": calibration, "field": calibration_field, "seed": seed}
     options = QuantizeOptions(
-        scheme=scheme,
+        scheme=scheme or MIXED_SCHEME,
         settings=parse_settings(settings or []),
-        calibration=Calibration(calibration, **given({"num_samples": num_samples, "seq_len": seq_len}))
-        if calibration
-        else None,
+        calibration=Calibration(**given({**samples, "num_samples": num_samples, "seq_len": seq_len})),
+        budget=Budget(**given(budget)) if given(budget) else None,
+        sensitivity=sensitivity,
+        measure=measure,
+        data=data,
+        gates=(*gates, *map(parse_drop, max_drop or [])),
+        resume=resume,
         overwrite=overwrite,
-        **given({"method": method, "include": include, "exclude": exclude}),
+        **given({"method": method, "include": include, "exclude": exclude, "data_samples": data_samples}),
     )
     if dry_run:
         report.print_rows(plan_layers(model, output, options), LAYER_COLUMNS, output_format)
         return
-    bundle = run(model, output, options)
-    report.print_rows(bundle.manifest.measured["quantize"]["layers"], LAYER_COLUMNS, output_format)
-    report.note(
-        f"{output}: {bundle.size_bytes / 1e6:.1f} MB, {bundle.manifest.bits_per_weight:.2f} bits per weight. "
-        f"Next: llmfast bench {shlex.quote(str(model))} {shlex.quote(str(output))} --data FILE"
-    )
+    _print(run(model, output, options), model, output_format)
+
+
+def _print(bundle: "ModelBundle", model: Path, output_format: str) -> None:
+    from llmfast.quantize.summary import LAYER_COLUMNS, figure_columns, spell_worst
+
+    measured = bundle.manifest.measured["quantize"]
+    sizes = {"size_bytes": bundle.size_bytes, "bits_per_weight": bundle.manifest.bits_per_weight}
+    if output_format == "json":
+        report.out(report.to_json({"bundle": str(bundle.path), **sizes, **measured}))
+        return
+    report.print_rows(measured["layers"], LAYER_COLUMNS, output_format)
+    if output_format != "csv":  # which holds one table
+        report.print_rows([{**sizes, **measured}], figure_columns({**sizes, **measured}), output_format)
+    report.note(spell_worst(measured["worst_layers"]))
+    report.note(f"Next: llmfast bench {shlex.quote(str(model))} {shlex.quote(str(bundle.path))} --data FILE")

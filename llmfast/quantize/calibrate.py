@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from llmfast.bundle import TEXT_GENERATION, ModelBundle, sha256
-from llmfast.errors import InputError
-from llmfast.text import read_lines, read_text, token_windows
-from llmfast.tokenizer import Tokenizer
+from llmfast.bundle import ModelBundle
+from llmfast.errors import OptionError
+from llmfast.quantize.corpus import SHIPPED, Corpus, pick
+from llmfast.report import note
 
 
 @dataclass(frozen=True)
@@ -18,23 +18,48 @@ class Calibration:
     """A text and how much of it is used.
 
     Attributes:
-        path: UTF-8 text; for encoders one sample a line.
+        path: UTF-8 text or JSON lines, for encoders one sample a line; None is the set that llmfast ships.
         num_samples: windows, or lines.
         seq_len: tokens per window; an encoder's lines are cut at it.
+        field: of JSON lines.
+        seed: picks the samples at random; None takes the first ones.
+
+    Raises:
+        OptionError: a count that is not positive.
     """
 
-    path: Path
+    path: Path | None = None
     num_samples: int = 64
     seq_len: int = 512
+    field: str = "text"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "seq_len"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.seed is not None and self.seed < 0:
+            raise OptionError(f"--seed {self.seed}: must be at least 0")
+
+    @property
+    def corpus(self) -> Corpus:
+        """The text."""
+        return Corpus(self.path or SHIPPED, self.field)
 
     def describe(self) -> dict[str, Any]:
         """Return what the manifest's lineage holds."""
-        return {
-            "name": self.path.name,
-            "sha256": sha256(self.path),
-            "num_samples": self.num_samples,
-            "seq_len": self.seq_len,
-        }
+        return {**self.corpus.describe(), "num_samples": self.num_samples, "seq_len": self.seq_len}
+
+    def split(self, bundle: ModelBundle) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return the samples to calibrate on and those left over, int64 [seq] each.
+
+        Raises:
+            InputError: no tokenizer, or too little text.
+        """
+        used, rest = pick(self.corpus.samples(bundle, self.seq_len), self.num_samples, self.seed)
+        if self.path and len(used) < self.num_samples:
+            note(f"note: `{self.path}` holds {len(used)} samples, {self.num_samples} were asked for")
+        return used, rest
 
 
 @dataclass(frozen=True)
@@ -81,17 +106,3 @@ def summarize(
         if matrix is not None:
             matrix /= np.float32(num_tokens)
     return Statistics(num_tokens, abs_max, sums, drift)
-
-
-def calibration_samples(bundle: ModelBundle, calibration: Calibration) -> list[np.ndarray]:
-    """Return token ids, int64 [seq] each."""
-    tokenizer = Tokenizer.load(bundle.path)
-    if bundle.manifest.task == TEXT_GENERATION:
-        limit = bundle.manifest.architecture.get("context_length", calibration.seq_len)
-        ids = tokenizer.encode(read_text(calibration.path))
-        return list(token_windows(ids, calibration.num_samples, min(calibration.seq_len, limit)))
-    length = min(bundle.longest_text(calibration.seq_len), calibration.seq_len)
-    lines = read_lines(calibration.path)[: calibration.num_samples]
-    if not lines:
-        raise InputError(f"no line of text in `{calibration.path}`", "encoders are calibrated on one sample a line")
-    return [np.array(tokenizer.encode(line)[:length], np.int64) for line in lines]

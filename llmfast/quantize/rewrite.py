@@ -1,6 +1,6 @@
 """Writing the quantized graph: linear layers and embeddings replaced, everything else kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,8 +29,11 @@ class LayerReport:
     """What quantization did to one weight.
 
     Attributes:
+        block_size: input features that share a scale.
         squared_error: sum of (w - w')^2.
         power: sum of w^2.
+        output_error: sum of (x w^T - x w'^T)^2 over some activations; None when there are none.
+        output_power: sum of (x w^T)^2.
     """
 
     name: str
@@ -39,6 +42,9 @@ class LayerReport:
     num_parameters: int
     squared_error: float
     power: float
+    block_size: int
+    output_error: float | None = None
+    output_power: float | None = None
 
 
 class QuantizedGraph:
@@ -51,6 +57,7 @@ class QuantizedGraph:
         weights: where the new weights go.
         write_linear: what the scheme's `make_writer` returned.
         round_weight: the method's.
+        activations: rows of the float graph's values that layers multiply, for the errors of outputs.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class QuantizedGraph:
         weights: WeightFile,
         write_linear: WriteLinear,
         round_weight: RoundWeight,
+        activations: Mapping[str, np.ndarray],
     ) -> None:
         self._model = model
         self._layers = layers
@@ -68,8 +76,14 @@ class QuantizedGraph:
         self._weights = weights
         self._write_linear = write_linear
         self._round_weight = round_weight
+        self._activations = activations
         self._blocks: dict[str, tuple[QuantizedWeight, list[str]]] = {}
         self.reports: list[LayerReport] = []
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes will be replaced."""
+        return self._layers.num_nodes
 
     def write(self, advance: Callable[[], None]) -> onnx.ModelProto:
         """Write the weights, and return the graph that goes with them."""
@@ -133,10 +147,32 @@ class QuantizedGraph:
                 "the checkpoint is damaged or its training diverged",
             )
         quantized = self._round_weight(array, self._layers.grids[weight], linear)
-        error = float(np.square(quantized.dequantize() - array, dtype=np.float32).sum(dtype=np.float64))
-        power = float(np.square(array).sum(dtype=np.float64))
-        self.reports.append(LayerReport(name, role, quantized.grid.bits, array.size, error, power))
+        moved = quantized.dequantize() - array
+        self.reports.append(
+            LayerReport(
+                name,
+                role,
+                quantized.grid.bits,
+                array.size,
+                _power(moved),
+                _power(array),
+                quantized.grid.block_size,
+                *self._output_errors(array, moved, linear),
+            )
+        )
         return quantized
+
+    def _output_errors(
+        self, weight: np.ndarray, moved: np.ndarray, linear: Linear | None
+    ) -> tuple[float | None, float | None]:
+        if linear is None or linear.input not in self._activations:
+            return None, None
+        rows = self._activations[linear.input] * self._rescaling.activations.get(linear.input, np.float32(1))
+        return _power(rows @ moved.T), _power(rows @ weight.T)
+
+
+def _power(array: np.ndarray) -> float:
+    return float(np.square(array).sum(dtype=np.float64))
 
 
 def _activations(node: onnx.NodeProto) -> list[str]:

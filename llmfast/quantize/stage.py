@@ -1,15 +1,13 @@
 """`llmfast quantize`: a float bundle or .onnx file becomes a smaller one."""
 
 import importlib.metadata
-import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 import llmfast
 from llmfast import registry
@@ -26,51 +24,28 @@ from llmfast.bundle import (
 )
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.graph.linear import Linear
-from llmfast.graph.model import OnnxModel, count_parameters, count_weight_bytes
+from llmfast.graph.model import OnnxModel, count_weight_bytes
 from llmfast.graph.packed import Grid, QuantizedWeight
 from llmfast.graph.weights import WeightFile
-from llmfast.quantize.calibrate import Calibration, calibration_samples
+from llmfast.quantize import sensitivity
+from llmfast.quantize.budget import Fitting, num_parameters, start_fitting
+from llmfast.quantize.calibrate import Calibration
+from llmfast.quantize.checkpoint import Checkpoint
+from llmfast.quantize.corpus import Corpus
+from llmfast.quantize.measure import Proof, damage_of
+from llmfast.quantize.options import MIXED_SCHEME, QuantizeOptions
 from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Plan, choose_layers, list_layers
 from llmfast.quantize.rewrite import LayerReport, QuantizedGraph, RoundWeight
+from llmfast.quantize.summary import summarize
 from llmfast.quantize.workpiece import InputStatistics, Workpiece
-from llmfast.report import Column, progress
-from llmfast.runtime import open_session
+from llmfast.report import note, progress
+from llmfast.runtime import open_session, usable_cores
+from llmfast.verdict import enforce, judge
 
-LAYER_COLUMNS = (
-    Column("role", "role", align_right=False),
-    Column("layers", "layers"),
-    Column("parameters", "num_parameters", "{:,}".format),
-    Column("bits", "bits"),
-    Column("relative error", "relative_error", "{:.4f}".format),
-)
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """Choices of a quantization.
-
-    Attributes:
-        scheme: the number format, a file in quantize/schemes.
-        method: how the numbers are found: files in quantize/transforms, then one in quantize/rounding,
-            separated by commas.
-        settings: options of scheme and methods as typed, `KEY -> VALUE`.
-        include: quantize only layers whose name matches this regular expression.
-        exclude: keep layers whose name matches.
-        calibration: the text that methods with statistics run on.
-        overwrite: replace an existing bundle.
-    """
-
-    scheme: str
-    method: str = DEFAULT_ROUNDING
-    settings: Mapping[str, str] = field(default_factory=dict)
-    include: str = ""
-    exclude: str = ""
-    calibration: Calibration | None = None
-    overwrite: bool = False
 
 
 def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundle:
-    """Quantize a model.
+    """Quantize a model, and measure how far its answers moved.
 
     Args:
         source: a bundle, a directory that holds model.onnx, or a lone .onnx file.
@@ -78,55 +53,153 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         options: see `QuantizeOptions`.
 
     Returns:
-        The new bundle; its manifest says what was done to the layers of each role.
+        The new bundle; its manifest says what was done to the layers of each role, and what was measured.
 
     Raises:
-        OptionError: an unknown scheme, method or setting, or a method without the text it needs.
-        InputError: the model is missing, truncated or has NaN weights; too little calibration text.
+        OptionError: an unknown scheme, method or setting.
+        InputError: the model is missing, truncated or has NaN weights; too little text.
         UnsupportedError: nothing to quantize, or already quantized.
+        GateError: a gate or the budget was missed; nothing is left at `output`.
         OutputExistsError: the output exists.
     """
     plan, bundle, graphs = _prepare(source, output, options)
+    proof = _prove(plan, bundle, {role: model for role, (model, _) in graphs.items()}, options)
+    checkpoint = None
+    if options.resume or options.budget or plan.rounding.plugin.NEEDS_STATISTICS:
+        models = [model for model, _ in graphs.values()]
+        checkpoint = Checkpoint(output, _facts(bundle, models, plan, options), options.resume)
     with stage_output(output, options.overwrite) as staged:
-        weights = WeightFile(staged)
-        quantized = {
-            role: _quantize_graph(plan, bundle, model, layers, weights, options.calibration)
+        fitting = _start_fitting(plan, bundle, graphs, options, checkpoint, staged)
+        writers = {
+            role: _prepare_writer(role, plan, bundle, model, layers, options, checkpoint, proof)
             for role, (model, layers) in graphs.items()
         }
-        if len(quantized) == 1:
-            weights.save(next(iter(quantized.values()))[0])
-        else:
-            weights.save_all({role: proto for role, (proto, _) in quantized.items()})
+        while True:
+            chosen = {"model": fitting.layers()} if fitting else {role: layers for role, (_, layers) in graphs.items()}
+            after, reports = _write_graphs(staged, writers, chosen)
+            for written in after.values():
+                _check_loads(written.path, source)
+            figures = proof.compare(after) if proof else {}
+            if fitting is None or fitting.is_met(after["model"], damage_of(figures)):
+                break
+            for file in staged.glob("model.*"):
+                file.unlink()
+        verdict = judge([{"bundle": output.name, **figures}], "", options.gates)
+        enforce(verdict)
         for name in COMPANIONS:
             if companion := bundle.companion(name):
                 shutil.copyfile(companion, staged / name)
+        measured = {**summarize(reports), **figures, "gates": verdict, "text": proof and proof.text}
         before = [model for model, _ in graphs.values()]
-        after = {role: OnnxModel.load(staged / f"{role}.onnx") for role in quantized}
-        for model in after.values():
-            _check_loads(model.path, source)
-        reports: list[LayerReport] = []
-        for _, part in quantized.values():
-            known = {report.name for report in reports}  # what graphs share was quantized alike
-            reports += [report for report in part if report.name not in known]
-        write_manifest(staged, _manifest(bundle, before, after, plan, options, reports))
+        write_manifest(staged, _manifest(bundle, before, after, plan, options, measured))
+    if checkpoint:
+        checkpoint.discard()
     return ModelBundle.open(output)
 
 
-def _quantize_graph(
+def _prove(plan: Plan, bundle: ModelBundle, models: dict[str, OnnxModel], options: QuantizeOptions) -> Proof | None:
+    if not options.measure:
+        return None
+    data = Corpus(options.data, options.calibration.field) if options.data else None
+    is_calibrated = bool(plan.needs_calibration or options.budget)
+    return Proof(bundle, models, data, options.calibration, is_calibrated, options.data_samples)
+
+
+def _start_fitting(
+    plan: Plan,
+    bundle: ModelBundle,
+    graphs: dict[str, tuple[OnnxModel, Layers]],
+    options: QuantizeOptions,
+    checkpoint: Checkpoint | None,
+    staged: Path,
+) -> Fitting | None:
+    if options.budget is None or checkpoint is None:
+        return None
+    model, layers = graphs["model"]
+    # Weights and activations as they are: what transforms do is no part of the probe.
+    plain = replace(plan, transforms=())
+    workpiece = _transform(plain, bundle, model, layers, options.calibration)
+    shares = not plan.transforms and not getattr(plan.rounding.options, "sequential", False)
+    round_weight = _rounding(plain, workpiece, checkpoint, "model" if shares else "probe")
+    return start_fitting(
+        options.budget,
+        options.calibration,
+        options.sensitivity,
+        plan.scheme.plugin.grid(plan.scheme.options).symmetric,
+        bundle,
+        model,
+        layers,
+        round_weight,
+        checkpoint,
+        staged,
+    )
+
+
+def _prepare_writer(
+    role: str,
     plan: Plan,
     bundle: ModelBundle,
     model: OnnxModel,
     layers: Layers,
-    weights: WeightFile,
-    calibration: Calibration | None,
-) -> tuple[onnx.ModelProto, list[LayerReport]]:
-    workpiece = _transform(plan, bundle, model, layers, calibration)
+    options: QuantizeOptions,
+    checkpoint: Checkpoint | None,
+    proof: Proof | None,
+) -> Callable[[Layers, WeightFile], QuantizedGraph]:
+    """Transform one graph; return what quantizes it, as often as its grids are chosen anew."""
+    workpiece = _transform(plan, bundle, model, layers, options.calibration)
     write_linear = plan.scheme.plugin.make_writer(workpiece, plan.scheme.options)
-    round_weight = _rounding(plan, workpiece)
-    graph = QuantizedGraph(model, layers, workpiece.edits, weights, write_linear, round_weight)
-    with progress(f"quantizing {model.path.name}", layers.num_nodes) as advance:
-        proto = graph.write(advance)
-    return proto, graph.reports
+
+    def make(chosen: Layers, weights: WeightFile) -> QuantizedGraph:
+        # Layers that a transform put in are in the workpiece's list only.
+        grids = {**workpiece.layers.grids, **chosen.grids}
+        rounding = _rounding(plan, workpiece, checkpoint, role)
+        inputs = proof.inputs_of(role, workpiece) if proof else None
+        return QuantizedGraph(
+            model, replace(workpiece.layers, grids=grids), workpiece.edits, weights, write_linear, rounding, inputs
+        )
+
+    return make
+
+
+def _write_graphs(
+    staged: Path, writers: Mapping[str, Callable[[Layers, WeightFile], QuantizedGraph]], layers: Mapping[str, Layers]
+) -> tuple[dict[str, OnnxModel], list[LayerReport]]:
+    """Write all graphs over one data file; return them with what was done to their layers."""
+    weights = WeightFile(staged)
+    protos, reports = {}, {}
+    for role, write in writers.items():
+        graph = write(layers[role], weights)
+        with progress(f"quantizing {role}", graph.num_nodes) as advance:
+            protos[role] = graph.write(advance)
+        # What graphs share was quantized alike.
+        reports.update({(report.name, report.role): report for report in graph.reports})
+    if len(protos) == 1:
+        weights.save(next(iter(protos.values())))
+    else:
+        weights.save_all(protos)
+    return {role: OnnxModel.load(staged / f"{role}.onnx") for role in protos}, list(reports.values())
+
+
+def _facts(bundle: ModelBundle, models: list[OnnxModel], plan: Plan, options: QuantizeOptions) -> dict[str, Any]:
+    """Return everything that rounded layers depend on, for the checkpoint's key."""
+    external = {
+        entry.value
+        for model in models
+        for tensor in model.initializers.values()
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    files = [*(model.path for model in models), *(bundle.path / name for name in sorted(external))]
+    return {
+        "model": [sha256(file) for file in files],
+        "plan": [plan.scheme.name, plan.method, plan.options],
+        "layers": [options.include, options.exclude],
+        "budget": options.budget and asdict(options.budget),
+        "sensitivity": options.sensitivity and sha256(sensitivity.file_of(options.sensitivity)),
+        "calibration": [options.calibration.describe(), options.calibration.field, options.calibration.seed],
+        "versions": _versions(),
+        "cores": usable_cores(),
+    }
 
 
 def _check_loads(model: Path, source: Path) -> None:
@@ -146,9 +219,11 @@ def _prepare(
     source: Path, output: Path, options: QuantizeOptions
 ) -> tuple[Plan, ModelBundle, dict[str, tuple[OnnxModel, Layers]]]:
     plan = Plan.make(options.scheme, options.method, options.settings)
-    if plan.needs_calibration and options.calibration is None:
-        raise OptionError(f"{' and '.join(plan.needs_calibration)} need --calibration", "give a UTF-8 text file")
+    if options.budget and plan.scheme.name != MIXED_SCHEME:
+        raise OptionError(f"a budget chooses widths by itself, not `{plan.scheme.name}`", "leave out --scheme")
     bundle = ModelBundle.open(source)
+    if options.budget and len(bundle.graphs) > 1:
+        raise UnsupportedError(f"`{source}` has several graphs, a budget works on one", "choose a --scheme")
     inputs = (source, source.parent) if (source.parent / MANIFEST).is_file() else (source,)
     check_output(output, inputs, options.overwrite)
     models = {role: OnnxModel.load(path) for role, path in bundle.graphs.items()}
@@ -157,30 +232,43 @@ def _prepare(
 
 
 def _transform(
-    plan: Plan, bundle: ModelBundle, model: OnnxModel, layers: Layers, calibration: Calibration | None
+    plan: Plan, bundle: ModelBundle, model: OnnxModel, layers: Layers, calibration: Calibration
 ) -> Workpiece:
     """Run the transforms and return what they made."""
-    samples = calibration_samples(bundle, calibration) if calibration and plan.needs_calibration else []
+    samples = calibration.split(bundle)[0] if plan.needs_calibration else []
     workpiece = Workpiece(model, layers, samples)
     for transform in plan.transforms:
         transform.plugin.transform(workpiece, transform.options)
     return workpiece
 
 
-def _rounding(plan: Plan, workpiece: Workpiece) -> RoundWeight:
-    """Return the function that rounds a weight; embeddings and heads are rounded to nearest."""
+def _rounding(plan: Plan, workpiece: Workpiece, checkpoint: Checkpoint | None, key: str) -> RoundWeight:
+    """Return the function that rounds a weight; embeddings and heads are rounded to nearest.
+
+    Args:
+        plan: the method.
+        workpiece: the model after its transforms.
+        checkpoint: holds layers that are rounded already, and gets the others.
+        key: says in the checkpoint what the layers were rounded for.
+    """
     nearest = registry.load("quantize.rounding", DEFAULT_ROUNDING)
     method = plan.rounding
     statistics_of = InputStatistics(workpiece, method.options.sequential) if method.plugin.NEEDS_STATISTICS else None
 
     def round_weight(weight: np.ndarray, grid: Grid, linear: Linear | None) -> QuantizedWeight:
-        quantized: QuantizedWeight
         if linear is None:
-            quantized = nearest.quantize_weight(weight, grid, nearest.Options())
+            quantized: QuantizedWeight = nearest.quantize_weight(weight, grid, nearest.Options())
+            return quantized
+        known = checkpoint.weight(f"{key} {linear.name}", grid) if checkpoint else None
+        if known is not None:
+            quantized = known
         elif statistics_of is None:
             quantized = method.plugin.quantize_weight(weight, grid, method.options)
         else:
             quantized = method.plugin.quantize_weight(weight, grid, method.options, statistics_of(linear), linear.name)
+        if known is None and checkpoint:
+            checkpoint.keep_weight(f"{key} {linear.name}", quantized)
+        if statistics_of is not None:
             statistics_of.quantized(linear, quantized)
         return quantized
 
@@ -193,17 +281,18 @@ def _manifest(
     after: dict[str, OnnxModel],
     plan: Plan,
     options: QuantizeOptions,
-    reports: list[LayerReport],
+    measured: dict[str, Any],
 ) -> Manifest:
     source = bundle.manifest.source or {"id": bundle.model.name, "revision": None, "sha256": sha256(bundle.model)}
-    parameters = bundle.manifest.architecture.get("num_parameters") or count_parameters(before)
+    parameters = num_parameters(bundle, before)
+    budget = {} if options.budget is None else {"budget": asdict(options.budget)}
     step = Step(
         stage="quantize",
         method=f"{plan.scheme.name}:{plan.method}",
-        options={"include": options.include, "exclude": options.exclude, **plan.options},
-        versions={name: importlib.metadata.version(name) for name in ("numpy", "onnx")}
-        | {"llmfast": llmfast.__version__},
-        calibration=options.calibration.describe() if options.calibration and plan.needs_calibration else None,
+        options={"include": options.include, "exclude": options.exclude, **budget, **plan.options},
+        versions=_versions(),
+        seed=options.calibration.seed,
+        calibration=options.calibration.describe() if plan.needs_calibration or options.budget else None,
     )
     return replace(
         bundle.manifest,
@@ -219,27 +308,9 @@ def _manifest(
         },
         bits_per_weight=8 * count_weight_bytes(after.values()) / parameters,
         lineage=(*bundle.manifest.lineage, step),
-        measured={**bundle.manifest.measured, "quantize": {"layers": _summarize(reports)}},
+        measured={**bundle.manifest.measured, "quantize": measured},
     )
 
 
-def _summarize(reports: list[LayerReport]) -> list[dict[str, Any]]:
-    """Return one row per role: layers, parameters, bits, and the relative error of its weights.
-
-    The error is sqrt(sum (w - w')^2 / sum w^2): 0 is exact.
-    """
-    roles: dict[tuple[str, int], list[LayerReport]] = {}
-    for report in reports:
-        roles.setdefault((report.role, report.bits), []).append(report)
-    return [
-        {
-            "role": role,
-            "layers": len(group),
-            "num_parameters": sum(report.num_parameters for report in group),
-            "bits": bits,
-            "relative_error": math.sqrt(
-                sum(report.squared_error for report in group) / max(sum(report.power for report in group), 1e-30)
-            ),
-        }
-        for (role, bits), group in roles.items()
-    ]
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("numpy", "onnx")} | {"llmfast": llmfast.__version__}

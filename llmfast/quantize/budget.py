@@ -1,0 +1,241 @@
+"""Mixed precision: each layer's bits and block size under a budget of size or of damage."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llmfast.bundle import ModelBundle
+from llmfast.errors import GateError, OptionError
+from llmfast.graph.model import OnnxModel, count_parameters, count_weight_bytes, tensor_bytes
+from llmfast.graph.packed import Grid
+from llmfast.quantize import sensitivity
+from llmfast.quantize.allocate import Option, allocate
+from llmfast.quantize.calibrate import Calibration
+from llmfast.quantize.checkpoint import Checkpoint
+from llmfast.quantize.measure import hold_out
+from llmfast.quantize.plan import Layers
+from llmfast.quantize.sensitivity import LayerDamage, grid_errors, weights_of
+from llmfast.report import progress
+
+# The widths and block sizes that layers may get; all have fast kernels.
+_BITS = (4, 8)
+_BLOCK_SIZES = (32, 64, 128)
+# Samples that the damage of each layer is measured on.
+_DAMAGE_SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a model may take; exactly one of the three.
+
+    Attributes:
+        max_bits: stored bits per parameter, scales included.
+        max_bytes: bytes of all weights.
+        max_kld: KL divergence in nats; for encoders 1 - cosine, for other graphs the squared relative error.
+
+    Raises:
+        OptionError: none or several, or one that is not positive.
+    """
+
+    max_bits: float | None = None
+    max_bytes: float | None = None
+    max_kld: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise OptionError("a budget is one of --target-bits, --target-size and --max-kld", "give exactly one")
+        for name, value in given.items():
+            if not 0 < value < float("inf"):
+                raise OptionError(f"{name} {value:g}: not a positive number")
+
+    def limit_bytes(self, num_parameters: int) -> float:
+        """Return the most bytes that all weights may take."""
+        if self.max_bits is not None:
+            return self.max_bits * num_parameters / 8
+        return self.max_bytes if self.max_bytes is not None else float("inf")
+
+
+class GridChoice:
+    """Chooses grids for the layers of one graph.
+
+    Args:
+        model: the float graph.
+        layers: those that will be quantized.
+        damages: what each costs.
+        symmetric: leave out the zero points of 4-bit blocks.
+    """
+
+    def __init__(self, model: OnnxModel, layers: Layers, damages: Sequence[LayerDamage], symmetric: bool) -> None:
+        self._layers = layers
+        parts = weights_of(layers)
+        self.fixed_bytes = count_weight_bytes([model]) - sum(
+            tensor_bytes(model.initializers[weight]) for weight in parts
+        )
+        self._options: dict[str, list[Option]] = {}
+        for one in damages:
+            linear = parts[one.weight][2]
+            matrix = linear.read(model) if linear is not None else model.read(model.initializers[one.weight])
+            # A table is looked up without zero points.
+            grids = _grids(symmetric or one.weight in layers.block_wise)
+            errors = grid_errors(matrix, grids)
+            self._options[one.weight] = [
+                Option(grid, block_bytes(one.shape, grid), one.damage * errors[grid]) for grid in grids
+            ]
+
+    def under(self, max_bytes: float, max_damage: float) -> tuple[Layers, float]:
+        """Return the layers with the grids that meet a limit, and the damage that is expected.
+
+        Args:
+            max_bytes: of all weights, those that stay float included.
+            max_damage: stops at this damage.
+
+        Raises:
+            GateError: the smallest grids are larger, or the best ones still do more damage.
+        """
+        chosen = allocate(list(self._options.values()), max_bytes - self.fixed_bytes, max_damage)
+        if chosen is None:
+            raise GateError(
+                f"budget missed: the weights take at least {self._smallest() / 1e6:.1f} MB, "
+                f"asked at most {max_bytes / 1e6:.1f} MB",
+                "raise the target; --set head_bits and --exclude leave weights as floats",
+            )
+        grids: Mapping[str, Grid] = {weight: one.choice for weight, one in zip(self._options, chosen, strict=True)}
+        return replace(self._layers, grids={**self._layers.grids, **grids}), sum(one.damage for one in chosen)
+
+    def _smallest(self) -> int:
+        return self.fixed_bytes + sum(min(one.num_bytes for one in options) for options in self._options.values())
+
+
+def block_bytes(shape: tuple[int, int], grid: Grid) -> int:
+    """Return the bytes of a weight (N, K) on a grid: codes, float16 scales and zero points."""
+    rows, features = shape
+    blocks = -(-features // grid.block_size)
+    codes = rows * blocks * grid.block_size * grid.bits // 8
+    zero_points = 0 if grid.symmetric else rows * -(-blocks * grid.bits // 8)
+    return codes + rows * blocks * 2 + zero_points
+
+
+def _grids(symmetric: bool) -> list[Grid]:
+    return [
+        Grid(bits, block_size, symmetric or bits == 8)  # eight bits need no zero point
+        for bits in _BITS
+        for block_size in _BLOCK_SIZES
+    ]
+
+
+# A measured damage this close below the limit is not worth another attempt.
+_CLOSE_ENOUGH = 0.85
+_MOST_ATTEMPTS = 5
+
+
+class Fitting:
+    """The attempts to meet a budget: what is expected, corrected by what the written model really does.
+
+    Args:
+        choice: gives layers for limits.
+        budget: what is asked.
+        limit_bytes: the most bytes of all weights.
+    """
+
+    def __init__(self, choice: GridChoice, budget: Budget, limit_bytes: float) -> None:
+        self._choice = choice
+        self._budget = budget
+        self._limit_bytes = self._max_bytes = limit_bytes
+        self._max_damage = budget.max_kld or 0.0
+        self._attempts = 0
+        self._expected = 0.0
+        self._passed: float | None = None  # the largest damage limit whose model kept the budget
+        self._failed = float("inf")  # the smallest whose model did not
+
+    def layers(self) -> Layers:
+        """Return the layers to write next.
+
+        Raises:
+            GateError: no grids meet the budget.
+        """
+        self._attempts += 1
+        layers, self._expected = self._choice.under(self._max_bytes, self._max_damage)
+        return layers
+
+    def is_met(self, num_bytes: int, damage: float | None) -> bool:
+        """Judge what was written; False asks for another attempt.
+
+        Args:
+            num_bytes: of all weights.
+            damage: as measured.
+
+        Raises:
+            GateError: the budget can't be met.
+        """
+        if self._budget.max_kld is None:
+            excess = num_bytes - self._limit_bytes
+            self._max_bytes -= max(excess, 0)  # scales that float16 can't hold took more than expected
+            return excess <= 0
+        assert damage is not None
+        return self._is_close(damage, self._budget.max_kld, num_bytes)
+
+    def _is_close(self, damage: float, limit: float, num_bytes: int) -> bool:
+        tried = self._max_damage
+        if damage <= limit:
+            if tried == self._passed:
+                return True  # this was the best attempt, written once more
+            self._passed = tried
+            if damage >= _CLOSE_ENOUGH * limit or self._attempts >= _MOST_ATTEMPTS:
+                return True
+        else:
+            self._failed = min(self._failed, tried)
+            if self._passed is None and (self._expected > tried or self._attempts >= _MOST_ATTEMPTS):
+                raise GateError(
+                    f"budget missed: kld {damage:.4g} at {num_bytes / 1e6:.1f} MB is the best that can be, "
+                    f"asked at most {limit:g}",
+                    "raise --max-kld, try --method gptq, or leave layers as floats with --exclude",
+                )
+        if self._passed is not None and self._attempts >= _MOST_ATTEMPTS:
+            self._max_damage = self._passed
+            return False
+        following = max(self._expected, 1e-9) * limit / max(damage, 1e-9) * 0.95
+        if following >= self._failed:
+            following = (self._failed + (self._passed or 0.0)) / 2
+        self._max_damage = following
+        return False
+
+
+def start_fitting(
+    budget: Budget,
+    calibration: Calibration,
+    known: Path | None,
+    symmetric: bool,
+    bundle: ModelBundle,
+    model: OnnxModel,
+    layers: Layers,
+    checkpoint: Checkpoint,
+    folder: Path,
+) -> Fitting:
+    """Measure what each layer costs, leave that in a file, and return what chooses the grids.
+
+    Args:
+        budget: what is asked.
+        calibration: the text to measure on.
+        known: what an earlier run measured, in place of measuring.
+        symmetric: leave out the zero points of 4-bit blocks.
+        bundle: the float bundle.
+        model: its graph.
+        layers: those that will be quantized.
+        checkpoint: holds damages that an interrupted run measured.
+        folder: where the file goes.
+    """
+    if known is not None:
+        damages = sensitivity.load(known, layers, model)
+    else:
+        samples = hold_out(bundle, model, calibration.corpus, calibration, False, _DAMAGE_SAMPLES).samples
+        with progress("measuring what each layer costs", len(weights_of(layers))) as advance:
+            damages = sensitivity.measure_damages(model, layers, samples, bundle.manifest.task, checkpoint, advance)
+    sensitivity.save(folder / sensitivity.FILE, damages, {"calibration": calibration.describe()})
+    choice = GridChoice(model, layers, damages, symmetric)
+    return Fitting(choice, budget, budget.limit_bytes(num_parameters(bundle, [model])))
+
+
+def num_parameters(bundle: ModelBundle, models: Sequence[OnnxModel]) -> int:
+    """Return the number of trained values."""
+    return int(bundle.manifest.architecture.get("num_parameters") or count_parameters(models))

@@ -1,0 +1,116 @@
+"""The texts that a quantization runs on: read from a file or the set that llmfast ships, then cut into samples.
+
+A file is plain UTF-8 text (for encoders one sample a line), or JSON lines: an object a line whose field holds a
+text or a conversation, a list of `{"role", "content"}` that the model's chat template renders.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmfast.bundle import TEXT_GENERATION, ModelBundle, sha256
+from llmfast.errors import InputError
+from llmfast.text import read_lines, read_text
+from llmfast.tokenizer import Tokenizer
+
+_TEXTS = Path(__file__).parent / "texts"
+# Written for llmfast: encyclopedic and conversational prose, instructions, code, mathematics, in several languages.
+SHIPPED = _TEXTS / "calibration.txt"
+# More of the same kind, which nothing is ever calibrated on.
+SHIPPED_HELD_OUT = _TEXTS / "held_out.txt"
+
+_JSON_LINES = (".jsonl", ".ndjson")
+_CHAT_FIELD = "messages"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text on disk.
+
+    Attributes:
+        path: the file.
+        field: of its JSON lines; those without it may have `messages`.
+    """
+
+    path: Path
+    field: str = "text"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a manifest says of it."""
+        shipped = " (shipped with llmfast)" if self.path.parent == _TEXTS else ""
+        return {"name": self.path.name + shipped, "sha256": sha256(self.path)}
+
+    def samples(self, bundle: ModelBundle, seq_len: int) -> list[np.ndarray]:
+        """Return all the samples of the text, int64 [seq] each, in its order.
+
+        Decoders get windows of `seq_len` tokens that follow one another; encoders each line, cut at `seq_len`.
+
+        Raises:
+            InputError: no tokenizer, or not one sample.
+            UnsupportedError: a conversation, and the model has no chat template.
+        """
+        tokenizer = Tokenizer.load(bundle.path)
+        texts = self._texts(tokenizer)
+        if bundle.manifest.task != TEXT_GENERATION:
+            lines = texts if self._is_json else read_lines(self.path)
+            length = min(bundle.longest_text(seq_len), seq_len)
+            return [np.array(tokenizer.encode(line)[:length], np.int64) for line in lines]
+        seq_len = min(seq_len, bundle.manifest.architecture.get("context_length", seq_len))
+        # A rendered conversation has the special tokens that it needs, and so has every text but the first.
+        ids = [token for number, text in enumerate(texts) for token in tokenizer.encode(text, number == 0)]
+        held = len(ids) // seq_len
+        if held == 0:
+            raise InputError(
+                f"text too short: `{self.path}` has {len(ids)} tokens, one window needs {seq_len}",
+                "give more text or a shorter --seq-len",
+            )
+        return list(np.asarray(ids[: held * seq_len], np.int64).reshape(held, seq_len))
+
+    @property
+    def _is_json(self) -> bool:
+        return self.path.suffix in _JSON_LINES
+
+    def _texts(self, tokenizer: Tokenizer) -> list[str]:
+        text = read_text(self.path)
+        if not self._is_json:
+            return [text]
+        return [self._record(line, number, tokenizer) for number, line in _numbered(text)]
+
+    def _record(self, line: str, number: int, tokenizer: Tokenizer) -> str:
+        where = f"`{self.path}`: line {number}"
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"not JSON: {where}", "JSON lines hold one object a line") from error
+        if not isinstance(record, dict):
+            raise InputError(f"not a JSON object: {where}", "JSON lines hold one object a line")
+        value = record.get(self.field, record.get(_CHAT_FIELD))
+        if isinstance(value, str) and value.strip():
+            return value + "\n\n"
+        if value and isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value):
+            return tokenizer.apply_chat_template(value, add_generation_prompt=False)
+        raise InputError(
+            f"no text in field `{self.field}`: {where}",
+            f"--calibration-field names the field; this line has: {', '.join(map(str, record)) or 'none'}",
+        )
+
+
+def pick(samples: Sequence[np.ndarray], count: int, seed: int | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Divide samples into `count` to be used and the rest.
+
+    Args:
+        samples: in the text's order, which is kept.
+        count: how many to use, at most.
+        seed: picks them at random; None takes the first ones.
+    """
+    order = np.arange(len(samples)) if seed is None else np.random.default_rng(seed).permutation(len(samples))
+    chosen, rest = np.sort(order[:count]), np.sort(order[count:])
+    return [samples[index] for index in chosen], [samples[index] for index in rest]
+
+
+def _numbered(text: str) -> list[tuple[int, str]]:
+    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]

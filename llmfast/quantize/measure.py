@@ -1,0 +1,298 @@
+"""How far a quantized graph's answers moved from the float graph's, on text that it was not calibrated on.
+
+What is compared follows from the outputs: next-token predictions of decoders (kld, top1_agreement,
+perplexity_ratio), labels (flipped_labels, kld), vectors (cosine), and for any other graph relative_error
+= |y - y'| / |y| over all its float outputs. One sample is in memory at a time.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmfast.bundle import TEXT_GENERATION, ModelBundle
+from llmfast.divergence import cosines, kl_divergence, log_softmax, prediction_figures, prediction_sums
+from llmfast.errors import InputError, OptionError, UnsupportedError
+from llmfast.graph.feeds import sequence_feeds
+from llmfast.graph.model import OnnxModel
+from llmfast.quantize.calibrate import Calibration, capture_inputs
+from llmfast.quantize.corpus import SHIPPED_HELD_OUT, Corpus, pick
+from llmfast.quantize.plan import Layers
+from llmfast.report import note, progress
+from llmfast.runtime import open_session
+from llmfast.verdict import Gate
+
+# Tokens of a sample that are scored: four samples of a small model take two seconds.
+SEQ_LEN = 256
+_RANDOM_LENGTH = 32  # of the axes that a graph leaves open
+_INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
+_FLOAT = "tensor(float)"
+_VECTORS = ("sentence_embedding", "last_hidden_state")
+
+_ACTIVATION_ROWS = 64
+_HIGHER_IS_BETTER = ("top1_agreement", "cosine")
+
+# Figure -> what one unit of --max-drop is of it, and its value when nothing moved.
+_DROPS = {"top1_agreement": (0.01, 1.0), "cosine": (1.0, 1.0), "flipped_labels": (0.01, 0.0)}
+
+Values = dict[str, np.ndarray]
+
+
+def parse_drop(text: str) -> Gate:
+    """Read `METRIC=VALUE`: top1_agreement and flipped_labels in points of a hundred, cosine as it is.
+
+    Raises:
+        OptionError: not of that form, or another metric.
+    """
+    metric, _, typed = text.partition("=")
+    if metric not in _DROPS:
+        raise OptionError(f"--max-drop `{text}`: unknown metric", f"choose from: {', '.join(_DROPS)}")
+    try:
+        drop = float(typed)
+    except ValueError as error:
+        raise OptionError(
+            f"--max-drop `{text}`: not METRIC=VALUE", "for example --max-drop top1_agreement=5"
+        ) from error
+    unit, unmoved = _DROPS[metric]
+    if unmoved:
+        return Gate(metric, unmoved - drop * unit, "min")
+    return Gate(metric, drop * unit, "max")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What two graphs are compared on.
+
+    Attributes:
+        samples: the inputs of each sample.
+        text: what the manifest says of the text; None for random inputs.
+    """
+
+    samples: list[Values]
+    text: dict[str, Any] | None
+
+
+def hold_out(
+    bundle: ModelBundle,
+    model: OnnxModel,
+    data: Corpus | None,
+    calibration: Calibration,
+    calibrated: bool,
+    num_samples: int,
+) -> HeldOut:
+    """Choose the samples to compare on.
+
+    They come from `data`; else from what the calibration's file holds beyond the samples used; else from a text
+    that llmfast ships. A graph without a tokenizer, or with inputs that no text makes, gets random inputs.
+
+    Args:
+        bundle: the float bundle.
+        model: its graph.
+        data: the text to use.
+        calibration: the text that was calibrated on, and how much of it.
+        calibrated: whether it was.
+        num_samples: samples, at most.
+
+    Raises:
+        InputError: `data` or the calibration's file has too little text, or there is no tokenizer for it.
+    """
+    session = open_session(model.path, spin=False)
+    inputs = session.get_inputs()
+    try:
+        if data is not None:
+            corpus, ids = data, data.samples(bundle, SEQ_LEN)
+        else:
+            corpus, ids = _left_over(bundle, calibration, calibrated)
+        chosen, _ = pick(ids, num_samples, calibration.seed)
+        samples = [sequence_feeds(inputs, one[None, :SEQ_LEN]) for one in chosen]
+    except (InputError, UnsupportedError) as error:
+        if data is not None or calibration.path is not None:
+            raise
+        note(f"note: `{model.path.name}` is compared on random inputs: {error.message}")
+        return HeldOut(_random_samples(model, session, num_samples, calibration.seed or 0), None)
+    return HeldOut(samples, {**corpus.describe(), "num_samples": len(samples)})
+
+
+def _left_over(bundle: ModelBundle, calibration: Calibration, calibrated: bool) -> tuple[Corpus, list[np.ndarray]]:
+    if calibration.path is not None:
+        used, rest = calibration.split(bundle)
+        if rest or not calibrated:
+            return calibration.corpus, rest if calibrated else [*used, *rest]
+    corpus = Corpus(SHIPPED_HELD_OUT)
+    return corpus, corpus.samples(bundle, SEQ_LEN)
+
+
+class Comparison:
+    """Collects how far outputs moved, one sample after the other.
+
+    Args:
+        outputs: the graph's, those of its cache among them.
+        task: the bundle's.
+
+    Attributes:
+        outputs: the ones that are compared.
+    """
+
+    def __init__(self, outputs: Sequence[str], task: str) -> None:
+        vector = next((name for name in _VECTORS if name in outputs), None)
+        self.outputs = [name for name in outputs if not name.startswith("present")]
+        self._is_decoder = task == TEXT_GENERATION
+        self._compare: Callable[[Values, list[np.ndarray], list[np.ndarray]], Mapping[str, float]] = self._errors
+        if "logits" in outputs:
+            self.outputs, self._compare = ["logits"], self._labels
+        elif vector:
+            self.outputs, self._compare = [vector], self._vectors
+        self._rows: list[np.ndarray] = []
+        self._samples: list[Mapping[str, float]] = []
+
+    def add(self, values: Values, ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
+        """Compare the outputs of one sample.
+
+        Args:
+            values: its inputs.
+            ours: the quantized graph's `outputs`.
+            theirs: the float graph's.
+        """
+        if self._is_decoder and self.outputs == ["logits"]:
+            self._rows.append(prediction_sums(values["input_ids"][0], ours[0][0], theirs[0][0]))
+        else:
+            self._samples.append(self._compare(values, ours, theirs))
+
+    def figures(self) -> dict[str, float]:
+        """Return the figures over all samples."""
+        if self._rows:
+            figures = prediction_figures(np.concatenate(self._rows))
+            return {key: float(value) for key, value in figures.items() if value is not None and key != "perplexity"}
+        return {key: float(np.mean([one[key] for one in self._samples])) for key in self._samples[0]}
+
+    @staticmethod
+    def _labels(values: Values, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mapping[str, float]:
+        moved = kl_divergence(log_softmax(ours[0]), log_softmax(theirs[0])).mean()
+        flipped = (ours[0].argmax(-1) != theirs[0].argmax(-1)).mean()
+        return {"kld": float(moved), "flipped_labels": float(flipped)}
+
+    @staticmethod
+    def _vectors(values: Values, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mapping[str, float]:
+        means = [one[0] if one[0].ndim == 2 else one[0].mean(1) for one in (ours, theirs)]
+        return {"cosine": float(cosines(*means).mean())}
+
+    @staticmethod
+    def _errors(values: Values, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mapping[str, float]:
+        pairs = [
+            (one.astype(np.float64), other.astype(np.float64))
+            for one, other in zip(ours, theirs, strict=True)
+            if other.dtype.kind == "f"
+        ]
+        moved = sum(float(np.square(one - other).sum()) for one, other in pairs)
+        power = sum(float(np.square(other).sum()) for _, other in pairs)
+        return {"relative_error": float(np.sqrt(moved / max(power, 1e-30)))}
+
+
+class Proof:
+    """The comparison of a quantized bundle with its float one.
+
+    Args:
+        bundle: the float bundle.
+        models: its graphs by role.
+        data: the text to compare on, see `hold_out`.
+        calibration: the text that was calibrated on.
+        calibrated: whether it was.
+        num_samples: samples, at most.
+
+    Attributes:
+        text: what the manifest says of the text; None when all inputs are random.
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        models: Mapping[str, OnnxModel],
+        data: Corpus | None,
+        calibration: Calibration,
+        calibrated: bool,
+        num_samples: int,
+    ) -> None:
+        self._task = bundle.manifest.task
+        self._models = models
+        self._held_out = {
+            role: hold_out(bundle, model, data, calibration, calibrated, num_samples) for role, model in models.items()
+        }
+        self.text = next((one.text for one in self._held_out.values() if one.text), None)
+
+    def capture(self, role: str, layers: Layers) -> dict[str, np.ndarray]:
+        """Return some rows of what each layer of a graph multiplies, to tell the error of its outputs."""
+        if not self._held_out[role].samples:
+            return {}
+        linears = [one for one in layers.linears if one.weight in layers.grids and one.weight not in layers.block_wise]
+        names = sorted({one.input for one in linears})
+        return capture_inputs(self._models[role], names, self._held_out[role].samples[0], _ACTIVATION_ROWS)
+
+    def compare(self, candidates: Mapping[str, OnnxModel]) -> dict[str, float]:
+        """Run both on the same samples, and return the figures; of several graphs the worst."""
+        start = time.perf_counter()
+        known = {role: one for role, one in candidates.items() if self._held_out[role].samples}
+        if not known:
+            return {}
+        parts = [self._compare(role, candidate) for role, candidate in known.items()]
+        worst = {key: [part[key] for part in parts if key in part] for part in parts for key in part}
+        where = self.text["name"] if self.text else "random inputs"
+        count = max(len(one.samples) for one in self._held_out.values())
+        note(f"compared with the float model on {count} samples of {where}: {time.perf_counter() - start:.1f} s")
+        return {key: min(values) if key in _HIGHER_IS_BETTER else max(values) for key, values in worst.items()}
+
+    def _compare(self, role: str, candidate: OnnxModel) -> dict[str, float]:
+        theirs = open_session(self._models[role].path, spin=False)
+        ours = open_session(candidate.path, spin=False)
+        comparison = Comparison([output.name for output in ours.get_outputs()], self._task)
+        samples = self._held_out[role].samples
+        with progress("comparing with the float model", len(samples)) as advance:
+            for values in samples:
+                reference = theirs.run(comparison.outputs, values)
+                comparison.add(values, ours.run(comparison.outputs, values), reference)
+                advance()
+        return comparison.figures()
+
+
+def damage_of(figures: Mapping[str, float]) -> float | None:
+    """Return the one figure that budgets are about: kld, else 1 - cosine, else the squared relative error."""
+    if "kld" in figures:
+        return figures["kld"]
+    if "cosine" in figures:
+        return 1 - figures["cosine"]
+    return figures["relative_error"] ** 2 if figures else None
+
+
+def _random_samples(model: OnnxModel, session: Any, count: int, seed: int) -> list[Values]:
+    """Return samples that the graph runs on, none when it refuses random inputs, with a note."""
+    rng = np.random.default_rng(seed)
+    try:
+        samples = [_random_values(model, session.get_inputs(), rng) for _ in range(count)]
+        session.run(None, samples[0])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        reason = error.message if isinstance(error, UnsupportedError) else str(error).strip().splitlines()[0][:200]
+        note(f"note: `{model.path.name}` is not compared with the float model: {reason}")
+        return []
+    return samples
+
+
+def _random_values(model: OnnxModel, inputs: Sequence[Any], rng: np.random.Generator) -> Values:
+    """Return normal floats, and integers below the rows of the table that they look up in, or 2."""
+    values = {}
+    for value in inputs:
+        first = [size if isinstance(size, int) else 1 for size in value.shape[:1]]  # batch
+        shape = first + [size if isinstance(size, int) else _RANDOM_LENGTH for size in value.shape[1:]]
+        if value.type == _FLOAT:
+            values[value.name] = rng.standard_normal(shape).astype(np.float32)
+        elif value.type in _INTEGERS:
+            values[value.name] = rng.integers(_num_rows(model, value.name), size=shape).astype(_INTEGERS[value.type])
+        else:
+            raise UnsupportedError(f"no random values of type {value.type} for input `{value.name}`")
+    return values
+
+
+def _num_rows(model: OnnxModel, indices: str) -> int:
+    nodes = [node for node in model.proto.graph.node if node.op_type == "Gather" and node.input[1] == indices]
+    tables = [model.initializers[node.input[0]] for node in nodes if node.input[0] in model.initializers]
+    return min((table.dims[0] for table in tables), default=2)

@@ -1,0 +1,63 @@
+"""What a quantization can be told, and the only copy of the defaults."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmfast.errors import OptionError
+from llmfast.quantize.budget import Budget
+from llmfast.quantize.calibrate import Calibration
+from llmfast.quantize.plan import DEFAULT_ROUNDING
+from llmfast.verdict import Gate
+
+# The scheme of a budget: blocks, of any width.
+MIXED_SCHEME = "int4"
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Choices of a quantization.
+
+    Attributes:
+        scheme: the number format, a file in quantize/schemes.
+        method: how the numbers are found: files in quantize/transforms, then one in quantize/rounding,
+            separated by commas.
+        settings: options of scheme and methods as typed, `KEY -> VALUE`.
+        include: quantize only layers whose name matches this regular expression.
+        exclude: keep layers whose name matches.
+        calibration: the text that methods with statistics run on, and that damages are measured on.
+        budget: chooses each layer's bits and block size.
+        sensitivity: what each layer costs, from an earlier run with a budget: its file or its bundle.
+        measure: compare the result with the float model.
+        data: the text to compare on; None is what the calibration leaves over, or a text that llmfast ships.
+        data_samples: windows, or an encoder's lines, to compare on.
+        gates: limits on the figures of the comparison.
+        resume: go on with the layers that an interrupted run had done.
+        overwrite: replace an existing bundle.
+
+    Raises:
+        OptionError: gates or a budget without a comparison, or a count that is not positive.
+    """
+
+    scheme: str
+    method: str = DEFAULT_ROUNDING
+    settings: Mapping[str, str] = field(default_factory=dict)
+    include: str = ""
+    exclude: str = ""
+    calibration: Calibration = field(default_factory=Calibration)
+    budget: Budget | None = None
+    sensitivity: Path | None = None
+    measure: bool = True
+    data: Path | None = None
+    data_samples: int = 4
+    gates: tuple[Gate, ...] = ()
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.data_samples < 1:
+            raise OptionError(f"--data-samples {self.data_samples}: must be at least 1")
+        if not self.measure and (self.gates or self.data or (self.budget and self.budget.max_kld)):
+            raise OptionError("--no-measure leaves nothing to judge", "leave out --no-measure, or --data and the gates")
+        if self.sensitivity and not self.budget:
+            raise OptionError("--sensitivity needs a budget", "e.g. --target-bits 5")
