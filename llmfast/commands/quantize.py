@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from llmfast.errors import OptionError
 
 if TYPE_CHECKING:
     from llmfast.bundle import ModelBundle
+    from llmfast.quantize.options import QuantizeOptions
 
 SUMMARY = "A float model to a smaller one."
 
@@ -65,6 +66,15 @@ def quantize(
         list[str] | None,
         typer.Option(metavar="METRIC=X", help="Gate: top1_agreement or flipped_labels in points, or cosine."),
     ] = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Try what suits this machine, and keep the fastest that passes the gates.")
+    ] = False,
+    min_speedup: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=X", help="Gate of --auto: at least X times the float model's speed."),
+    ] = None,
+    provider: Annotated[str | None, typer.Option(help="Execution provider that --auto measures on.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads that --auto measures with.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -83,12 +93,19 @@ def quantize(
         report.out(registry.describe("quantize.schemes", "quantize.transforms", "quantize.rounding"))
         return
     budget = {"max_bits": target_bits, "max_bytes": None if target_size is None else parse_size(target_size)}
-    if scheme is None and max_kld is not None and not given(budget):
+    if scheme is None and max_kld is not None and not given(budget) and not auto:
         budget["max_kld"] = max_kld
-    if model is None or output is None or (scheme is None and not given(budget)):
+    if model is None or output is None or (scheme is None and not given(budget) and not auto):
         raise OptionError(
-            "quantize needs a MODEL, --output, and --scheme or a budget", "llmfast quantize fp32 -o int4 --scheme int4"
+            "quantize needs a MODEL, --output, and --scheme, a budget or --auto",
+            "llmfast quantize fp32 -o int4 --scheme int4",
         )
+    _check_auto(
+        auto,
+        excluded={"--scheme": scheme, "--method": method, "--target-bits": target_bits, "--target-size": target_size},
+        needs={"--min-speedup": min_speedup, "--provider": provider, "--threads": threads},
+        others={"--no-measure": not measure, "--resume": resume, "--dry-run": dry_run, "--set": settings},
+    )
     from llmfast.quantize.budget import Budget
     from llmfast.quantize.calibrate import Calibration
     from llmfast.quantize.measure import parse_drop
@@ -116,7 +133,38 @@ def quantize(
     if dry_run:
         report.print_rows(plan_layers(model, output, options), LAYER_COLUMNS, output_format)
         return
+    if auto:
+        bench = {"provider": provider, "threads": threads}
+        _quantize_best(model, output, options, bench, min_speedup or [], output_format)
+        return
     _print(run(model, output, options), model, output_format)
+
+
+def _check_auto(auto: bool, excluded: dict[str, Any], needs: dict[str, Any], others: dict[str, Any]) -> None:
+    """Refuse options that --auto has no use for, and those that are its own without it."""
+    unfit = {**excluded, **others} if auto else needs
+    for name, value in unfit.items():
+        if value:
+            raise OptionError(f"{name} {'does not go with' if auto else 'needs'} --auto", "leave one of the two out")
+
+
+def _quantize_best(
+    model: Path,
+    output: Path,
+    options: "QuantizeOptions",
+    bench: dict[str, Any],
+    min_speedup: list[str],
+    output_format: str,
+) -> None:
+    from dataclasses import replace
+
+    from llmfast.auto import COLUMNS, AutoOptions, quantize_best
+    from llmfast.verdict import parse_speedup
+
+    auto = AutoOptions(options, (*options.gates, *map(parse_speedup, min_speedup)))
+    auto = replace(auto, bench=replace(auto.bench, **given(bench)))
+    _, rows = quantize_best(model, output, auto)
+    report.print_rows(rows, [one for one in COLUMNS if any(one.key in row for row in rows)], output_format)
 
 
 def _print(bundle: "ModelBundle", model: Path, output_format: str) -> None:

@@ -34,7 +34,8 @@ def summarize(reports: Sequence[LayerReport]) -> dict[str, Any]:
     Relative errors are sqrt(sum (w - w')^2 / sum w^2), and the same of the outputs x w^T: 0 is exact.
     """
     roles: dict[tuple[str, int], list[LayerReport]] = {}
-    for report in reports:
+    order = list(dict.fromkeys(report.role for report in reports))
+    for report in sorted(reports, key=lambda one: (order.index(one.role), one.bits)):
         roles.setdefault((report.role, report.bits), []).append(report)
     rows = [
         {

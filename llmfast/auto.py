@@ -1,0 +1,157 @@
+"""`llmfast quantize --auto`: try the few formats that suit this machine, measure each, keep the best.
+
+It stands above the stages: each candidate is quantized by one and timed by another, against the float model.
+"""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llmfast import registry
+from llmfast.bench.machine import describe_machine
+from llmfast.bench.options import BenchOptions
+from llmfast.bench.stage import bench
+from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle, check_output, stage_output
+from llmfast.errors import GateError, UnsupportedError
+from llmfast.quantize.options import QuantizeOptions
+from llmfast.quantize.stage import quantize
+from llmfast.report import Column, note
+from llmfast.verdict import Gate, judge, spell
+
+# Instruction sets whose kernels multiply int8 without saturating: one of them makes W8A8 safe.
+_INT8_DOT = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
+
+_SPEED = re.compile(r"(tokens|.*_tokens|samples)_per_s(_\d+x\d+)?_ratio")
+
+COLUMNS = (
+    Column("candidate", "bundle", align_right=False),
+    Column("MB", "size_bytes", lambda value: f"{value / 1e6:.1f}"),
+    Column("speed x", "speed_ratio", "{:.2f}".format),
+    Column("KLD", "kld", "{:.4f}".format),
+    Column("cosine", "cosine", "{:.5f}".format),
+    Column("verdict", "verdict", align_right=False),
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scheme and a method worth trying."""
+
+    scheme: str
+    method: str
+
+    @property
+    def name(self) -> str:
+        """The name in tables, and of its directory."""
+        return f"{self.scheme}-{self.method.replace(',', '-')}"
+
+
+@dataclass(frozen=True)
+class AutoOptions:
+    """What the best candidate must keep, and how candidates are made and timed.
+
+    Attributes:
+        quantize: of every candidate, its scheme, method and gates left out.
+        gates: limits on figures of quality and, as `<speed>_ratio`, on speed.
+        bench: how speed is measured.
+    """
+
+    quantize: QuantizeOptions
+    gates: tuple[Gate, ...] = ()
+    bench: BenchOptions = field(
+        default_factory=lambda: BenchOptions(prompt_tokens=256, output_tokens=32, shapes="1x32,8x128", rounds=5)
+    )
+
+
+def candidates(task: str, provider: str, isa: Sequence[str]) -> list[Candidate]:
+    """Return what is worth trying for a task on a provider and a processor, most promising first.
+
+    Args:
+        task: the bundle's.
+        provider: a name in `llmfast.providers`.
+        isa: the processor's instruction sets, as `describe_machine` names them.
+    """
+    if provider != "cpu":
+        floats = [Candidate("fp16", "rtn")] if "fp16" in registry.names("quantize.schemes") else []
+        return [*floats, Candidate("int4", "gptq")]
+    found = [Candidate("int8", "smoothquant" if task == TEXT_GENERATION else "rtn")] if _INT8_DOT & set(isa) else []
+    if task == TEXT_GENERATION:
+        found += [Candidate("int4", "gptq"), Candidate("w8", "rtn")]
+    return found or [Candidate("w8", "rtn"), Candidate("int4", "rtn")]
+
+
+def quantize_best(source: Path, output: Path, options: AutoOptions) -> tuple[ModelBundle, list[dict[str, Any]]]:
+    """Quantize in several ways, and keep the fastest that passes all gates.
+
+    Args:
+        source: a float bundle.
+        output: the new bundle's directory.
+        options: see `AutoOptions`.
+
+    Returns:
+        The bundle kept, and a row per candidate: `bundle`, `size_bytes`, `speed_ratio` (geometric mean of its
+        speeds against the float model's), figures of quality, `verdict`.
+
+    Raises:
+        GateError: no candidate passes and is faster than the float model; nothing is written.
+        UnsupportedError: the bundle does not say what it is for, so its speed can't be measured.
+    """
+    bundle = ModelBundle.open(source)
+    if bundle.manifest.task == UNKNOWN_TASK:
+        raise UnsupportedError(f"`{source}` does not say what its model is for", "choose a --scheme, or export it anew")
+    check_output(output, (source,), options.quantize.overwrite)
+    machine = describe_machine()
+    tried = candidates(bundle.manifest.task, options.bench.provider, machine["isa"])
+    note(
+        f"{machine['cpu']}, {machine['cores']} cores, {' '.join(machine['isa']) or 'no known instruction sets'}: "
+        f"trying {', '.join(one.name for one in tried)}"
+    )
+    with stage_output(output, options.quantize.overwrite) as staged:
+        made = {one.name: _quantize(source, staged / one.name, one, options.quantize) for one in tried}
+        document = bench([source, *(small.path for small in made.values())], options.bench)
+        rows = [_row(row, made) for row in document["rows"] if row["bundle"] in made]
+        best = _best(rows, options.gates, bundle.name)
+        for file in made[best].path.iterdir():
+            os.rename(file, staged / file.name)
+        for name in made:
+            shutil.rmtree(staged / name)
+    return ModelBundle.open(output), rows
+
+
+def _quantize(source: Path, output: Path, candidate: Candidate, options: QuantizeOptions) -> ModelBundle:
+    note(f"{candidate.name}:")
+    return quantize(source, output, replace(options, scheme=candidate.scheme, method=candidate.method, gates=()))
+
+
+def _row(row: dict[str, Any], made: dict[str, ModelBundle]) -> dict[str, Any]:
+    """Return a candidate's figures of speed and quality, and the mean of its speeds against the float model's."""
+    measured = made[row["bundle"]].manifest.measured["quantize"]
+    ratios = [value for key, value in row.items() if value and _SPEED.fullmatch(key)]
+    speed = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+    quality = {key: value for key, value in measured.items() if isinstance(value, float)}
+    return {"bundle": row["bundle"], "size_bytes": row["size_bytes"], "speed_ratio": speed, **quality, **row}
+
+
+def _best(rows: list[dict[str, Any]], gates: Sequence[Gate], baseline: str) -> str:
+    """Return the fastest row that passes, and write a verdict on each into its row."""
+    passing = []
+    for row in rows:
+        missed = [spell(entry) for entry in judge([row], "", gates) if not entry["passed"]]
+        if missed:
+            row["verdict"] = "; ".join(line.partition("` ")[2] for line in missed)
+        elif not row["speed_ratio"] or row["speed_ratio"] <= 1:
+            row["verdict"] = "not faster than the float model"
+        else:
+            row["verdict"] = "passed"
+            passing.append(row)
+    if not passing:
+        reasons = "; ".join(f"`{row['bundle']}`: {row['verdict']}" for row in rows)
+        raise GateError(f"keep `{baseline}`: no candidate is better here: {reasons}", "loosen the gates")
+    best = max(passing, key=lambda row: float(row["speed_ratio"]))
+    best["verdict"] = "kept"
+    return str(best["bundle"])
