@@ -145,7 +145,8 @@ def _best(rows: list[dict[str, Any]], gates: Sequence[Gate], baseline: str) -> s
         if missed:
             row["verdict"] = "; ".join(line.partition("` ")[2] for line in missed)
         elif not row["speed_ratio"] or row["speed_ratio"] <= 1:
-            row["verdict"] = "not faster than the float model"
+            speed = f"{row['speed_ratio']:.2f} x the speed" if row["speed_ratio"] else "speed not measured"
+            row["verdict"] = f"{speed}, asked more than 1"
         else:
             row["verdict"] = "passed"
             passing.append(row)

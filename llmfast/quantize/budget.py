@@ -14,14 +14,18 @@ from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.checkpoint import Checkpoint
 from llmfast.quantize.measure import hold_out
 from llmfast.quantize.plan import Layers
+from llmfast.quantize.rewrite import RoundWeight
 from llmfast.quantize.sensitivity import LayerDamage, grid_errors, weights_of
-from llmfast.report import progress
+from llmfast.report import note, progress
 
 # The widths and block sizes that layers may get; all have fast kernels.
 _BITS = (4, 8)
 _BLOCK_SIZES = (32, 64, 128)
 # Samples that the damage of each layer is measured on.
 _DAMAGE_SAMPLES = 2
+_NUM_PRINTED = 5
+# What storing a weight takes beside it: nodes, names, and half a page for each of codes and scales.
+_PADDING = 5000
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Budget:
 
     Attributes:
         max_bits: stored bits per parameter, scales included.
-        max_bytes: bytes of all weights.
+        max_bytes: bytes of the graph and its weights on disk.
         max_kld: KL divergence in nats; for encoders 1 - cosine, for other graphs the squared relative error.
 
     Raises:
@@ -49,11 +53,15 @@ class Budget:
             if not 0 < value < float("inf"):
                 raise OptionError(f"{name} {value:g}: not a positive number")
 
-    def limit_bytes(self, num_parameters: int) -> float:
-        """Return the most bytes that all weights may take."""
+    def limit(self, parameters: int) -> float:
+        """Return the most that `size` may be."""
         if self.max_bits is not None:
-            return self.max_bits * num_parameters / 8
-        return self.max_bytes if self.max_bytes is not None else float("inf")
+            return self.max_bits * parameters / 8
+        return float("inf") if self.max_bytes is None else self.max_bytes
+
+    def size(self, model: OnnxModel) -> int:
+        """Return the size that the budget is about: bytes on disk, for bits per weight the weights' alone."""
+        return count_weight_bytes([model]) if self.max_bytes is None else file_bytes(model)
 
 
 class GridChoice:
@@ -135,13 +143,15 @@ class Fitting:
     Args:
         choice: gives layers for limits.
         budget: what is asked.
-        limit_bytes: the most bytes of all weights.
+        limit: the most that the budget's `size` may be.
+        overhead: what that size is expected to hold beside the weights.
     """
 
-    def __init__(self, choice: GridChoice, budget: Budget, limit_bytes: float) -> None:
+    def __init__(self, choice: GridChoice, budget: Budget, limit: float, overhead: int) -> None:
         self._choice = choice
         self._budget = budget
-        self._limit_bytes = self._max_bytes = limit_bytes
+        self._limit = limit
+        self._max_bytes = limit - overhead
         self._max_damage = budget.max_kld or 0.0
         self._attempts = 0
         self._expected = 0.0
@@ -158,19 +168,20 @@ class Fitting:
         layers, self._expected = self._choice.under(self._max_bytes, self._max_damage)
         return layers
 
-    def is_met(self, num_bytes: int, damage: float | None) -> bool:
+    def is_met(self, written: OnnxModel, damage: float | None) -> bool:
         """Judge what was written; False asks for another attempt.
 
         Args:
-            num_bytes: of all weights.
+            written: the quantized graph.
             damage: as measured.
 
         Raises:
             GateError: the budget can't be met.
         """
+        num_bytes = self._budget.size(written)
         if self._budget.max_kld is None:
-            excess = num_bytes - self._limit_bytes
-            self._max_bytes -= max(excess, 0)  # scales that float16 can't hold took more than expected
+            excess = num_bytes - self._limit
+            self._max_bytes -= max(excess, 0)  # padding, or scales that float16 can't hold
             return excess <= 0
         assert damage is not None
         return self._is_close(damage, self._budget.max_kld, num_bytes)
@@ -209,6 +220,7 @@ def start_fitting(
     bundle: ModelBundle,
     model: OnnxModel,
     layers: Layers,
+    round_weight: RoundWeight,
     checkpoint: Checkpoint,
     folder: Path,
 ) -> Fitting:
@@ -222,6 +234,7 @@ def start_fitting(
         bundle: the float bundle.
         model: its graph.
         layers: those that will be quantized.
+        round_weight: the method's, without transforms.
         checkpoint: holds damages that an interrupted run measured.
         folder: where the file goes.
     """
@@ -230,10 +243,27 @@ def start_fitting(
     else:
         samples = hold_out(bundle, model, calibration.corpus, calibration, False, _DAMAGE_SAMPLES).samples
         with progress("measuring what each layer costs", len(weights_of(layers))) as advance:
-            damages = sensitivity.measure_damages(model, layers, samples, bundle.manifest.task, checkpoint, advance)
+            damages = sensitivity.measure_damages(
+                model, layers, samples, bundle.manifest.task, round_weight, checkpoint, advance
+            )
+    costliest = sorted(damages, key=lambda one: -one.damage)[:_NUM_PRINTED]
+    note(
+        f"what layers cost when they alone are rounded to {sensitivity.PROBE.bits} bits (all are in "
+        f"{sensitivity.FILE}): {', '.join(f'{one.name} {one.damage:.4f}' for one in costliest)}, ..."
+    )
     sensitivity.save(folder / sensitivity.FILE, damages, {"calibration": calibration.describe()})
     choice = GridChoice(model, layers, damages, symmetric)
-    return Fitting(choice, budget, budget.limit_bytes(num_parameters(bundle, [model])))
+    overhead = 0
+    if budget.max_bytes is not None:
+        overhead = file_bytes(model) - count_weight_bytes([model]) + _PADDING * len(damages)
+    return Fitting(choice, budget, budget.limit(num_parameters(bundle, [model])), overhead)
+
+
+def file_bytes(model: OnnxModel) -> int:
+    """Return the bytes on disk of a graph and the files its weights lie in."""
+    entries = [entry for tensor in model.initializers.values() for entry in tensor.external_data]
+    external = {entry.value for entry in entries if entry.key == "location"}
+    return sum(file.stat().st_size for file in [model.path, *(model.path.parent / name for name in external)])
 
 
 def num_parameters(bundle: ModelBundle, models: Sequence[OnnxModel]) -> int:

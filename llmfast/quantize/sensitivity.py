@@ -1,6 +1,7 @@
 """What each layer costs when its weight is rounded: the float graph run with one rounded weight after the other.
 
 Weights become inputs with a default value, so that one session serves all layers and nothing is reopened. The
+method that will round the weights rounds them here too: what it gains differs much from layer to layer. The
 damage of a weight on another grid than the probe's grows with its squared error: KL divergence is quadratic in
 small errors, so damage(grid) = damage(probe) * error(grid) / error(probe), and the damages of layers add up.
 Cost: one pass over the samples per layer.
@@ -8,7 +9,7 @@ Cost: one pass over the samples per layer.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from llmfast.graph.packed import Grid
 from llmfast.quantize.checkpoint import Checkpoint
 from llmfast.quantize.measure import Comparison, Values, damage_of
 from llmfast.quantize.plan import EMBEDDING_ROLE, HEAD_ROLE, Layers
+from llmfast.quantize.rewrite import RoundWeight
 from llmfast.quantize.rounding import rtn
 from llmfast.runtime import open_session
 
 FILE = "sensitivity.json"
 # What every layer is rounded to when its damage is measured: large enough an error to stand out of float32's noise.
-PROBE = Grid(bits=4, block_size=64, symmetric=False)
+PROBE = Grid(bits=4, block_size=32, symmetric=False)
 _FORMAT = 1
 _ROWS = 256  # of a weight, from which the errors of its grids are estimated
 _OPTIONS = rtn.Options(search_steps=6)
@@ -109,6 +111,7 @@ def measure_damages(
     layers: Layers,
     samples: Sequence[Values],
     task: str,
+    round_weight: RoundWeight,
     checkpoint: Checkpoint,
     advance: Callable[[], None],
 ) -> list[LayerDamage]:
@@ -119,6 +122,7 @@ def measure_damages(
         layers: those that will be quantized.
         samples: the inputs to measure on.
         task: the bundle's.
+        round_weight: the method's, for weights and activations as they are in the float graph.
         checkpoint: holds the damages that are known, and gets those that become known.
         advance: called once per weight.
     """
@@ -130,7 +134,9 @@ def measure_damages(
         stored = model.read(model.initializers[weight])
         matrix = stored.T if linear is not None and not linear.stored_transposed else stored
         if damage is None:
-            rounded = rtn.quantize_weight(np.asarray(matrix, np.float32), PROBE, _OPTIONS).dequantize()
+            in_blocks = weight in layers.block_wise
+            grid = replace(PROBE, symmetric=PROBE.symmetric or in_blocks)
+            rounded = round_weight(np.asarray(matrix, np.float32), grid, None if in_blocks else linear).dequantize()
             damage = probe.damage(weight, np.ascontiguousarray(rounded if matrix is stored else rounded.T))
             checkpoint.keep_record(weight, damage)
         damages.append(LayerDamage(weight, name, role, matrix.shape, damage))

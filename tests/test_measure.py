@@ -1,0 +1,173 @@
+"""The comparison with the float model after each quantization, and its gates."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from typer.testing import CliRunner
+
+from llmfast.bundle import ModelBundle
+from llmfast.cli import app
+from llmfast.errors import GateError, InputError, OptionError
+from llmfast.export.stage import export
+from llmfast.infer.engine import Engine
+from llmfast.quantize.calibrate import Calibration
+from llmfast.quantize.measure import SEQ_LEN, parse_drop
+from llmfast.quantize.stage import QuantizeOptions, quantize
+from llmfast.tokenizer import Tokenizer
+from llmfast.verdict import Gate
+from tests.tiny_encoder import save_encoder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    letters = np.random.default_rng(3).integers(97, 123, 2 * SEQ_LEN + 10).astype(np.uint8)
+    path.write_bytes(letters.tobytes())
+    return path
+
+
+def test_figures_are_those_of_a_plain_computation(fp32_bundle: Path, text: Path, tmp_path: Path) -> None:
+    bundle = quantize(fp32_bundle, tmp_path / "out", QuantizeOptions("int4", data=text, data_samples=2))
+    measured = bundle.manifest.measured["quantize"]
+    ids = np.array(Tokenizer.load(fp32_bundle).encode(text.read_text()))[: 2 * SEQ_LEN].reshape(2, SEQ_LEN)
+    theirs, ours = Engine(ModelBundle.open(fp32_bundle)), Engine(bundle)
+    gaps, agreements, extra = [], [], []
+    for window in ids:
+        p, q = (np.exp(one.score(window)[:-1].astype(np.float64)) for one in (theirs, ours))
+        p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
+        gaps.append((p * np.log(p / q)).sum(-1))
+        agreements.append(p.argmax(-1) == q.argmax(-1))
+        rows = np.arange(SEQ_LEN - 1)
+        extra.append(np.log(p[rows, window[1:]] / q[rows, window[1:]]))
+    assert measured["kld"] == pytest.approx(np.mean(gaps), rel=1e-2)
+    assert measured["top1_agreement"] == pytest.approx(np.mean(agreements), abs=0.02)
+    assert measured["perplexity_ratio"] == pytest.approx(np.exp(np.mean(extra)), rel=1e-2)
+    assert measured["text"] == {"name": "text.txt", "sha256": measured["text"]["sha256"], "num_samples": 2}
+    worst = measured["worst_layers"]
+    assert [one["output_error"] for one in worst] == sorted((one["output_error"] for one in worst), reverse=True)
+    assert all(0.01 < one["output_error"] < 0.3 for one in worst)
+
+
+def test_held_out_text_is_what_calibration_left(fp32_bundle: Path, tmp_path: Path) -> None:
+    lines = "".join(chr(97 + index % 26) for index in range(4 * 64))
+    text = tmp_path / "text.txt"
+    text.write_text(lines, encoding="utf-8")
+
+    def held_out(samples: int) -> dict:
+        options = QuantizeOptions("int4", "gptq", calibration=Calibration(text, samples, 64), overwrite=True)
+        return quantize(fp32_bundle, tmp_path / "out", options).manifest.measured["quantize"]["text"]
+
+    assert held_out(1)["name"] == "text.txt"
+    assert held_out(1)["num_samples"] >= 2
+    assert "held_out.txt" in held_out(4)["name"]  # nothing is left
+
+
+def test_encoders_are_compared_by_their_vectors(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "checkpoint")
+    fp32 = export(str(tmp_path / "checkpoint"), tmp_path / "fp32")
+    small = quantize(fp32.path, tmp_path / "int8", QuantizeOptions("int8"))
+    measured = small.manifest.measured["quantize"]
+    assert 0.99 < measured["cosine"] < 1
+    with pytest.raises(GateError, match="`strict` cosine"):
+        quantize(fp32.path, tmp_path / "strict", QuantizeOptions("int4", gates=(parse_drop("cosine=0.0000001"),)))
+    assert not (tmp_path / "strict").exists()
+
+
+def _graph(path: Path, input_type: int = TensorProto.FLOAT) -> Path:
+    weight = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["h", "w"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "lone",
+        [helper.make_tensor_value_info("x", input_type, ["rows", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 32])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_a_graph_without_text_is_compared_on_random_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = _graph(tmp_path / "lone.onnx")
+    bundle = quantize(source, tmp_path / "out", QuantizeOptions("int4"))
+    measured = bundle.manifest.measured["quantize"]
+    assert "random inputs" in capsys.readouterr().err
+    assert measured["text"] is None
+    x = np.random.default_rng(9).standard_normal((500, 64)).astype(np.float32)
+    theirs, ours = (onnxruntime.InferenceSession(path).run(None, {"x": x})[0] for path in (source, bundle.model))
+    expected = np.linalg.norm(theirs - ours) / np.linalg.norm(theirs)
+    assert measured["relative_error"] == pytest.approx(expected, rel=0.25)
+
+
+def test_a_graph_that_refuses_random_inputs_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = _graph(tmp_path / "lone.onnx", TensorProto.STRING)
+    bundle = quantize(source, tmp_path / "out", QuantizeOptions("int4"))
+    assert "not compared with the float model" in capsys.readouterr().err
+    assert "relative_error" not in bundle.manifest.measured["quantize"]
+    with pytest.raises(GateError, match="not measured"):
+        quantize(source, tmp_path / "gated", QuantizeOptions("int4", gates=(Gate("kld", 1, "max"),)))
+
+
+def test_a_missed_gate_leaves_nothing(fp32_bundle: Path, text: Path, tmp_path: Path) -> None:
+    gates = (Gate("kld", 1e-6, "max"), parse_drop("top1_agreement=0"))
+    with pytest.raises(GateError, match=r"`out` kld 0\.\d+, asked at most 1e-06; `out` top1_agreement"):
+        quantize(fp32_bundle, tmp_path / "out", QuantizeOptions("int4", data=text, gates=gates))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("drop", ["", "top1_agreement", "top1_agreement=x", "accuracy=1", "cosine=-1=2"])
+def test_malformed_drops_are_refused(drop: str) -> None:
+    with pytest.raises(OptionError, match="--max-drop"):
+        parse_drop(drop)
+
+
+def test_drops_are_limits() -> None:
+    assert parse_drop("top1_agreement=5") == Gate("top1_agreement", 0.95, "min")
+    assert parse_drop("cosine=0.01") == Gate("cosine", 0.99, "min")
+    assert parse_drop("flipped_labels=2") == Gate("flipped_labels", 0.02, "max")
+
+
+def test_gates_without_a_comparison_are_refused(text: Path) -> None:
+    for options in ({"gates": (Gate("kld", 1, "max"),)}, {"data": text}):
+        with pytest.raises(OptionError, match="--no-measure"):
+            QuantizeOptions("int4", measure=False, **options)
+    with pytest.raises(OptionError, match="--data-samples 0"):
+        QuantizeOptions("int4", data_samples=0)
+
+
+def test_bad_data_is_found_before_the_work(fp32_bundle: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("short", encoding="utf-8")
+    with pytest.raises(InputError, match="text too short"):
+        quantize(fp32_bundle, tmp_path / "out", QuantizeOptions("int4", data=short))
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_prints_figures_and_exits_with_7(
+    checkpoints: Callable[[str], Path], fp32_bundle: Path, tmp_path: Path
+) -> None:
+    def run(*arguments: str):
+        return CliRunner().invoke(app, ["quantize", str(fp32_bundle), "-o", str(tmp_path / "out"), *arguments])
+
+    result = run("--scheme", "int8", "--max-kld", "0.5", "--format", "json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["kld"] < 0.5
+    assert document["size_bytes"] == ModelBundle.open(tmp_path / "out").size_bytes
+    assert document["gates"][0]["passed"]
+    result = run("--scheme", "int4", "--max-drop", "top1_agreement=0", "--overwrite")
+    assert result.exit_code == 7
+    assert "top1_agreement" in result.stderr
+    assert ModelBundle.open(tmp_path / "out").manifest.lineage[-1].method == "int8:rtn"  # as it was before
+    result = run("--scheme", "int4", "--no-measure", "--overwrite", "--format", "md")
+    assert result.exit_code == 0, result.output
+    assert "KLD" not in result.stdout
