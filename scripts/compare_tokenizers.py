@@ -8,6 +8,8 @@ tokens of the model and arbitrary code points. With --hf the tokenizer.json of a
 many texts get other tokens, with the first of them, and exits with 1 if there are any.
 """
 
+# ruff: noqa: RUF001
+
 import argparse
 import random
 import sys

@@ -14,7 +14,7 @@ import numpy as np
 from llmfast.errors import InputError, UnsupportedError
 from llmfast.export.gguf_splits import SPLITS, Split
 
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # types of tokens; 1 is an ordinary one
 _SPACE = "\u2581"  # SentencePiece writes it for a space
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
 _END_KEYS = ("eos", "eot", "eom")
@@ -63,7 +63,7 @@ class GgufTokenizer:
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         self._path, self._metadata = path, metadata
-        self._model: str = metadata.get("tokenizer.ggml.model", "")
+        self._model = str(metadata.get("tokenizer.ggml.model", ""))
         self._tokens = self._read_tokens()
         self._ids = {token: index for index, token in enumerate(self._tokens)}
         if len(self._ids) < len(self._tokens):
@@ -169,14 +169,14 @@ class GgufTokenizer:
         if self._model == "gemma4":
             return self._build_sentencepiece(self._merges())
         raise UnsupportedError(
-            f"tokenizer model `{self._model}` in `{self._path}` is not supported", "supported: gpt2, llama, gemma4"
+            f"tokenizer model `{self._model:.80}` in `{self._path}` is not supported", "supported: gpt2, llama, gemma4"
         )
 
     def _split(self) -> Split:
-        name = self._metadata.get("tokenizer.ggml.pre", "default")
+        name = str(self._metadata.get("tokenizer.ggml.pre", "default"))
         if name not in SPLITS:
             raise UnsupportedError(
-                f"pre-tokenizer `{name}` in `{self._path}` is not supported",
+                f"pre-tokenizer `{name:.80}` in `{self._path}` is not supported",
                 "export the Hugging Face folder of the model instead",
             )
         return SPLITS[name]
@@ -203,7 +203,7 @@ class GgufTokenizer:
         prefixed = self._flag("add_space_prefix", self._model == "llama")
         normal: list[Any] = []
         if self._flag("remove_extra_whitespaces", False):
-            normal += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+            normal += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
         if prefixed:
             normal.append(normalizers.Prepend(" "))
         tokenizer.normalizer = normalizers.Sequence([*normal, normalizers.Replace(" ", _SPACE)])
@@ -266,24 +266,16 @@ class GgufTokenizer:
 def _merges_by_score(tokens: Sequence[str], types: np.ndarray, scores: np.ndarray) -> list[tuple[str, str]]:
     """Return the merges that give what SentencePiece's BPE finds by the scores of pieces.
 
-    SentencePiece joins the neighbours whose union has the highest score, the leftmost first among equals; a
-    list of merges ranks pairs instead. So the pairs of a better piece come first, and pairs of the same piece
-    are ordered such that where two of them overlap the left one wins. Pieces of the same score, which
-    training never makes, rank by their ids.
+    SentencePiece joins the neighbours whose union has the highest score, the leftmost first among equals; a list of
+    merges ranks pairs instead, so the pairs of a better piece come first. The order of the pairs of one piece
+    changes nothing: the merges before always leave the piece as the same two parts, wherever it is in a text.
+    Pieces of the same score, which training never makes, rank by their ids.
     """
-    pieces = {token for token, kind in zip(tokens, types.tolist(), strict=True) if kind != _CONTROL}
-    reachable = np.flatnonzero(~np.isin(types, (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)))
-    order = reachable[np.argsort(-scores[reachable], kind="stable")]
-    return [pair for index in order.tolist() for pair in _ways_to_make(tokens[index], pieces)]
+    parts = {token for token, kind in zip(tokens, types.tolist(), strict=True) if kind != _CONTROL}
+    joined = np.flatnonzero(~np.isin(types, (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)))
+    order = joined[np.argsort(-scores[joined], kind="stable")]
+    return [pair for index in order.tolist() for pair in _cuts(tokens[index]) if pair[0] in parts and pair[1] in parts]
 
 
-def _ways_to_make(piece: str, pieces: set[str]) -> Iterator[tuple[str, str]]:
-    pairs = [
-        (piece[:cut], piece[cut:])
-        for cut in range(len(piece) - 1, 0, -1)
-        if piece[:cut] in pieces and piece[cut:] in pieces
-    ]
-    if len(pairs) > 1:
-        # (a, b) and (b, c) may overlap when ab = bc: the text has a, b, c, and (a, b) is on the left.
-        pairs.sort(key=lambda pair: not piece.startswith(pair[1]))
-    yield from pairs
+def _cuts(piece: str) -> Iterator[tuple[str, str]]:
+    return ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
