@@ -164,21 +164,27 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, np.n
         "gpt2",
         "gpt2",
         {"n_inner": 96},
-        {"attention.head_count_kv": None, "attention.key_length": None, "feed_forward_length": 96},
+        {
+            "attention.head_count_kv": None,
+            "attention.key_length": None,
+            "attention.value_length": None,
+            "rope.dimension_count": None,
+            "feed_forward_length": 96,
+        },
         {},
     ),
     "gptneox": (
         "gptneox",
         "gpt_neox",
         {"rotary_pct": 0.5, "rope_parameters": None, "use_parallel_residual": True},
-        {"rope.dimension_count": 8, "use_parallel_residual": True},
+        {"rope.dimension_count": 8, "use_parallel_residual": True, "attention.head_count_kv": None},
         {},
     ),
     "gptneox-serial": (
         "gptneox",
         "gpt_neox",
         {"rotary_pct": 1.0, "rope_parameters": None, "use_parallel_residual": False},
-        {"rope.dimension_count": 16, "use_parallel_residual": False},
+        {"rope.dimension_count": 16, "use_parallel_residual": False, "attention.head_count_kv": None},
         {},
     ),
     "starcoder2": ("starcoder2", "starcoder2", {"sliding_window": None}, {}, {}),
@@ -221,6 +227,19 @@ def test_a_file_is_the_model_it_was_made_from(name: str, pair: Callable[[str], t
     with torch.no_grad():
         logits = expected(ids).logits
         torch.testing.assert_close(model(ids).logits, logits, rtol=1e-5, atol=2e-5 * float(logits.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("phi3")])  # it ignores phi3's windows
+def test_llama_cpp_computes_the_same(name: str, pair: Callable[[str], tuple[Path, Path]]) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    ids = np.random.default_rng(0).integers(3, 260, 60)
+    theirs = llama_cpp.Llama(str(pair(name)[1]), n_ctx=512, n_batch=128, logits_all=True, verbose=False)
+    theirs.eval(ids.tolist())
+    with torch.no_grad():
+        logits = GgufCheckpoint(pair(name)[1]).load_reference()(torch.from_numpy(ids[None])).logits[0].numpy()
+    # Its cache holds float16.
+    np.testing.assert_allclose(theirs.scores[: len(ids)], logits, atol=0.01 * np.abs(logits).max())
 
 
 def test_a_quantized_file_is_exported_and_answers_like_its_weights(

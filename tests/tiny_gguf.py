@@ -102,6 +102,7 @@ def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
 def add_model(writer: gguf.GGUFWriter, config: Any, architecture: str, extra: dict[str, Any]) -> None:
     """Write the sizes of a model, and what is particular to its architecture."""
     heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     values: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -109,7 +110,9 @@ def add_model(writer: gguf.GGUFWriter, config: Any, architecture: str, extra: di
         "feed_forward_length": getattr(config, "intermediate_size", 4 * config.hidden_size),
         "attention.head_count": heads,
         "attention.head_count_kv": getattr(config, "num_key_value_heads", heads),
-        "attention.key_length": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "attention.key_length": head_size,
+        "attention.value_length": head_size,
+        "rope.dimension_count": head_size,
     }
     for field in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
         if hasattr(config, field):
