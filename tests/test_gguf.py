@@ -7,13 +7,17 @@ from typing import Any
 
 import gguf
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx.numpy_helper import to_array
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmfast.errors import InputError, UnsupportedError
+from llmfast.export.architectures import describe, supported_model_types
 from llmfast.export.checkpoint import SafetensorsCheckpoint, open_checkpoint
+from llmfast.export.decoder import DecoderGraph
 from llmfast.export.gguf_architectures import ARCHITECTURES
 from llmfast.export.gguf_checkpoint import GgufCheckpoint
 from llmfast.export.stage import export
@@ -128,7 +132,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, np.n
             "rope_factors_long.weight": np.array(_LONG, np.float32),
         },
     ),
-    "gemma": ("gemma", "gemma", {"head_dim": 32, "hidden_act": "gelu_pytorch_tanh"}, {}, {}),
     "gemma2": (
         "gemma2",
         "gemma2",
@@ -187,6 +190,35 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, np.n
         {"rope.dimension_count": 16, "use_parallel_residual": False, "attention.head_count_kv": None},
         {},
     ),
+    "phi2": (
+        "phi2",
+        "phi",
+        {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}, "num_key_value_heads": 4},
+        {"rope.dimension_count": 8},
+        {},
+    ),
+    "stablelm": (
+        "stablelm",
+        "stablelm",
+        {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}, "use_qkv_bias": True},
+        {"rope.dimension_count": 8, "use_parallel_residual": True},
+        {},
+    ),
+    "stablelm-parallel": (
+        "stablelm",
+        "stablelm",
+        {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}, "use_parallel_residual": True},
+        {"use_parallel_residual": True},
+        {},
+    ),
+    "command-r": ("command-r", "cohere", {"logit_scale": 0.25}, {"logit_scale": 0.25}, {}),
+    "command-r-norms": (
+        "command-r",
+        "cohere",
+        {"logit_scale": 0.25, "use_qk_norm": True},
+        {"logit_scale": 0.25, "rope.scaling.type": "none"},
+        {},
+    ),
     "starcoder2": ("starcoder2", "starcoder2", {"sliding_window": None}, {}, {}),
 }
 
@@ -209,7 +241,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
     return get
 
 
-def test_every_architecture_is_tried() -> None:
+def test_every_architecture_is_tried_and_can_be_exported() -> None:
+    assert {architecture.model_type for architecture in ARCHITECTURES.values()} <= set(supported_model_types())
     assert {architecture for architecture, *_ in MODELS.values()} == set(ARCHITECTURES)
 
 
@@ -227,6 +260,23 @@ def test_a_file_is_the_model_it_was_made_from(name: str, pair: Callable[[str], t
     with torch.no_grad():
         logits = expected(ids).logits
         torch.testing.assert_close(model(ids).logits, logits, rtol=1e-5, atol=2e-5 * float(logits.abs().max()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_gives_the_graph_of_the_folder(
+    name: str, pair: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    graphs = []
+    for checkpoint in (SafetensorsCheckpoint(pair(name)[0]), GgufCheckpoint(pair(name)[1])):
+        folder = tmp_path / type(checkpoint).__name__
+        folder.mkdir()
+        file = DecoderGraph(checkpoint, describe(checkpoint.config)).write(folder, lambda: None)["file"]
+        graphs.append(onnx.load(folder / file).graph)
+    expected, ours = graphs
+    assert [node.SerializeToString() for node in ours.node] == [node.SerializeToString() for node in expected.node]
+    for one, other in zip(ours.initializer, expected.initializer, strict=True):
+        assert one.name == other.name
+        np.testing.assert_allclose(to_array(one), to_array(other), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

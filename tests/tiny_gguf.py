@@ -32,6 +32,12 @@ _OTHERS: dict[str, dict[str, str]] = {
     "gemma2": _SANDWICH | {"pre_feedforward_layernorm": "ffn_norm"},
     "gemma3": _SANDWICH | {"pre_feedforward_layernorm": "ffn_norm"},
     "phi3": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
+    "phi2": {
+        "model.final_layernorm": "output_norm",
+        "self_attn.dense": "attn_output",
+        "mlp.fc1": "ffn_up",
+        "mlp.fc2": "ffn_down",
+    },
     "starcoder2": {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
     "gpt2": {
         "transformer.wte": "token_embd",

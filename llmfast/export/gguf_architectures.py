@@ -40,7 +40,7 @@ class Architecture:
         fields: further keys -> fields of the config. A key that no entry names is refused.
         constants: fields of the config that llama.cpp has in its code.
         adapt: reads what needs more than a name.
-        biases: field of the config -> the tensor that is there when the model has these biases.
+        optional: field of the config that says whether there are some weights -> one of them.
         interleaved: rows of queries and keys are stored in pairs, for llama.cpp's interleaved rotation.
         norm_offset: what the stored weights of norms are greater by.
         transposed: ends of modules' names whose weight the config's model has as `[in_features, out_features]`.
@@ -52,7 +52,7 @@ class Architecture:
     fields: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     adapt: Callable[["Metadata", dict[str, Any]], None] | None = None
-    biases: Mapping[str, str] = field(default_factory=dict)
+    optional: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
     norm_offset: float = 0.0
     transposed: tuple[str, ...] = ()
@@ -133,7 +133,7 @@ def read_config(file: GgufFile, name: str, architecture: Architecture) -> dict[s
     for key, stored in architecture.fields.items():
         if metadata.get(key) is not None:
             values[stored] = metadata.number(key)
-    values |= {stored: tensor in file.tensors for stored, tensor in architecture.biases.items()}
+    values |= {stored: tensor in file.tensors for stored, tensor in architecture.optional.items()}
     values |= architecture.constants
     if architecture.adapt:
         architecture.adapt(metadata, values)
@@ -207,20 +207,16 @@ def _sliding_layers(metadata: Metadata, layers: int, period: int) -> list[str]:
     return ["sliding_attention" if one else "full_attention" for one in sliding]
 
 
-def _gemma_scale(values: dict[str, Any], layers_of_27b: int) -> None:
+def _gemma(values: dict[str, Any], layers_of_27b: int) -> None:
+    width = values["hidden_size"] // values["num_attention_heads"]
+    values.setdefault("head_dim", width)
     # Only the largest model of a family divides by another number, and no key says so.
-    heads = values["num_attention_heads"]
     largest = values["num_hidden_layers"] == layers_of_27b
-    values["query_pre_attn_scalar"] = values["hidden_size"] // heads if largest else values["head_dim"]
-
-
-def _gemma(metadata: Metadata, values: dict[str, Any]) -> None:
-    values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+    values["query_pre_attn_scalar"] = width if largest else values["head_dim"]
 
 
 def _gemma2(metadata: Metadata, values: dict[str, Any]) -> None:
-    _gemma(metadata, values)
-    _gemma_scale(values, 46)
+    _gemma(values, 46)
     values["sliding_window"] = metadata.size("attention.sliding_window", 4096)
     values["layer_types"] = _sliding_layers(metadata, values["num_hidden_layers"], 2)
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -228,8 +224,7 @@ def _gemma2(metadata: Metadata, values: dict[str, Any]) -> None:
 
 
 def _gemma3(metadata: Metadata, values: dict[str, Any]) -> None:
-    _gemma(metadata, values)
-    _gemma_scale(values, 62)
+    _gemma(values, 62)
     layers = values["num_hidden_layers"]
     values["layer_types"] = ["full_attention"] * layers
     local = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base_swa", 10000.0)}
@@ -248,7 +243,18 @@ def _phi3(metadata: Metadata, values: dict[str, Any]) -> None:
 
 def _gptneox(metadata: Metadata, values: dict[str, Any]) -> None:
     values["use_parallel_residual"] = bool(metadata.get("use_parallel_residual", True))
-    values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)  # the config's own default is 0.25
+    _rotated_whole(metadata, values)
+
+
+def _rotated_whole(metadata: Metadata, values: dict[str, Any]) -> None:
+    # These configs' own default is a part of the head.
+    values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+
+
+def _stablelm(metadata: Metadata, values: dict[str, Any]) -> None:
+    _rotated_whole(metadata, values)
+    metadata.get("use_parallel_residual")  # the converter writes true for all of them; the second norm tells
+    values["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in metadata.file.tensors
 
 
 def _gpt2(metadata: Metadata, values: dict[str, Any]) -> None:
@@ -260,11 +266,11 @@ _GELU = {"hidden_act": "gelu_pytorch_tanh"}
 _ATTENTION_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
 _BIASES = _ATTENTION_BIAS | {"mlp_bias": "blk.0.ffn_up.bias"}
 ARCHITECTURES = {
-    "llama": Architecture("llama", biases=_BIASES, interleaved=True),
+    "llama": Architecture("llama", optional=_BIASES, interleaved=True),
     "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3", biases=_ATTENTION_BIAS),
-    "smollm3": Architecture("smollm3", biases=_BIASES, interleaved=True),
-    "olmo2": Architecture("olmo2", biases=_ATTENTION_BIAS),
+    "qwen3": Architecture("qwen3", optional=_ATTENTION_BIAS),
+    "smollm3": Architecture("smollm3", optional=_BIASES, interleaved=True),
+    "olmo2": Architecture("olmo2", optional=_ATTENTION_BIAS),
     "granite": Architecture(
         "granite",
         fields={
@@ -273,11 +279,10 @@ ARCHITECTURES = {
             "residual_scale": "residual_multiplier",
             "logit_scale": "logits_scaling",
         },
-        biases=_BIASES,
+        optional=_BIASES,
         interleaved=True,
     ),
     "phi3": Architecture("phi3", adapt=_phi3),
-    "gemma": Architecture("gemma", constants=_GELU, adapt=_gemma, norm_offset=1.0),
     "gemma2": Architecture("gemma2", constants=_GELU, adapt=_gemma2, norm_offset=1.0),
     "gemma3": Architecture(
         "gemma3_text",
@@ -298,10 +303,20 @@ ARCHITECTURES = {
         epsilon="layer_norm_eps",
         constants={"hidden_act": "gelu"},
         adapt=_gptneox,
-        biases={"attention_bias": "blk.0.attn_qkv.bias"},
+        optional={"attention_bias": "blk.0.attn_qkv.bias"},
         by_head=True,
     ),
+    "phi2": Architecture("phi", epsilon="layer_norm_eps", constants={"hidden_act": "gelu_new"}, adapt=_rotated_whole),
+    "stablelm": Architecture(
+        "stablelm", epsilon="layer_norm_eps", optional={"use_qkv_bias": "blk.0.attn_q.bias"}, adapt=_stablelm
+    ),
+    "command-r": Architecture(
+        "cohere",
+        epsilon="layer_norm_eps",
+        fields={"logit_scale": "logit_scale"},
+        optional=_ATTENTION_BIAS | {"use_qk_norm": "blk.0.attn_q_norm.weight"},
+    ),
     "starcoder2": Architecture(
-        "starcoder2", epsilon="norm_epsilon", constants=_GELU, biases={"use_bias": "blk.0.attn_q.bias"}
+        "starcoder2", epsilon="norm_epsilon", constants=_GELU, optional={"use_bias": "blk.0.attn_q.bias"}
     ),
 }
