@@ -212,13 +212,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, np.n
         {},
     ),
     "command-r": ("command-r", "cohere", {"logit_scale": 0.25}, {"logit_scale": 0.25}, {}),
-    "command-r-norms": (
-        "command-r",
-        "cohere",
-        {"logit_scale": 0.25, "use_qk_norm": True},
-        {"logit_scale": 0.25, "rope.scaling.type": "none"},
-        {},
-    ),
     "starcoder2": ("starcoder2", "starcoder2", {"sliding_window": None}, {}, {}),
 }
 
