@@ -375,6 +375,20 @@ def test_more_tokens_than_embeddings_are_refused(tmp_path: Path) -> None:
         GgufCheckpoint(_tiny(tmp_path / "model.gguf", {}, vocab_size=200))
 
 
+def test_a_vocabulary_without_weights_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    add_tokenizer(writer)
+    with pytest.raises(InputError, match=r"no weights in .*model\.gguf"):
+        open_checkpoint(str(finish(writer, tmp_path / "model.gguf")))
+
+
+def test_a_folder_with_a_file_in_it_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"no config\.json") as raised:
+        open_checkpoint(str(tmp_path))
+    assert str(tmp_path / "model.gguf") in (raised.value.hint or "")
+
+
 @pytest.mark.parametrize(("architecture", "kind"), [("rwkv", None), ("", None), ("llama", "adapter")])
 def test_other_things_in_gguf_are_named(architecture: str, kind: str | None, tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)

@@ -169,7 +169,9 @@ def resolve_folder(source: str) -> Path:
     if not path.is_dir():
         raise InputError(f"not a checkpoint: `{source}`", "give a Hugging Face folder, a .gguf file or a hub id")
     if not (path / "config.json").is_file():
-        raise InputError(f"no config.json in `{source}`", "give the folder that `save_pretrained` wrote")
+        files = sorted(path.glob("*.gguf"))
+        hint = f"give the file: {files[0]}" if files else "give the folder that `save_pretrained` wrote"
+        raise InputError(f"no config.json in `{source}`", hint)
     return path
 
 

@@ -31,11 +31,13 @@ class GgufCheckpoint:
         if name not in ARCHITECTURES:
             raise UnsupportedError(
                 f"architecture `{name:.80}` in `{path}` is not supported",
-                f"supported in GGUF: {', '.join(ARCHITECTURES)}",
+                f"supported in GGUF: {', '.join(sorted(ARCHITECTURES))}",
             )
         kind = self._file.metadata.get("general.type", "model")
         if kind != "model":
             raise UnsupportedError(f"`{path}` has the type `{kind!s:.80}`, it is no model")
+        if not self._file.tensors:
+            raise InputError(f"no weights in `{path}`, only a tokenizer", "choose the file of the whole model")
         self._architecture = ARCHITECTURES[name]
         values = read_config(self._file, name, self._architecture)
         self._names = _name_map(name, values["num_hidden_layers"])

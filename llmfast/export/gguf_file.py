@@ -28,8 +28,8 @@ _MAX_HEADER_BYTES = 256 << 20
 # The shortest possible key with its value, and tensor: a count that can't fit into the file is refused unread.
 _MIN_ENTRY_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
-# De-quantization makes several copies of what it works on, so it gets this many values at a time.
-_VALUES_AT_ONCE = 1 << 20
+# De-quantization makes several copies of what it works on: this many values at a time stay in the cache.
+_VALUES_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class GgufFile:
         try:
             with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale; whoever needs the values will see
                 for start in range(0, len(raw), step):
-                    values[start : start + step] = quants.dequantize(raw[start : start + step], kind).reshape(-1, block)
+                    part = raw[start : start + step].reshape(1, -1)  # the package works on 16 rows at a time
+                    values[start : start + step] = quants.dequantize(part, kind).reshape(-1, block)
         except NotImplementedError as error:
             raise UnsupportedError(
                 f"tensor `{name}` of `{self.path}` has type {kind.name}, which can't be de-quantized",
