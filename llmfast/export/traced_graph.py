@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from llmfast.graph.builder import CONTRIB
 from llmfast.graph.model import live_nodes, walk
 from llmfast.graph.weights import WeightFile
 
 if TYPE_CHECKING:
     import torch
+
+_TRANSPOSED = ".T"
 
 Shape = tuple[int | str | None, ...]  # a number, the name of a free dimension, or unknown
 
@@ -30,6 +33,7 @@ def write_graph(model: Any, parameters: "Mapping[str, torch.Tensor]", staged: Pa
     arrays = _take_weights(model, parameters)
     proto: onnx.ModelProto = onnx_ir.to_proto(model)
     arrays |= _fix_reshapes(proto.graph)
+    _share_tables(proto, arrays)
     live = live_nodes(proto.graph)
     del proto.graph.node[:]
     proto.graph.node.extend(live)
@@ -43,18 +47,40 @@ def write_graph(model: Any, parameters: "Mapping[str, torch.Tensor]", staged: Pa
 
 
 def _take_weights(model: Any, parameters: "Mapping[str, torch.Tensor]") -> dict[str, np.ndarray]:
-    """Take the initializers out of a traced graph, which goes on to use them under the checkpoint's names."""
-    # The exporter stores linear weights transposed, under names of its own (`val_64`).
-    transposed = {_digest(tensor.detach().numpy().T): name for name, tensor in parameters.items() if tensor.ndim == 2}
-    arrays = {}
+    """Take the initializers out of a traced graph, which goes on to use them under the checkpoint's names.
+
+    The exporter stores linear weights transposed, under names of its own (`val_64`). One that is another
+    initializer transposed, as the head of a language model is of its embedding, gets the name of that with `.T`.
+    """
+    matrices = {name: tensor.detach().numpy() for name, tensor in parameters.items() if tensor.ndim == 2}
+    as_is = {_digest(matrix): name for name, matrix in matrices.items()}
+    transposed = {_digest(matrix.T): name for name, matrix in matrices.items()}
     initializers = model.graph.initializers
-    for value in list(initializers.values()):
+    arrays = {value: value.const_value.numpy() for value in initializers.values()}
+    digests = {value: _digest(array) for value, array in arrays.items() if array.ndim == 2}
+    stored = {as_is[digest] for digest in digests.values() if digest in as_is}
+    for value in arrays:
+        digest = digests.get(value, b"")
         del initializers[value.name]
-        array = value.const_value.numpy()
-        known = transposed.get(_digest(array)) if array.ndim == 2 else None
-        value.name = known or value.name.removeprefix("model.")
-        arrays[value.name] = array
-    return arrays
+        if digest in as_is:
+            value.name = as_is[digest]
+        elif digest in transposed:
+            name = transposed[digest]
+            value.name = f"{name}{_TRANSPOSED}" if name in stored else name
+        else:
+            value.name = value.name.removeprefix("model.")
+    return {value.name: array for value, array in arrays.items()}
+
+
+def _share_tables(proto: onnx.ModelProto, arrays: dict[str, np.ndarray]) -> None:
+    """Let a MatMul with a transposed copy of a table multiply by the table itself, and drop the copy."""
+    for node in proto.graph.node:
+        table = node.input[1].removesuffix(_TRANSPOSED) if len(node.input) > 1 else ""
+        if node.op_type == "MatMul" and f"{table}{_TRANSPOSED}" == node.input[1] and table in arrays:
+            node.op_type, node.domain, node.input[1] = "FusedMatMul", CONTRIB, table
+            node.attribute.append(onnx.helper.make_attribute("transB", 1))
+    if any(node.domain == CONTRIB for node in proto.graph.node):
+        proto.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
 
 
 def _fix_reshapes(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
