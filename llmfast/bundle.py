@@ -217,6 +217,28 @@ def stage_output(output: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+@contextmanager
+def stage_file(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a path beside `output` to write to; publish it by renaming when the body succeeds.
+
+    Raises:
+        OutputExistsError: the output exists and may not be overwritten.
+        ResourceError: it can't be written.
+    """
+    if os.path.lexists(output) and (output.is_dir() or not overwrite):
+        raise OutputExistsError(f"output exists: `{output}`", "choose another --output, or add --overwrite")
+    staged = output.with_name(f".{output.name}.llmfast-{os.getpid()}")
+    try:
+        staged.touch(exist_ok=False)
+        yield staged
+        _sync(staged)
+        os.replace(staged, output)
+    except OSError as error:
+        raise ResourceError(f"cannot write `{output}`: {error.strerror or error}") from error
+    finally:
+        staged.unlink(missing_ok=True)
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `llmfast.json` for the files now in `folder`."""
     files = {

@@ -23,9 +23,13 @@ class Column:
     align_right: bool = True
 
 
-def to_json(document: Any) -> str:
-    """Return a JSON document; NaN and infinity are errors, since JSON has neither."""
-    return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
+def to_json(document: Any, indent: int | None = 2) -> str:
+    """Return a JSON document, arrays of NumPy as lists; NaN and infinity are errors, since JSON has neither."""
+    return json.dumps(document, indent=indent, allow_nan=False, ensure_ascii=False, default=_listed)
+
+
+def _listed(array: Any) -> Any:
+    return array.tolist()
 
 
 def to_markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str:

@@ -16,6 +16,8 @@ from llmfast.errors import InputError, UnsupportedError
 # What a decoder writes for bytes that are not, or not yet, a whole character.
 REPLACEMENT = "\ufffd"
 
+Text = str | tuple[str, str]
+
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -82,36 +84,71 @@ class Tokenizer:
         """
         return list(self._backend.encode(_unicode(text), add_special_tokens=add_special_tokens).ids)
 
-    def encode_batch(self, texts: Sequence[str], max_length: int) -> dict[str, np.ndarray]:
+    def encode_batch(self, texts: Sequence[Text], max_length: int) -> dict[str, np.ndarray]:
         """Return the inputs of an encoder for several texts, padded on the right to the longest.
 
         Args:
-            texts: [batch].
+            texts: [batch], texts or pairs of texts.
             max_length: tokens to cut a text to, special tokens included.
 
         Returns:
             `input_ids`, `attention_mask`, `token_type_ids`, each int64 [batch, seq].
         """
-        self._backend.enable_truncation(max_length)
+        return self.pad([windows[0] for windows in self.encode_windows(texts, max_length)])
+
+    def encode_windows(
+        self, texts: Sequence[Text], max_length: int, stride: int = 0, strategy: str = "longest_first"
+    ) -> list[list[tokenizers.Encoding]]:
+        """Return the windows of tokens that each text fills, in order.
+
+        Args:
+            texts: texts or pairs of texts.
+            max_length: tokens of a window, special tokens included.
+            stride: tokens that a window repeats of the one before, fewer where a window has no room for more.
+            strategy: what of a pair is cut: `longest_first`, `only_first` or `only_second`.
+
+        Returns:
+            For each text at least one window, with `ids`, `offsets`, `word_ids` and the like.
+
+        Raises:
+            InputError: a text that is not Unicode, or a pair whose uncut part alone fills a window.
+        """
+        for text in texts:
+            for part in (text,) if isinstance(text, str) else text:
+                _unicode(part)
+        is_pair = any(not isinstance(text, str) for text in texts)
+        room = max_length - self._backend.num_special_tokens_to_add(is_pair)
         try:
-            encoded = self._backend.encode_batch([_unicode(text) for text in texts])
+            self._backend.enable_truncation(max_length, stride=max(0, min(stride, room - 1)), strategy=strategy)
+            encoded = self._backend.encode_batch(list(texts))
+        except Exception as error:  # the library raises nothing narrower
+            raise InputError(f"a text does not fit {max_length} tokens: {str(error)[:200]}") from error
         finally:
             self._backend.no_truncation()
-        shape = (len(encoded), max((len(row) for row in encoded), default=0))
+        return [[first, *first.overflowing] for first in encoded]
+
+    def pad(self, windows: Sequence[tokenizers.Encoding]) -> dict[str, np.ndarray]:
+        """Return windows as the inputs of an encoder, padded on the right: name -> int64 [batch, seq]."""
+        shape = (len(windows), max((len(window) for window in windows), default=0))
         batch = {
             "input_ids": np.full(shape, self._pad_id, np.int64),
             "attention_mask": np.zeros(shape, np.int64),
             "token_type_ids": np.zeros(shape, np.int64),
         }
-        for index, row in enumerate(encoded):
-            batch["input_ids"][index, : len(row)] = row.ids
-            batch["attention_mask"][index, : len(row)] = row.attention_mask
-            batch["token_type_ids"][index, : len(row)] = row.type_ids
+        for index, window in enumerate(windows):
+            batch["input_ids"][index, : len(window)] = window.ids
+            batch["attention_mask"][index, : len(window)] = window.attention_mask
+            batch["token_type_ids"][index, : len(window)] = window.type_ids
         return batch
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids, special tokens left out."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=True))
+    def special_id(self, name: str) -> int | None:
+        """Return the id of a special token such as `mask_token`, None when the model has none."""
+        token = self._backend.token_to_id(self.special_tokens.get(name, ""))
+        return None if token is None else int(token)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of token ids."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """Render a conversation as the text the model was trained on.
@@ -147,7 +184,7 @@ class Tokenizer:
 
     @cached_property
     def _pad_id(self) -> int:
-        return self._backend.token_to_id(self.special_tokens.get("pad_token", "")) or 0
+        return self.special_id("pad_token") or 0
 
 
 class TokenStream:

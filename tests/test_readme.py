@@ -9,7 +9,7 @@ from typer.main import get_command
 
 from llmfast import registry
 from llmfast.cli import app
-from llmfast.export.architectures import supported_model_types
+from llmfast.export import architectures, traced
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,4 +57,11 @@ def test_readme_names_every_scheme_and_method() -> None:
 def test_readme_names_every_architecture_of_the_direct_route() -> None:
     row = next(line for line in README.splitlines() if line.startswith("| direct "))
     names = row.split("|")[2].partition(";")[0].strip().split(", ")
-    assert names == supported_model_types()
+    assert names == architectures.supported_model_types()
+
+
+def test_readme_names_every_encoder_and_its_tasks() -> None:
+    ((encoders, tasks),) = re.findall(r"^\| traced \| (.*?) \| (.*) \|$", README, re.M)
+    assert encoders.split(", ") == traced.supported_model_types()
+    named = set(re.sub(r" \(.*?\)", "", tasks).split(", "))
+    assert named == set(registry.load("bench.metrics", "latency").TASKS)

@@ -289,6 +289,9 @@ def test_malformed_sentence_transformers_files(tmp_path: Path) -> None:
         ("BertModel", "feature-extraction"),
         ("DistilBertForSequenceClassification", "text-classification"),
         ("LlamaForCausalLM", "text-generation"),
+        ("ElectraForTokenClassification", "token-classification"),
+        ("RobertaForQuestionAnswering", "question-answering"),
+        ("DebertaV2ForMaskedLM", "fill-mask"),
     ],
 )
 def test_detect_task(tmp_path: Path, name: str, task: str) -> None:
@@ -305,8 +308,8 @@ def test_detect_task_refuses(tmp_path: Path) -> None:
         detect_task({}, tmp_path)
     with pytest.raises(UnsupportedError, match="`MyOwnModel` is not part of transformers"):
         detect_task({"architectures": ["MyOwnModel"]}, tmp_path)
-    with pytest.raises(UnsupportedError, match="BertForMaskedLM") as caught:
-        detect_task({"architectures": ["BertForMaskedLM"]}, tmp_path)
+    with pytest.raises(UnsupportedError, match="BertForMultipleChoice") as caught:
+        detect_task({"architectures": ["BertForMultipleChoice"]}, tmp_path)
     assert "--task" in caught.value.hint
 
 
@@ -350,6 +353,12 @@ def test_unsupported_model_type(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="`gpt2` can't be exported") as caught:
         export(tmp_path / "source")
     assert "distilbert" in caught.value.hint
+
+
+def test_head_that_transformers_does_not_have(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "source", "nomic_bert")
+    with pytest.raises(UnsupportedError, match="no AutoModelForQuestionAnswering for a `nomic_bert`"):
+        export(tmp_path / "source", "question-answering")
 
 
 def test_missing_extra(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

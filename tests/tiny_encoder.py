@@ -22,12 +22,23 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "albert": {"embedding_size": 16, "num_hidden_layers": 2},
     "bert": {"num_hidden_layers": 2},
     "camembert": _ROBERTA,
+    "convbert": {"embedding_size": 16},
+    "data2vec-text": _ROBERTA,
+    "deberta": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
     "electra": {"embedding_size": 16},
+    "eurobert": {"pad_token_id": 0, "num_key_value_heads": 2, "head_dim": 8},
+    "mobilebert": {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
     "modernbert": {"pad_token_id": 0, "num_hidden_layers": 2, "global_attn_every_n_layers": 2, "local_attention": 8},
     "mpnet": {"pad_token_id": 1},
+    "nomic_bert": {"pad_token_id": 0},
+    "rembert": {"input_embedding_size": 16, "output_embedding_size": 16},
     "roberta": _ROBERTA,
+    "roberta-prelayernorm": _ROBERTA,
+    "roformer": {"embedding_size": 16},
+    "squeezebert": {"embedding_size": 32},
     "xlm-roberta": _ROBERTA,
+    "xlm-roberta-xl": _ROBERTA,
 }
 
 

@@ -88,3 +88,21 @@ def _percentiles(values: np.ndarray) -> Interval:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def spearman(left: np.ndarray, right: np.ndarray) -> float | None:
+    """Return the rank correlation, None when one side does not vary or holds NaN."""
+    if not (np.isfinite(left).all() and np.isfinite(right).all()):
+        return None
+    left, right = _ranks(left), _ranks(right)
+    if left.std() == 0 or right.std() == 0:
+        return None
+    return float(np.corrcoef(left, right)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Return ranks from 0; equal values share the mean of theirs."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    first = np.cumsum(counts) - counts
+    ranks: np.ndarray = (first + (counts - 1) / 2)[places]
+    return ranks

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from llmfast import registry
 from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
 from llmfast.errors import ResourceError
 from llmfast.runtime import open_session, placement, resolve_threads
+
+if TYPE_CHECKING:
+    from llmfast.tokenizer import Text
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,18 @@ class Subject:
         self.engine, self.session = open_model()
         self.load_s = clock() - start
 
-    def encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return the inputs that the bundle's own tokenizer makes of texts: name -> int64 [batch, seq]."""
+    @property
+    def tokenizer(self) -> Any:
+        """The bundle's own tokenizer."""
         if self._tokenizer is None:  # not at the start: its memory is not the model's
             from llmfast.tokenizer import Tokenizer
 
             self._tokenizer = Tokenizer.load(self.bundle.path)
-        encoded: dict[str, np.ndarray] = self._tokenizer.encode_batch(texts, self.bundle.longest_text())
+        return self._tokenizer
+
+    def encode(self, texts: "Sequence[Text]") -> dict[str, np.ndarray]:
+        """Return the inputs that the tokenizer makes of texts or pairs: name -> int64 [batch, seq]."""
+        encoded: dict[str, np.ndarray] = self.tokenizer.encode_batch(texts, self.bundle.longest_text())
         return encoded
 
     @property

@@ -1,8 +1,9 @@
 """`llmfast infer`."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,17 +11,39 @@ from llmfast import registry, report
 from llmfast.commands._options import Provider, Threads, given
 from llmfast.errors import OptionError
 
-SUMMARY = "A prompt to an answer, a text to its label or vector."
+SUMMARY = "A prompt to an answer, a text to its labels, vector, entities or rank."
+
+_FORMATS = ("text", "json", "jsonl")
 
 
 def infer(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Bundle to run.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to answer, classify or embed; - reads stdin.")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Text to answer, classify or embed; - reads stdin."),
+    ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="File with a text a line, in place of --prompt."),
+    ] = None,
+    question: Annotated[str | None, typer.Option(metavar="TEXT", help="What is asked of the --context.")] = None,
+    context: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Text that holds the answer; - reads stdin.")
+    ] = None,
+    allow_no_answer: Annotated[
+        bool, typer.Option("--allow-no-answer", help="The --context need not hold an answer.")
+    ] = False,
+    query: Annotated[str | None, typer.Option(metavar="TEXT", help="What the --document texts are ranked by.")] = None,
+    document: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Text to rank; give several, or --input.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="What a chat model is told first.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt, without the chat template.")] = False,
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate, or of an answer's span.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Randomness; 0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens; 0 is all.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample among the k likeliest tokens, 0 is all; words for a mask; documents.")
+    ] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens that make up p.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages tokens seen before.")] = None,
@@ -28,25 +51,41 @@ def infer(
         list[str] | None, typer.Option(metavar="TEXT", help="Text that ends the answer; may be repeated.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="File for the vectors, .npy.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")] = False,
     provider: Provider = "cpu",
     threads: Threads = None,
-    output_format: Annotated[str, typer.Option("--format", help="text, or json for one document.")] = "text",
+    output_format: Annotated[
+        str, typer.Option("--format", help="text, json for one document, or jsonl for one a line.")
+    ] = "text",
 ) -> None:
-    """Answer a prompt, or classify or embed a text, according to the bundle's task.
+    """Run a model on texts; what it answers depends on its task.
 
     Example: llmfast infer int4 --prompt "What is the capital of France?"
+
+    \b
+    token-classification   infer ner --prompt "Ada lives in Rome"
+    question-answering     infer qa --question "Who lives?" --context "Ada lives"
+    fill-mask              infer bert --prompt "Rome is in [MASK]."
+    text-ranking           infer reranker --query "Rome" --input documents.txt
+    feature-extraction     infer minilm --prompt "a cat" --prompt "a dog"
     """
-    if output_format not in ("text", "json"):
-        raise OptionError(f"unknown format `{output_format}`", "choose from: text, json")
+    if output_format not in _FORMATS:
+        raise OptionError(f"unknown format `{output_format}`", f"choose from: {', '.join(_FORMATS)}")
     from dataclasses import asdict
 
     from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
     from llmfast.infer import stage
     from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    given_texts = given({"prompt": prompt, "context": context, "document": document})
     options = given(
         {
+            "question": question,
+            "allow_no_answer": allow_no_answer or None,
+            "query": query,
             "system": system,
             "raw": raw or None,
             "max_tokens": max_tokens,
@@ -57,23 +96,58 @@ def infer(
             "repetition_penalty": repetition_penalty,
             "seed": seed,
             "stop": stop,
+            "output": output,
+            "overwrite": overwrite or None,
         }
     )
-    task = ModelBundle.open(model).manifest.task
-    if task not in (TEXT_GENERATION, UNKNOWN_TASK):
-        (answer,) = stage.answer(model, [text], provider=provider, threads=threads, **options)
-        spelled: str = registry.load("tasks", task).spell(answer)
-        report.out(report.to_json(answer) if output_format == "json" else spelled)
+    bundle = ModelBundle.open(model)
+    stage.check_options(bundle, [*given_texts, *options])
+    task = TEXT_GENERATION if bundle.manifest.task == UNKNOWN_TASK else bundle.manifest.task
+    texts = _read_texts(given_texts.get(stage.text_option(task)), input_file, stage.text_option(task))
+    is_one = input_file is None and len(texts) == 1
+    if task != TEXT_GENERATION or not is_one:
+        answers = stage.answer(model, texts, provider=provider, threads=threads, **options)
+        if output is None:
+            _print_answers(answers, registry.load("tasks", task).spell, output_format, is_one)
         return
     sampling = Sampling(**{key: options.pop(key) for key in SAMPLING_OPTIONS if key in options})
     generation = stage.infer(
         model,
-        text,
+        texts[0],
         emit=report.write if output_format == "text" else lambda piece: None,
         sampling=sampling,
         provider=provider,
         threads=threads,
         **options,
     )
-    report.out(report.to_json(asdict(generation)) if output_format == "json" else "")
+    if output_format == "text":
+        report.out("")
+    else:
+        _print_answers([asdict(generation)], str, output_format, is_one)
     report.note(stage.spell_speed(generation))
+
+
+def _read_texts(texts: list[str] | None, input_file: Path | None, option: str) -> list[str]:
+    """Return the texts to run the model on, from the option of its task, standard input or a file."""
+    from llmfast.text import read_lines
+
+    if (texts is None) == (input_file is None):
+        what = "no text to run on" if texts is None else f"--{option} and --input exclude each other"
+        raise OptionError(what, f"give --{option} TEXT, or --input FILE with a text a line")
+    if input_file is not None:
+        return read_lines(input_file)
+    return [sys.stdin.read() if text == "-" else text for text in texts or ()]
+
+
+def _print_answers(
+    answers: list[dict[str, Any]], spell: Callable[[dict[str, Any]], str], output_format: str, is_one: bool
+) -> None:
+    """Print answers: as one JSON document (an object for one text, else a list), as JSON lines, or for people."""
+    if output_format == "json":
+        report.out(report.to_json(answers[0] if is_one else answers))
+    elif output_format == "jsonl":
+        for answer in answers:
+            report.out(report.to_json(answer, indent=None))
+    else:
+        spelled = [spell(answer) for answer in answers]
+        report.out(("\n\n" if any("\n" in text for text in spelled) else "\n").join(spelled))

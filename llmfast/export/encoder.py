@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmfast.errors import InputError
+from llmfast.errors import InputError, UnsupportedError
 from llmfast.export.pooling import Pooling, read_output
 
 if TYPE_CHECKING:
@@ -17,8 +17,11 @@ def load_encoder(source: Path, config: Any, auto_model: str) -> Any:
     import torch
     import transformers
 
+    factory = getattr(transformers, auto_model)
+    if type(config) not in factory._model_mapping:
+        raise UnsupportedError(f"`{source}`: transformers has no {auto_model} for a `{config.model_type}`")
     try:
-        model, info = getattr(transformers, auto_model).from_pretrained(
+        model, info = factory.from_pretrained(
             source,
             config=config,
             dtype=torch.float32,

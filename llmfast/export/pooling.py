@@ -115,7 +115,7 @@ def _modules(listing: Path) -> list[tuple[str, str]]:
 
 
 def _kinds(path: Path) -> tuple[str, ...]:
-    config = _read_object(path)
+    config = read_object(path)
     named = config.get("pooling_mode")  # since sentence-transformers 6; flags before
     if named is None:
         kinds = tuple(kind for flag, kind in _FLAGS.items() if config.get(flag)) or ("mean",)
@@ -128,13 +128,14 @@ def _kinds(path: Path) -> tuple[str, ...]:
 
 
 def _max_seq_length(path: Path) -> int | None:
-    length = _read_object(path).get("max_seq_length") if path.is_file() else None
+    length = read_object(path).get("max_seq_length") if path.is_file() else None
     if length is not None and (not isinstance(length, int) or length < 1):
         raise InputError(f"malformed `{path}`: max_seq_length is `{length}`")
     return length
 
 
-def _read_object(path: Path) -> Mapping[str, Any]:
+def read_object(path: Path) -> Mapping[str, Any]:
+    """Read a JSON file that holds an object; anything else in it is an `InputError`."""
     document = read_json(path)
     if not isinstance(document, dict):
         raise InputError(f"malformed `{path}`: not a JSON object")

@@ -19,7 +19,8 @@ from llmfast.bundle import MODEL
 from llmfast.errors import InputError, UnsupportedError
 from llmfast.export.checkpoint import SafetensorsCheckpoint
 from llmfast.export.encoder import as_module, context_length, first_line, load_encoder, token_types
-from llmfast.export.pooling import Pooling, read_pooling
+from llmfast.export.pooling import Pooling, read_object, read_pooling
+from llmfast.export.ranking import is_cross_encoder, is_ranker, read_activation
 from llmfast.export.requirements import require_export_extra
 from llmfast.export.traced_graph import write_graph
 from llmfast.export.traced_parity import Reference, prove_traced
@@ -32,13 +33,26 @@ _MODEL_TYPES = (
     "albert",
     "bert",
     "camembert",
+    "convbert",
+    "data2vec-text",
+    "deberta",
     "deberta-v2",
     "distilbert",
     "electra",
+    "ernie",
+    "eurobert",
+    "megatron-bert",
+    "mobilebert",
     "modernbert",
     "mpnet",
+    "nomic_bert",
+    "rembert",
     "roberta",
+    "roberta-prelayernorm",
+    "roformer",
+    "squeezebert",
     "xlm-roberta",
+    "xlm-roberta-xl",
 )
 _OPSET = 21
 _TRACED_SHAPE = (2, 8)  # batch and length seen by the exporter, which takes 0 and 1 for constants
@@ -50,8 +64,8 @@ class TracedExport:
 
     Attributes:
         graphs: `{"model": {"file", "inputs", "outputs"}}`.
-        architecture: sizes; `pooling` and `normalize` of an embedding model, `labels` and `problem_type`
-            of a classifier.
+        architecture: sizes; `pooling` and `normalize` of an embedding model, `labels` (and `problem_type`) of a
+            classifier of texts or tokens, `activation` of a re-ranker.
         parity: `max_abs_diff`, `max_rel_diff`, `shapes`; `argmax_agreement` where there are classes.
     """
 
@@ -76,7 +90,7 @@ def detect_task(config: Mapping[str, Any], source: Path) -> str:
         InputError: config.json names no class.
         UnsupportedError: a class that `transformers` does not have, or a task that llmfast does not.
     """
-    if (source / "modules.json").is_file():
+    if (source / "modules.json").is_file() and not is_cross_encoder(source):
         return "feature-extraction"
     require_export_extra()
     names = config.get("architectures")
@@ -84,6 +98,8 @@ def detect_task(config: Mapping[str, Any], source: Path) -> str:
         raise InputError(f"no `architectures` in `{source / 'config.json'}`", "say what the model is for with --task")
     with _quiet():
         task = _task_of_class(names[0])
+    if task == "text-classification" and is_ranker(source, config):
+        task = "text-ranking"
     known = registry.names("tasks")
     if task not in known:
         raise UnsupportedError(
@@ -115,6 +131,7 @@ def write_traced(source: Path, task: str, staged: Path) -> TracedExport:
             f"encoders: {', '.join(supported_model_types())}",
         )
     pooling = read_pooling(source) if "sentence_embedding" in plugin.OUTPUTS else None
+    activation = read_activation(source, checkpoint.config.to_dict()) if task == "text-ranking" else None
     with _quiet():
         model = load_encoder(source, checkpoint.config, plugin.AUTO_MODEL)
         module = as_module(model, plugin.OUTPUTS, pooling)
@@ -125,7 +142,9 @@ def write_traced(source: Path, task: str, staged: Path) -> TracedExport:
         parity = prove_traced(Reference(model, plugin.OUTPUTS, pooling), staged / MODEL, inputs, limit)
     return TracedExport(
         graphs={"model": {"file": MODEL, "inputs": inputs, "outputs": list(plugin.OUTPUTS)}},
-        architecture=_describe(model.config, limit) | _describe_task(model.config, task, pooling),
+        architecture=_describe(model.config, limit)
+        | _describe_task(model.config, task, pooling, activation)
+        | _describe_limit(source, pooling, limit),
         parity=parity,
     )
 
@@ -179,16 +198,28 @@ def _describe(config: Any, limit: int) -> dict[str, Any]:
     }
 
 
-def _describe_task(config: Any, task: str, pooling: Pooling | None) -> dict[str, Any]:
+def _describe_task(config: Any, task: str, pooling: Pooling | None, activation: str | None) -> dict[str, Any]:
     if pooling:
-        found = {"pooling": "+".join(pooling.kinds), "normalize": pooling.normalize}
-        return found | ({"max_seq_length": pooling.max_seq_length} if pooling.max_seq_length else {})
-    if task == "text-classification":
-        # What transformers' own pipeline takes when the checkpoint doesn't say.
-        default = "single_label_classification" if config.num_labels > 1 else "multi_label_classification"
-        labels = [str(config.id2label[index]) for index in range(config.num_labels)]
-        return {"labels": labels, "problem_type": config.problem_type or default}
-    return {}
+        return {"pooling": "+".join(pooling.kinds), "normalize": pooling.normalize}
+    if activation:
+        return {"activation": activation}
+    if task not in ("text-classification", "token-classification"):
+        return {}
+    labels = [str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels)]
+    if task == "token-classification":
+        return {"labels": labels}
+    # What transformers' own pipeline takes when the checkpoint doesn't say.
+    default = "single_label_classification" if config.num_labels > 1 else "multi_label_classification"
+    return {"labels": labels, "problem_type": config.problem_type or default}
+
+
+def _describe_limit(source: Path, pooling: Pooling | None, limit: int) -> dict[str, int]:
+    """Return `max_seq_length` where sentence-transformers' files or the tokenizer's cut texts before the model must."""
+    path = source / "tokenizer_config.json"
+    length = pooling.max_seq_length if pooling else None
+    if length is None and path.is_file():
+        length = read_object(path).get("model_max_length")
+    return {"max_seq_length": length} if isinstance(length, int) and 0 < length < limit else {}
 
 
 @contextlib.contextmanager

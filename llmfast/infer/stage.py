@@ -1,6 +1,6 @@
 """The infer command: a bundle and a prompt, or texts, to answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,14 @@ def answer(
 
     Args:
         model: bundle directory.
-        texts: prompts, or texts to classify or embed.
+        texts: prompts, texts to classify or embed, contexts of a question, documents to rank.
         provider: a name in `llmfast.providers`.
         threads: intra-op threads; None takes the cores this process may use.
         options: those of the task's `INFER_OPTIONS` that are given.
 
     Returns:
-        One dictionary a text, whose keys depend on the task; `text` is always there.
+        One dictionary a text, whose keys depend on the task; `text` is always there. In the order of the texts,
+        save for text-ranking.
 
     Raises:
         OptionError: an option that the task does not have.
@@ -79,18 +80,37 @@ def answer(
     bundle = ModelBundle.open(model)
     if bundle.manifest.task == UNKNOWN_TASK:
         raise UnsupportedError(f"`{model}` does not say its task", "give a bundle that llmfast wrote")
-    task = registry.load("tasks", bundle.manifest.task)
-    for name in options:
-        if name not in task.INFER_OPTIONS:
-            raise _unfit(name, model, bundle.manifest.task)
-    answers: list[dict[str, Any]] = task.answer(bundle, texts, provider, threads, **options)
+    check_options(bundle, options)
+    answers: list[dict[str, Any]] = registry.load("tasks", bundle.manifest.task).answer(
+        bundle, texts, provider, threads, **options
+    )
     return answers
 
 
-def _unfit(option: str, model: Path, task: str) -> OptionError:
-    """Return the error for an option of `infer` that a model's task does not have."""
-    fitting = [name for name in registry.names("tasks") if option in registry.load("tasks", name).INFER_OPTIONS]
-    return OptionError(f"--{option.replace('_', '-')} is for {', '.join(fitting)}; `{model}` is for {task}")
+def text_option(task: str) -> str:
+    """Return the option of `infer` that gives a task its texts: `prompt`, or `context` and the like."""
+    return str(getattr(registry.load("tasks", task), "TEXT_OPTION", "prompt"))
+
+
+def check_options(bundle: ModelBundle, names: Iterable[str]) -> None:
+    """Refuse options of `infer` that a model's task does not have.
+
+    Args:
+        bundle: the model; one that does not say its task is taken for a text-generation model.
+        names: the options, `snake_case`.
+
+    Raises:
+        OptionError: the message names the tasks that have the option.
+    """
+
+    def options_of(task: str) -> tuple[str, ...]:
+        return (text_option(task), *registry.load("tasks", task).INFER_OPTIONS)
+
+    task = TEXT_GENERATION if bundle.manifest.task == UNKNOWN_TASK else bundle.manifest.task
+    for name in names:
+        if name not in options_of(task):
+            fitting = ", ".join(other for other in registry.names("tasks") if name in options_of(other))
+            raise OptionError(f"--{name.replace('_', '-')} is for {fitting}; `{bundle.path}` is for {task}")
 
 
 def spell_speed(generation: Generation) -> str:

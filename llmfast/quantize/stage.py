@@ -38,10 +38,9 @@ from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Plan, choose_layers,
 from llmfast.quantize.rewrite import LayerReport, QuantizedGraph, RoundWeight
 from llmfast.quantize.summary import summarize
 from llmfast.quantize.workpiece import InputStatistics, Workpiece
-from llmfast.report import note, progress
+from llmfast.report import progress
 from llmfast.runtime import open_session, usable_cores
 from llmfast.verdict import enforce, judge
-
 
 
 def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundle:

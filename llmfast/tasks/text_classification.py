@@ -7,7 +7,7 @@ import numpy as np
 
 from llmfast.bundle import ModelBundle
 from llmfast.runtime import open_session
-from llmfast.tasks._encoder import run_session, run_texts
+from llmfast.tasks._encoder import label_names, run_session, run_texts, sigmoid, softmax
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -52,22 +52,18 @@ def classify(session: "onnxruntime.InferenceSession", batch: Mapping[str, np.nda
     Returns:
         float32 [batch, classes].
     """
-    return run_session(session, "logits", batch)
+    return run_session(session, OUTPUTS, batch)[0]
 
 
 def _score(logits: np.ndarray, problem: str) -> np.ndarray:
     """Turn logits into scores: shares of 1 when one label holds, each on its own when several may."""
-    scores: np.ndarray = logits.astype(np.float64)
     if problem == "multi_label_classification":
-        scores = np.exp(-np.logaddexp(0, -scores))
-    elif problem != "regression":
-        scores = np.exp(scores - scores.max())
-        scores /= scores.sum()
-    return scores
+        return sigmoid(logits)
+    return logits.astype(np.float64) if problem == "regression" else softmax(logits)
 
 
 def _describe(text: str, scores: np.ndarray, bundle: ModelBundle) -> dict[str, Any]:
-    labels = bundle.manifest.architecture.get("labels") or [f"LABEL_{index}" for index in range(len(scores))]
+    labels = label_names(bundle, len(scores))
     best = int(scores.argmax())
     named = dict(zip(labels, scores.tolist(), strict=True))
     return {"text": text, "label": labels[best], "score": float(scores[best]), "scores": named}

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from llmfast.bench.options import BenchOptions
+from llmfast.bench.statistics import spearman
 from llmfast.bench.subject import Subject
 from llmfast.bundle import ModelBundle
 from llmfast.divergence import cosines
@@ -86,27 +87,9 @@ def compare(item: Texts, vectors: np.ndarray, reference: np.ndarray) -> np.ndarr
 def figures(rows: np.ndarray) -> dict[str, float | None]:
     """Return the figures of some pairs or texts from their rows, float64 [units, 3]."""
     scores, similarities, moved = rows.T
-    return {"spearman": _spearman(scores, similarities), "cosine_to_baseline": float(moved.mean())}
+    return {"spearman": spearman(scores, similarities), "cosine_to_baseline": float(moved.mean())}
 
 
 def _texts_of(pairs: list[tuple[float, str, str]]) -> Texts:
     scores, first, second = zip(*pairs, strict=True)
     return Texts((*first, *second), scores)
-
-
-def _spearman(left: np.ndarray, right: np.ndarray) -> float | None:
-    """Return the rank correlation, None when one side does not vary or holds NaN."""
-    if not (np.isfinite(left).all() and np.isfinite(right).all()):
-        return None
-    left, right = _ranks(left), _ranks(right)
-    if left.std() == 0 or right.std() == 0:
-        return None
-    return float(np.corrcoef(left, right)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Return ranks from 0; equal values share the mean of theirs."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    first = np.cumsum(counts) - counts
-    ranks: np.ndarray = (first + (counts - 1) / 2)[places]
-    return ranks

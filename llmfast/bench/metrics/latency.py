@@ -12,7 +12,14 @@ from llmfast.report import Column
 
 ORDER = 50
 KIND = "speed"
-TASKS = ("feature-extraction", "text-classification")
+TASKS = (
+    "feature-extraction",
+    "fill-mask",
+    "question-answering",
+    "text-classification",
+    "text-ranking",
+    "token-classification",
+)
 NEEDS = ("vocab_size",)
 HIGHER_IS_BETTER = {"latency_s_{shape}": False, "samples_per_s_{shape}": True}
 COLUMNS = (
