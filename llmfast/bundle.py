@@ -18,13 +18,16 @@ FORMAT = 1
 MANIFEST = "llmfast.json"
 MODEL = "model.onnx"
 UNKNOWN_TASK = "unknown"
-TEXT_GENERATION = "text-generation"  # the one task whose graph keeps a cache
+TEXT_GENERATION = "text-generation"  # a decoder alone
+# An encoder and a decoder.
+SEQ2SEQ_TASKS = ("summarization", "text2text-generation", "translation")
 # Tokens an encoder takes when its manifest says nothing; nearly all take this many.
 ENCODER_TOKENS = 512
 
 # Files beside the graph that belong to a model and travel with it unchanged.
 COMPANIONS = (
     "tokenizer.json",
+    "target_tokenizer.json",  # of a model whose target has another vocabulary
     "tokenizer_config.json",
     "special_tokens_map.json",
     "config.json",

@@ -52,6 +52,21 @@ def read_pairs(path: Path) -> list[tuple[float, str, str]]:
     return pairs
 
 
+def read_translations(path: Path) -> list[tuple[str, str]]:
+    """Read sources and what is expected of them, one `source<TAB>target` a line.
+
+    Raises:
+        InputError: a line of another form; the message names it.
+    """
+    pairs = []
+    for number, line in _numbered_lines(path):
+        source, separator, target = line.partition("\t")
+        if not separator or "\t" in target or not source.strip() or not target.strip():
+            raise InputError(f"malformed pair: `{path}`: line {number}", "each line is source<TAB>target")
+        pairs.append((source, target))
+    return pairs
+
+
 def read_labelled(path: Path) -> list[tuple[str, str]]:
     """Read labelled texts, one `label text` a line.
 

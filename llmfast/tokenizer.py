@@ -47,19 +47,20 @@ class Tokenizer:
         self.chat_template = chat_template
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
+    def load(cls, folder: Path, name: str = "tokenizer.json") -> "Tokenizer":
         """Read the tokenizer of a bundle or checkpoint.
 
         Args:
             folder: holds tokenizer.json and, where the model has them, tokenizer_config.json,
                 special_tokens_map.json, chat_template.jinja, generation_config.json, config.json.
+            name: another file than tokenizer.json, of a target with its own vocabulary.
 
         Raises:
-            InputError: tokenizer.json is missing, or one of the files is malformed.
+            InputError: the file is missing, or one of the files is malformed.
         """
-        path = folder / "tokenizer.json"
+        path = folder / name
         if not path.is_file():
-            raise InputError(f"no tokenizer: `{path}` is missing", "copy tokenizer.json beside the model")
+            raise InputError(f"no tokenizer: `{path}` is missing", f"copy {name} beside the model")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
@@ -69,10 +70,21 @@ class Tokenizer:
         special_tokens = {name: _spell(settings[name]) for name in _SPECIAL_TOKENS if settings.get(name)}
         return cls(backend, special_tokens, _eos_ids(folder, backend, special_tokens), _template(folder, settings))
 
+    @classmethod
+    def load_target(cls, folder: Path) -> "Tokenizer":
+        """Read the tokenizer of an encoder-decoder's targets, the sources' unless their vocabularies differ."""
+        name = "target_tokenizer.json"
+        return cls.load(folder, name) if (folder / name).is_file() else cls.load(folder)
+
     @cached_property
     def vocab_size(self) -> int:
         """One more than the highest token id; a model may have more rows than that."""
         return max(self._backend.get_vocab().values()) + 1
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token as it is spelled in the vocabulary, None when there is none."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a text.

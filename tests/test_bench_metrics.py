@@ -66,7 +66,7 @@ def test_a_turn_ends_when_the_process_is_idle() -> None:
 def test_perplexity_of_a_uniform_model_is_the_vocabulary_size() -> None:
     ids = np.arange(9) % VOCAB
     uniform = np.full((9, VOCAB), 3.0, np.float32)
-    figures = divergence.figures(divergence.compare(ids, uniform, uniform))
+    figures = divergence.figures(divergence.compare(divergence.Window(ids), uniform, uniform))
     assert figures["perplexity"] == pytest.approx(VOCAB, rel=1e-12)
     assert (figures["kld"], figures["top1_agreement"], figures["perplexity_ratio"]) == (0.0, 1.0, 1.0)
 
@@ -76,11 +76,11 @@ def test_divergence_is_stable_for_large_and_masked_logits() -> None:
     base = random.normal(0, 1, (5, VOCAB)).astype(np.float32)
     ours = random.normal(0, 1, (5, VOCAB)).astype(np.float32)
     ids = np.array([0, 1, 2, 3, 4])
-    plain = divergence.compare(ids, ours, base)
-    np.testing.assert_allclose(divergence.compare(ids, ours + 8192, base - 8192), plain, rtol=1e-3)
+    plain = divergence.compare(divergence.Window(ids), ours, base)
+    np.testing.assert_allclose(divergence.compare(divergence.Window(ids), ours + 8192, base - 8192), plain, rtol=1e-3)
     wide = np.pad(base, ((0, 0), (0, 3)), constant_values=-np.inf)
     np.testing.assert_allclose(
-        divergence.compare(ids, np.pad(ours, ((0, 0), (0, 3)), constant_values=-np.inf), wide), plain
+        divergence.compare(divergence.Window(ids), np.pad(ours, ((0, 0), (0, 3)), constant_values=-np.inf), wide), plain
     )
 
 

@@ -15,7 +15,7 @@ from llmfast.bench.quality import measure_quality
 from llmfast.bench.rounds import run_rounds
 from llmfast.bench.statistics import coverage, relative_spread
 from llmfast.bench.table import print_document
-from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, sha256
+from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, UNKNOWN_TASK, sha256
 from llmfast.errors import InputError, OptionError
 from llmfast.runtime import resolve_threads
 from llmfast.verdict import judge
@@ -128,6 +128,9 @@ def _of_kind(metrics: Mapping[str, ModuleType], kind: str) -> Metrics:
 
 def _lengths(task: str, options: BenchOptions) -> dict[str, int]:
     """Return what the options ask a bundle of this task to hold: flag -> tokens."""
+    if task in SEQ2SEQ_TASKS:
+        # The start token takes a position of the target.
+        return {"--prompt-tokens": options.prompt_tokens, "--output-tokens + 1": options.output_tokens + 1}
     if task != TEXT_GENERATION:
         return {f"--shapes {shape}": length for shape, (_, length) in options.shape_sizes.items()}
     lengths = {"--prompt-tokens + --output-tokens": options.prompt_tokens + options.output_tokens}
@@ -135,6 +138,8 @@ def _lengths(task: str, options: BenchOptions) -> dict[str, int]:
 
 
 def _max_length(task: str, options: BenchOptions) -> int | None:
+    if task in SEQ2SEQ_TASKS:
+        return options.output_tokens
     return max(_lengths(task, options).values()) if task == TEXT_GENERATION else None
 
 
@@ -156,7 +161,7 @@ def _prepare_data(metrics: Metrics, baseline: Contestant, options: BenchOptions)
 def _check_vocabularies(task: str, contestants: Sequence[Contestant], baseline: Contestant) -> None:
     """Refuse to compare predictions over different vocabularies."""
     for one in contestants:
-        if task == TEXT_GENERATION and one.vocab_size not in (None, baseline.vocab_size):
+        if task in (TEXT_GENERATION, *SEQ2SEQ_TASKS) and one.vocab_size not in (None, baseline.vocab_size):
             raise InputError(
                 f"`{one.label}` has {one.vocab_size} token ids, `{baseline.label}` has {baseline.vocab_size}",
                 "their predictions can't be compared: leave out --data, or choose another baseline",

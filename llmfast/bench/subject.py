@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmfast import registry
-from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
+from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
 from llmfast.errors import ResourceError
 from llmfast.runtime import open_session, placement, resolve_threads
 
@@ -65,8 +65,8 @@ class Subject:
 
     Attributes:
         bundle: the bundle's facts.
-        engine: of a text-generation model, otherwise None.
-        session: the ONNX Runtime session.
+        engine: of a model that generates text, otherwise None.
+        session: the ONNX Runtime session; the decoder's where there are two.
         load_s: seconds it took to open, without importing libraries.
     """
 
@@ -194,6 +194,14 @@ def settle(cpu_time: Callable[[], float] = time.process_time, sleep: Callable[[f
 
 def _opener(bundle: ModelBundle, provider: str, threads: int, max_length: int | None) -> Callable[[], tuple[Any, Any]]:
     """Import what opens the bundle, and return the function that does: (engine or None, session)."""
+    if bundle.manifest.task in SEQ2SEQ_TASKS:
+        from llmfast.bench.translator import Translator
+
+        def open_translator() -> tuple[Any, Any]:
+            translator = Translator(bundle, provider, threads, max_length)
+            return translator, translator.session
+
+        return open_translator
     if bundle.manifest.task == TEXT_GENERATION:
         from llmfast.infer.engine import Engine
 

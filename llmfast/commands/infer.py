@@ -55,6 +55,12 @@ def infer(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="File for the vectors, .npy.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")] = False,
+    source_lang: Annotated[str | None, typer.Option(help="Language of the text to translate.")] = None,
+    target_lang: Annotated[str | None, typer.Option(help="Language to translate to.")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beams of an encoder-decoder's search; 1 is greedy.")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="Fewest tokens of a translation or summary.")] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="Above 0 favours long results of beams.")] = None,
+    no_repeat_ngram_size: Annotated[int | None, typer.Option(help="Never say n tokens in a row twice.")] = None,
     provider: Provider = "cpu",
     threads: Threads = None,
     output_format: Annotated[
@@ -98,6 +104,12 @@ def infer(
             "stop": stop,
             "output": output,
             "overwrite": overwrite or None,
+            "source_lang": source_lang,
+            "target_lang": target_lang,
+            "num_beams": num_beams,
+            "min_tokens": min_tokens,
+            "length_penalty": length_penalty,
+            "no_repeat_ngram_size": no_repeat_ngram_size,
         }
     )
     bundle = ModelBundle.open(model)

@@ -87,6 +87,10 @@ class SafetensorsCheckpoint:
         shard, stored = self._find(name)
         return tuple(shard.entries[stored]["shape"])
 
+    def has(self, name: str) -> bool:
+        """Return whether a weight of that Hugging Face name is stored."""
+        return name in self._owners or name.removeprefix("model.") in self._owners
+
     def source(self) -> dict[str, Any]:
         """Return the folder's name and the hash of each weight file."""
         return folder_source(self.path)
@@ -266,6 +270,8 @@ def _download(repository: str) -> Path:
         "spiece.model",
         "vocab.txt",
         "merges.txt",
+        "*.spm",
+        "sentencepiece.bpe.model",
     ]
     try:
         return Path(snapshot_download(repository, allow_patterns=[*wanted, "*_Pooling/*"]))

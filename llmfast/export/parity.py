@@ -91,7 +91,7 @@ class Exported:
         Raises:
             GateError: a difference over the tolerance, or another most likely token.
         """
-        total = _Difference()
+        total = Difference()
         (whole, short), (logits, short_logits) = prompts, expected
         for length in sorted({min(length, len(whole)) for length in (*_BEGINNINGS, _LONG)}):
             total.add(f"prompt of {length}", self.engine.score(whole[:length]), logits[:length])
@@ -116,7 +116,7 @@ class Exported:
 
 
 @dataclass
-class _Difference:
+class Difference:
     """What the comparison has seen so far."""
 
     max_abs_diff: float = 0.0

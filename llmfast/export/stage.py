@@ -8,7 +8,16 @@ from typing import Any
 
 import llmfast
 from llmfast import registry
-from llmfast.bundle import TEXT_GENERATION, Manifest, ModelBundle, Step, check_output, stage_output, write_manifest
+from llmfast.bundle import (
+    SEQ2SEQ_TASKS,
+    TEXT_GENERATION,
+    Manifest,
+    ModelBundle,
+    Step,
+    check_output,
+    stage_output,
+    write_manifest,
+)
 from llmfast.errors import OptionError
 from llmfast.export.requirements import require_export_extra
 from llmfast.graph.model import OnnxModel, count_parameters
@@ -48,7 +57,8 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
     """
     options = options or ExportOptions()
     task = _prepare(source, output, options)
-    route: Callable[..., Manifest] = _export_decoder if task == TEXT_GENERATION else _export_traced
+    routes: dict[str, Callable[..., Manifest]] = {TEXT_GENERATION: _export_decoder}
+    route = (routes | dict.fromkeys(SEQ2SEQ_TASKS, _export_encoder_decoder)).get(task, _export_traced)
     with stage_output(output, options.overwrite) as staged:
         manifest = route(source, task, staged, options)
         parameters = count_parameters(OnnxModel.load(staged / graph["file"]) for graph in manifest.graphs.values())
@@ -60,6 +70,8 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
 def describe_export(source: str, output: Path, options: ExportOptions) -> str:
     """Check what `export` checks before it works, and say in one line what it would do."""
     task = _prepare(source, output, options)
+    if task in SEQ2SEQ_TASKS:
+        return f"would write an encoder and a decoder for {task} from `{source}` into `{output}`"
     if task != TEXT_GENERATION:
         return f"would trace `{source}` for {task} into `{output}`"
     from llmfast.export.architectures import describe
@@ -80,6 +92,7 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
     check_output(output, (Path(source),), options.overwrite)
     require_export_extra()
     from llmfast.export.checkpoint import code_fields, load_config, resolve_folder
+    from llmfast.export.encoder_decoder import detect_seq2seq_task
     from llmfast.export.traced import detect_task
 
     if Path(source).suffix == ".gguf":
@@ -91,7 +104,7 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
         config = load_config(folder).to_dict()
         if ignored := code_fields(folder):
             note(f"note: ignoring {', '.join(ignored)} of `{source}`: code in a model's folder is never run")
-        task = options.task or detect_task(config, folder)
+        task = options.task or detect_seq2seq_task(config) or detect_task(config, folder)
     if task not in registry.names("tasks"):
         raise OptionError(f"unknown task `{task}`", f"choose from: {', '.join(registry.names('tasks'))}")
     return task
@@ -128,6 +141,44 @@ def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions
     )
     with progress("comparing with PyTorch", 2) as advance:
         parity = prove_decoder(source, staged, manifest, options.threads, advance)
+    return _with_parity(manifest, parity)
+
+
+def _export_encoder_decoder(source: str, task: str, staged: Path, options: ExportOptions) -> Manifest:
+    from llmfast.export.checkpoint import SafetensorsCheckpoint, resolve_folder
+    from llmfast.export.encoder_decoder import describe
+    from llmfast.export.seq2seq_graphs import write_encoder_decoder
+    from llmfast.export.seq2seq_parity import prove_encoder_decoder
+    from llmfast.export.seq2seq_settings import read_languages, write_seq2seq_companions
+
+    checkpoint = SafetensorsCheckpoint(resolve_folder(source))
+    description = describe(checkpoint.config)
+    with progress("writing the graphs", description.encoder.num_layers + description.decoder.num_layers) as advance:
+        graphs = write_encoder_decoder(checkpoint, description, staged, advance)
+    write_seq2seq_companions(checkpoint, staged)
+    manifest = Manifest(
+        task=task,
+        source=checkpoint.source(),
+        architecture={
+            "model_type": description.model_type,
+            "num_hidden_layers": description.decoder.num_layers,
+            "num_encoder_layers": description.encoder.num_layers,
+            "hidden_size": description.hidden_size,
+            "num_attention_heads": description.decoder.num_heads,
+            "num_key_value_heads": description.decoder.num_heads,
+            "head_size": description.decoder.head_size,
+            "vocab_size": description.vocab_size,
+            "context_length": description.context_length,
+            "eos_token_id": checkpoint.config.eos_token_id,
+            "pad_token_id": checkpoint.config.pad_token_id,
+            "languages": read_languages(staged),
+        },
+        graphs=graphs,
+        lineage=(_step("direct", options),),
+    )
+    vocab_sizes = checkpoint.config.vocab_size, description.vocab_size
+    with progress("comparing with PyTorch", 2) as advance:
+        parity = prove_encoder_decoder(checkpoint.path, staged, manifest, vocab_sizes, options.threads, advance)
     return _with_parity(manifest, parity)
 
 

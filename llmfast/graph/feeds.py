@@ -9,6 +9,8 @@ from llmfast.errors import UnsupportedError
 
 # Prefix of the inputs that hold a decoder's cache.
 PAST = "past_key_values."
+# Prefix of what a decoder looks the source up by: outputs of the encoder, inputs of the decoder.
+CROSS = "cross_key_values."
 
 
 def sequence_feeds(inputs: Sequence[Any], ids: np.ndarray) -> dict[str, np.ndarray]:

@@ -226,6 +226,10 @@ def _prepare(
     inputs = (source, source.parent) if (source.parent / MANIFEST).is_file() else (source,)
     check_output(output, inputs, options.overwrite)
     models = {role: OnnxModel.load(path) for role, path in bundle.graphs.items()}
+    if plan.needs_calibration and len(models) > 1:
+        raise UnsupportedError(
+            f"{' and '.join(plan.needs_calibration)} can't be calibrated on an encoder-decoder yet", "use --method rtn"
+        )
     chosen = {role: choose_layers(model, plan, options.include, options.exclude) for role, model in models.items()}
     return plan, bundle, {role: (models[role], layers) for role, layers in chosen.items()}
 

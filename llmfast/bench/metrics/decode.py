@@ -6,11 +6,12 @@ TPOT = (latency - TTFT) / (output tokens - 1). The percentiles are of the gaps o
 import numpy as np
 
 from llmfast.bench.subject import Subject, Trial
+from llmfast.bundle import SEQ2SEQ_TASKS
 from llmfast.report import Column
 
 ORDER = 40
 KIND = "speed"
-TASKS = ("text-generation",)
+TASKS = ("text-generation", *SEQ2SEQ_TASKS)
 NEEDS = ("vocab_size",)
 HIGHER_IS_BETTER = {"tpot_s": False, "decode_tokens_per_s": True, "itl_p50_s": False, "itl_p95_s": False}
 COLUMNS = (

@@ -1,15 +1,17 @@
 """The prompt: time to first token (prompt plus first greedy pick), and prompt tokens per second.
 
+Of an encoder-decoder, the prompt is the source, and the first token takes a step of the decoder too.
 Tokenization and loading are left out. Source: reference definitions of TTFT in
 https://docs.nvidia.com/nim/benchmarking/llm/latest/metrics.html
 """
 
 from llmfast.bench.subject import Subject, Trial
+from llmfast.bundle import SEQ2SEQ_TASKS
 from llmfast.report import Column
 
 ORDER = 30
 KIND = "speed"
-TASKS = ("text-generation",)
+TASKS = ("text-generation", *SEQ2SEQ_TASKS)
 NEEDS = ("vocab_size",)
 HIGHER_IS_BETTER = {"ttft_s": False, "prefill_tokens_per_s": True}
 COLUMNS = (
