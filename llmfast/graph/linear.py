@@ -1,5 +1,6 @@
 """Finding the linear layers and embeddings of a graph, whoever exported it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,11 +61,24 @@ class Linear:
 
 @dataclass(frozen=True)
 class Embedding:
-    """A Gather of rows of a constant table `[vocab, hidden]`."""
+    """A Gather of rows of a constant table.
+
+    Attributes:
+        node: the Gather.
+        weight: the initializer that holds the table.
+        stored_transposed: the initializer is `[hidden, vocab]`, as a head multiplies by it.
+        shape: `(vocab, hidden)`.
+    """
 
     node: onnx.NodeProto
     weight: str
+    stored_transposed: bool
     shape: tuple[int, int]
+
+    def read(self, model: OnnxModel) -> np.ndarray:
+        """Return the table as float32 `[vocab, hidden]`."""
+        array = model.read(model.initializers[self.weight])
+        return array.T if self.stored_transposed else array
 
 
 def find_linears(model: OnnxModel) -> list[Linear]:
@@ -90,16 +104,18 @@ def find_embeddings(
     model: OnnxModel, linears: list[Linear], min_elements: int = MIN_EMBEDDING_ELEMENTS
 ) -> list[Embedding]:
     """Return the embedding tables of the top-level graph that are large, or that one of `linears` multiplies by."""
-    initializers = model.initializers
+    resolve = _resolver(model)
     tied = {linear.weight for linear in linears}
-    return [
-        Embedding(node, node.input[0], (table.dims[0], table.dims[1]))
-        for node in model.proto.graph.node
-        if node.op_type == "Gather" and _attribute(node, "axis", 0) == 0 and node.input[1] not in initializers
-        for table in (initializers.get(node.input[0]),)
-        if table is not None and _is_matrix(table)
-        if table.name in tied or table.dims[0] * table.dims[1] >= min_elements
-    ]
+    found = []
+    for node in model.proto.graph.node:
+        if node.op_type != "Gather" or _attribute(node, "axis", 0) != 0 or node.input[1] in model.initializers:
+            continue
+        table, transposed = resolve(node.input[0])
+        if table is not None and (table.name in tied or math.prod(table.dims) >= min_elements):
+            rows, columns = table.dims
+            shape = (columns, rows) if transposed else (rows, columns)
+            found.append(Embedding(node, table.name, transposed, shape))
+    return found
 
 
 def _match(node: onnx.NodeProto) -> tuple[bool, str] | None:
@@ -139,7 +155,7 @@ def _resolver(model: OnnxModel) -> Callable[[str], tuple[TensorProto | None, boo
 def _layer_name(node: onnx.NodeProto, weight: str) -> str:
     """Prefer the weight's name; exporters that number their weights leave the node's."""
     if weight.endswith(".weight"):
-        return weight.removesuffix(".weight")
+        return weight.removesuffix(".weight").removesuffix(".MatMul")
     name: str = node.name or node.output[0]
     return name.strip("/").replace("/", ".").removesuffix(".MatMul").removesuffix(".Gemm")
 

@@ -165,6 +165,8 @@ def choose_layers(model: OnnxModel, plan: Plan, include: str, exclude: str) -> L
     embeddings = [table for table in tables if chosen(table.weight.removesuffix(".weight"), EMBEDDING_ROLE)]
     if not linears and not embeddings:
         hint = "it has no MatMul or plain Gemm with a constant float32 matrix"
+        if any(node.op_type == "If" for node in model.proto.graph.node):
+            hint = "its layers are in the branches of an If, as in merged decoders: export it without merging"
         if found:
             hint = "--include/--exclude leave none of its layers"
         raise UnsupportedError(f"nothing to quantize in `{model.path}`", hint)

@@ -123,9 +123,12 @@ class QuantizedGraph:
 
     def _replace_embedding(self, graph: GraphBuilder, table: Embedding) -> None:
         name = table.weight.removesuffix(".weight")
-        weight, stored = self._store(
-            graph, table.weight, name, EMBEDDING_ROLE, lambda: self._edits.read_stored(table.weight)
-        )
+
+        def read() -> np.ndarray:
+            stored = self._edits.read_stored(table.weight)
+            return stored.T if table.stored_transposed else stored
+
+        weight, stored = self._store(graph, table.weight, name, EMBEDDING_ROLE, read)
         write_gather(graph, stored, weight, table.node.input[1], table.node.output[0])
 
     def _store(
