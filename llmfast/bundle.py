@@ -21,6 +21,16 @@ UNKNOWN_TASK = "unknown"
 TEXT_GENERATION = "text-generation"  # a decoder alone
 # An encoder and a decoder.
 SEQ2SEQ_TASKS = ("summarization", "text2text-generation", "translation")
+# Where a directory without a manifest has its graph: onnxruntime-genai, optimum, transformers.js.
+FOREIGN_FOLDER = "onnx"
+FOREIGN_MODELS = (
+    MODEL,
+    "decoder_model_merged.onnx",
+    f"{FOREIGN_FOLDER}/{MODEL}",
+    f"{FOREIGN_FOLDER}/decoder_model_merged.onnx",
+    "decoder_with_past_model.onnx",
+    "decoder_model.onnx",
+)
 # Tokens an encoder takes when its manifest says nothing; nearly all take this many.
 ENCODER_TOKENS = 512
 
@@ -92,8 +102,9 @@ class ModelBundle:
 
     @property
     def name(self) -> str:
-        """The name to print: the directory's, or the file's when it stands alone."""
-        return self.path.resolve().name if self.manifest.files else self.model.name
+        """The name to print: the directory's, or the file's when it is not one that every exporter uses."""
+        is_usual = any(Path(name).name == self.model.name for name in FOREIGN_MODELS)
+        return self.path.resolve().name if self.manifest.files or is_usual else self.model.name
 
     @property
     def graphs(self) -> dict[str, Path]:
@@ -106,12 +117,10 @@ class ModelBundle:
         """Bytes on disk of everything the bundle holds, external weights included."""
         if self.manifest.files:
             return sum(int(entry["bytes"]) for entry in self.manifest.files.values())
-        data = [
-            self.model,
-            *self.path.glob(f"{self.model.name}*data"),
-            *self.path.glob(f"{self.model.stem}.*.data"),
-        ]
-        return sum(file.stat().st_size for file in set(data))
+        folder, name = self.model.parent, self.model.name
+        data = [self.model, *folder.glob(f"{name}*data*"), *folder.glob(f"{self.model.stem}.*.data")]
+        companions = [file for file in map(self.companion, COMPANIONS) if file]
+        return sum(file.stat().st_size for file in {*data, *companions})
 
     def companion(self, name: str) -> Path | None:
         """Return the path of `tokenizer.json` or another companion, None when the model has none."""
@@ -133,19 +142,28 @@ class ModelBundle:
         if path.is_file():
             if path.suffix != ".onnx":
                 raise InputError(f"not a model: `{path}`", "give a bundle directory or a .onnx file")
-            return cls(path.parent, Manifest(UNKNOWN_TASK), path)
+            return cls._without_manifest(path)
         if not path.is_dir():
             raise InputError(f"not found: `{path}`", "give a bundle directory or a .onnx file")
         if (path / MANIFEST).is_file():
             manifest = _read_manifest(path / MANIFEST)
             _check_sizes(path, manifest)
             return cls(path, manifest, path / next(iter(manifest.graphs.values()))["file"])
-        if (path / MODEL).is_file():
-            return cls(path, Manifest(UNKNOWN_TASK), path / MODEL)
-        hint = f"looked for {MANIFEST} and {MODEL}"
+        for name in FOREIGN_MODELS:
+            if (path / name).is_file():
+                return cls._without_manifest(path / name)
+        hint = f"looked for {MANIFEST}, {MODEL} and the names that other exporters use; or give the .onnx file"
         if (path / "config.json").is_file():
             hint = f"this looks like a PyTorch checkpoint: run `llmfast export {path} -o DIR` first"
         raise InputError(f"no model in `{path}`", hint)
+
+    @classmethod
+    def _without_manifest(cls, model: Path) -> "ModelBundle":
+        from llmfast.thirdparty import describe  # it reads graphs; most commands open bundles only
+
+        nested = model.parent.name == FOREIGN_FOLDER and not (model.parent / "tokenizer.json").is_file()
+        folder = model.parent.parent if nested else model.parent
+        return cls(folder, describe(folder, model), model)
 
 
 def read_json(path: Path) -> Any:

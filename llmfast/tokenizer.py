@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from llmfast.bundle import read_json
+from llmfast.bundle import MANIFEST, read_json
 from llmfast.errors import InputError, UnsupportedError
 
 # What a decoder writes for bytes that are not, or not yet, a whole character.
@@ -18,6 +18,13 @@ REPLACEMENT = "\ufffd"
 
 Text = str | tuple[str, str]
 
+# Files that say which tokens end an answer, and the section of each that does.
+_EOS_PLACES = (
+    ("generation_config.json", ""),
+    ("config.json", ""),
+    ("genai_config.json", "model"),
+    (MANIFEST, "architecture"),
+)
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -52,7 +59,8 @@ class Tokenizer:
 
         Args:
             folder: holds tokenizer.json and, where the model has them, tokenizer_config.json,
-                special_tokens_map.json, chat_template.jinja, generation_config.json, config.json.
+                special_tokens_map.json, chat_template.jinja, generation_config.json, config.json,
+                genai_config.json.
             name: another file than tokenizer.json, of a target with its own vocabulary.
 
         Raises:
@@ -258,8 +266,10 @@ def _spell(token: Any) -> str:
 
 
 def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> tuple[int, ...]:
-    for name in ("generation_config.json", "config.json"):
-        found = _read_settings(folder / name).get("eos_token_id")
+    for name, section in _EOS_PLACES:
+        settings: Any = _read_settings(folder / name)
+        settings = settings.get(section) if section else settings
+        found = settings.get("eos_token_id") if isinstance(settings, dict) else None
         if found is not None:
             ids = found if isinstance(found, list) else [found]
             if not all(type(token) is int for token in ids):

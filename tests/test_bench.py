@@ -46,6 +46,7 @@ class FakeEngine:
     def __init__(self, clock: Clock, table: np.ndarray, prefill_s: float, decode_s: float) -> None:
         self.clock, self.table, self.prefill_s, self.decode_s = clock, table, prefill_s, decode_s
         self.vocab_size = table.shape[1]
+        self.note = ""
         self.prompts: list[list[int]] = []
         self.session = SimpleNamespace()
 

@@ -62,6 +62,8 @@ class Contestant:
         self.worker = stack.enter_context(worker)
         facts = self.call("facts")
         self.vocab_size, self.placement = facts["vocab_size"], facts["placement"]
+        if facts["note"]:
+            report.note(f"note: `{self.label}`: {facts['note']}")
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the subject in the worker process.

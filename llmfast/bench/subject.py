@@ -108,11 +108,11 @@ class Subject:
         return registry.load("tasks", self.bundle.manifest.task)
 
     def facts(self) -> dict[str, Any]:
-        """Return `vocab_size` (None when unknown) and `placement` (nodes per execution provider)."""
-        vocab_size = self.bundle.manifest.architecture.get("vocab_size")
+        """Return `vocab_size` (None when unknown), the engine's `note`, and `placement`: nodes per provider."""
+        facts = {"vocab_size": self.bundle.manifest.architecture.get("vocab_size"), "note": ""}
         if self.engine is not None:
-            vocab_size = self.engine.vocab_size
-        return {"vocab_size": vocab_size, "placement": placement(self.session)}
+            facts = {"vocab_size": self.engine.vocab_size, "note": self.engine.note}
+        return facts | {"placement": placement(self.session)}
 
     def generate(self, trial: Trial) -> Generation:
         """Run the trial's prompt and decode greedily; metrics of one round share one run."""
@@ -203,10 +203,10 @@ def _opener(bundle: ModelBundle, provider: str, threads: int, max_length: int | 
 
         return open_translator
     if bundle.manifest.task == TEXT_GENERATION:
-        from llmfast.infer.engine import Engine
+        from llmfast.infer.opening import open_decoder
 
         def open_engine() -> tuple[Any, Any]:
-            engine = Engine(bundle, provider=provider, threads=threads, max_length=max_length)
+            engine = open_decoder(bundle, provider, threads, max_length)
             return engine, engine.session
 
         return open_engine

@@ -1,4 +1,4 @@
-"""What a graph is fed with for whole sequences, whether llmfast or another exporter made it."""
+"""What a graph is fed with, whether llmfast or another exporter made it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +11,22 @@ from llmfast.errors import UnsupportedError
 PAST = "past_key_values."
 # Prefix of what a decoder looks the source up by: outputs of the encoder, inputs of the decoder.
 CROSS = "cross_key_values."
+# The other inputs of llmfast's own decoder graph.
+CONTRACT = ("input_ids", "seqlens_k", "total_sequence_length", "num_logits")
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+def present_of(past: str) -> str:
+    """Return the output that a cache comes back in."""
+    return past.replace(PAST, "present.", 1)
 
 
 def sequence_feeds(inputs: Sequence[Any], ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -23,25 +39,43 @@ def sequence_feeds(inputs: Sequence[Any], ids: np.ndarray) -> dict[str, np.ndarr
     Raises:
         UnsupportedError: an input that can't be made from token ids.
     """
+    past = [value for value in inputs if value.name.startswith(PAST)]
+    feeds = step_feeds([value for value in inputs if value not in past], ids, 0)
+    for value in past:
+        feeds[value.name] = np.zeros((len(ids), value.shape[1], 0, value.shape[3]), DTYPES[value.type])
+    return feeds
+
+
+def step_feeds(inputs: Sequence[Any], ids: np.ndarray, past: int) -> dict[str, np.ndarray]:
+    """Return the inputs for tokens that follow `past` others, with logits at every position; caches apart.
+
+    Args:
+        inputs: the session's inputs, those that hold a cache left out.
+        ids: int64 [batch, seq].
+        past: positions in the cache.
+
+    Raises:
+        UnsupportedError: an input that can't be made from token ids.
+    """
     batch, length = ids.shape
+    total = past + length
+    positions = np.arange(past, total)
     known = {
         "input_ids": ids,
-        "attention_mask": np.ones(ids.shape, np.int64),
+        "attention_mask": np.ones((batch, total), np.int64),
         "token_type_ids": np.zeros(ids.shape, np.int64),
-        "position_ids": np.tile(np.arange(length, dtype=np.int64), (batch, 1)),
-        "seqlens_k": np.full(batch, length - 1, np.int32),
-        "total_sequence_length": np.array(length, np.int32),
-        "num_logits": np.array([length], np.int64),
+        "position_ids": np.tile(positions, (batch, 1)),
+        "cache_position": positions,
+        "seqlens_k": np.full(batch, total - 1),
+        "total_sequence_length": np.array(total),
+        "num_logits": np.array([length]),
+        "num_logits_to_keep": np.array(0),  # all
+        "use_cache_branch": np.array([past > 0]),
     }
-    feeds = {}
     for value in inputs:
-        if value.name.startswith(PAST):
-            feeds[value.name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), np.float32)
-        elif value.name in known:
-            feeds[value.name] = known[value.name]
-        else:
+        if value.name not in known or value.type not in DTYPES:
             raise UnsupportedError(
-                f"the graph has an input `{value.name}` that is not made from token ids",
+                f"the graph has an input `{value.name}` of {value.type} that is not made from token ids",
                 f"known inputs: {', '.join(known)}",
             )
-    return feeds
+    return {value.name: known[value.name].astype(DTYPES[value.type], copy=False) for value in inputs}

@@ -11,21 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmfast.bundle import ModelBundle, read_json
-from llmfast.errors import InputError, OptionError, ResourceError, UnsupportedError
-from llmfast.graph.feeds import PAST
+from llmfast.bundle import ModelBundle
+from llmfast.errors import ResourceError, UnsupportedError
+from llmfast.graph.feeds import CONTRACT, DTYPES, PAST, present_of
+from llmfast.infer.decoder import Decoder, check_sizes, context_length
 from llmfast.runtime import import_onnxruntime, open_session
 
 if TYPE_CHECKING:
     import onnxruntime
-
-_INPUTS = ("input_ids", "seqlens_k", "total_sequence_length", "num_logits")
-_DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-}
 
 
 @dataclass(frozen=True)
@@ -41,25 +34,18 @@ class _Step:
     binding: Any
 
 
-class Engine:
-    """A decoder and the tokens it has seen, batch 1.
+class Engine(Decoder):
+    """A decoder over one cache that is never copied.
 
     Args:
-        bundle: a text-generation bundle that follows llmfast's decoder graph.
+        bundle: a text-generation bundle; `open_decoder` says which graphs this engine runs.
         provider: a name in `llmfast.providers`.
         threads: intra-op threads; None takes the cores this process may use.
         max_length: positions that will be needed; None means the model's whole context.
         chunk_tokens: tokens of a prompt that go through the graph at once.
         spin: let idle threads spin.
         prepack: copy weights for speed; see `open_session`.
-
-    Attributes:
-        session: the ONNX Runtime session.
-        vocab_size: rows of the logits.
-        context_length: positions the model was made for.
-        capacity: positions the KV cache holds.
-        length: positions it holds now.
-        load_s: seconds it took to open the session.
+        graph: a serialized model to run in place of the bundle's, over the same external weights.
 
     Raises:
         UnsupportedError: the graph is no decoder of llmfast's kind.
@@ -75,17 +61,15 @@ class Engine:
         chunk_tokens: int = 256,
         spin: bool = True,
         prepack: bool = True,
+        graph: bytes | None = None,
     ) -> None:
-        if chunk_tokens < 1:
-            raise OptionError(f"chunk of {chunk_tokens} tokens: must be at least 1")
-        if max_length is not None and max_length < 1:
-            raise OptionError(f"length of {max_length} tokens: must be at least 1")
+        check_sizes(max_length, chunk_tokens)
         ort = import_onnxruntime()
         start = time.perf_counter()
-        self.session = open_session(bundle.model, provider, threads, spin, prepack=prepack)
+        self.session = open_session(bundle.model, provider, threads, spin, graph=graph, prepack=prepack)
         self.load_s = time.perf_counter() - start
-        _check_contract(self.session, bundle)
-        self.context_length = _context_length(bundle)
+        self._ids_dtype = _check_contract(self.session, bundle)
+        self.context_length = context_length(bundle)
         self.vocab_size = _vocab_size(self.session)
         self.capacity = self.context_length
         if max_length is not None:
@@ -99,28 +83,8 @@ class Engine:
         self._wrap = ort.OrtValue.ortvalue_from_numpy
         self._slab, self._on_cpu = _allocate_slab(self.session, self.capacity)
 
-    def reset(self) -> None:
-        """Forget all tokens."""
-        self.length = 0
-
-    def rollback(self, length: int) -> None:
-        """Forget the tokens from position `length` on."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot roll back from {self.length} to {length}")
-        self.length = length
-
     def prefill(self, ids: np.ndarray) -> np.ndarray:
-        """Append tokens and return the logits of the last one.
-
-        Args:
-            ids: int64 [n], n >= 1.
-
-        Returns:
-            float32 [vocab].
-
-        Raises:
-            InputError: no token, one the model does not know, or more than the context holds.
-        """
+        """Append tokens, chunk by chunk, and return the logits of the last one."""
         self._check(ids, self.length)
         for chunk in self._chunks(ids):
             logits = self._append(self._step(len(chunk)), chunk)
@@ -128,31 +92,14 @@ class Engine:
         return last
 
     def decode(self, token: int) -> np.ndarray:
-        """Append one token and return its logits.
-
-        Returns:
-            float32 [vocab], a view that the next call overwrites.
-
-        Raises:
-            InputError: the context is full.
-        """
+        """Append one token and return its logits."""
         if self.length >= self.capacity:
             raise self._full(self.length + 1)
         logits: np.ndarray = self._append(self._step(1), token)[0]
         return logits
 
     def score(self, ids: np.ndarray) -> np.ndarray:
-        """Return the logits at every position, starting from an empty context.
-
-        Args:
-            ids: int64 [n], n >= 1.
-
-        Returns:
-            float32 [n, vocab].
-
-        Raises:
-            InputError: as `prefill`.
-        """
+        """Return the logits at every position, starting from an empty context."""
         self._check(ids, 0)
         self.reset()
         scores = np.empty((len(ids), self.vocab_size), np.float32)
@@ -184,14 +131,14 @@ class Engine:
 
     def _bind(self, count: int, logits: np.ndarray) -> _Step:
         binding = self.session.io_binding()
-        input_ids = np.zeros((1, count), np.int64)
+        input_ids = np.zeros((1, count), self._ids_dtype)
         num_logits = np.array([logits.shape[1]], np.int64)
         self._bind_numbers(binding, input_ids)
         binding.bind_ortvalue_input("num_logits", self._wrap(num_logits))
         binding.bind_ortvalue_output("logits", self._wrap(logits))
         for name, value in self._slab.items():
             binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(_present(name), value)
+            binding.bind_ortvalue_output(present_of(name), value)
         return _Step(input_ids, num_logits, logits, binding)
 
     def _bind_numbers(self, binding: Any, input_ids: np.ndarray) -> None:
@@ -201,21 +148,6 @@ class Engine:
 
     def _chunks(self, ids: np.ndarray) -> list[np.ndarray]:
         return [ids[start : start + self._chunk_tokens] for start in range(0, len(ids), self._chunk_tokens)]
-
-    def _check(self, ids: np.ndarray, length: int) -> None:
-        if len(ids) == 0:
-            raise InputError("empty prompt: it has no token")
-        if length + len(ids) > self.capacity:
-            raise self._full(length + len(ids))
-        low, high = int(np.min(ids)), int(np.max(ids))
-        if low < 0 or high >= self.vocab_size:
-            raise InputError(
-                f"token {low if low < 0 else high} is not in the model: its vocabulary has {self.vocab_size}",
-                "the tokenizer belongs to another model",
-            )
-
-    def _full(self, tokens: int) -> InputError:
-        return InputError(f"too long: {tokens} tokens, the context holds {self.capacity}", "shorten the prompt")
 
 
 def _allocate_slab(
@@ -230,7 +162,7 @@ def _allocate_slab(
             if not entry.name.startswith(PAST):
                 continue
             device = info.name.lower()
-            shape, dtype = (1, entry.shape[1], capacity, entry.shape[3]), _DTYPES[entry.type]
+            shape, dtype = (1, entry.shape[1], capacity, entry.shape[3]), DTYPES[entry.type]
             if device == "cpu":
                 slab[entry.name] = create.ortvalue_from_numpy(np.zeros(shape, dtype))
             else:
@@ -240,39 +172,30 @@ def _allocate_slab(
     return slab, device == "cpu"
 
 
-def _present(past: str) -> str:
-    return past.replace(PAST, "present.", 1)
-
-
-def _check_contract(session: "onnxruntime.InferenceSession", bundle: ModelBundle) -> None:
+def _check_contract(session: "onnxruntime.InferenceSession", bundle: ModelBundle) -> type[np.generic]:
+    """Return the type of the token ids."""
     inputs = {entry.name: entry for entry in session.get_inputs()}
     outputs = [entry.name for entry in session.get_outputs()]
     past = [name for name in inputs if name.startswith(PAST)]
-    missing = [name for name in (*_INPUTS, f"{PAST}0.key") if name not in inputs]
-    missing += [name for name in ("logits", *map(_present, past)) if name not in outputs]
+    missing = [name for name in (*CONTRACT, f"{PAST}0.key") if name not in inputs]
+    missing += [name for name in ("logits", *map(present_of, past)) if name not in outputs]
     if missing:
         raise UnsupportedError(
             f"`{bundle.model}` is not a decoder llmfast can run: it lacks `{missing[0]}`",
-            "make it with `llmfast export`; decoders with a growing cache (attention_mask) are not read",
+            "make it with `llmfast export`, or give a decoder that was exported with its cache (past_key_values)",
         )
     for name in past:
-        _, heads, _, head_size = inputs[name].shape
-        if inputs[name].type not in _DTYPES or not isinstance(heads, int) or not isinstance(head_size, int):
+        shape, dtype = inputs[name].shape, inputs[name].type
+        if dtype not in DTYPES or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
             raise UnsupportedError(
-                f"`{bundle.model}`: `{name}` is {inputs[name].type} {inputs[name].shape}, "
+                f"`{bundle.model}`: `{name}` is {dtype} {shape}, "
                 "not [batch, number of heads, past, head size] of a known type"
             )
+    ids = inputs["input_ids"].type
+    if ids not in ("tensor(int64)", "tensor(int32)"):
+        raise UnsupportedError(f"`{bundle.model}`: `input_ids` is {ids}, not integers")
+    return DTYPES[ids]
 
 
 def _vocab_size(session: "onnxruntime.InferenceSession") -> int:
     return next(int(entry.shape[-1]) for entry in session.get_outputs() if entry.name == "logits")
-
-
-def _context_length(bundle: ModelBundle) -> int:
-    found = bundle.manifest.architecture.get("context_length")
-    config = bundle.companion("config.json")
-    if found is None and config is not None:
-        found = read_json(config).get("max_position_embeddings")
-    if type(found) is not int or found < 1:
-        raise InputError(f"`{bundle.path}` does not say how long its context is", "give the bundle, not its .onnx file")
-    return found

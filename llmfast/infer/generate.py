@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from llmfast.errors import InputError, OptionError
-from llmfast.infer.engine import Engine
+from llmfast.infer.decoder import Decoder
 from llmfast.infer.sampling import Sampling, sample
 from llmfast.tokenizer import Tokenizer, TokenStream
 
@@ -115,7 +115,7 @@ def check_limits(max_tokens: int, stop: Sequence[str]) -> None:
 
 
 def generate(
-    engine: Engine,
+    engine: Decoder,
     tokenizer: Tokenizer,
     prompt_ids: np.ndarray,
     max_tokens: int,
@@ -196,7 +196,7 @@ class _Times:
 
 
 def _choose_tokens(
-    engine: Engine, prompt_ids: np.ndarray, vocab_size: int, sampling: Sampling, times: _Times
+    engine: Decoder, prompt_ids: np.ndarray, vocab_size: int, sampling: Sampling, times: _Times
 ) -> Iterator[int]:
     """Yield the tokens that follow a prompt, without end; only the work on them counts in `times`."""
     rng = np.random.default_rng(sampling.seed)

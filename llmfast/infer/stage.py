@@ -7,9 +7,10 @@ from typing import Any
 from llmfast import registry
 from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
 from llmfast.errors import OptionError, UnsupportedError
-from llmfast.infer.engine import Engine
 from llmfast.infer.generate import MAX_TOKENS, Generation, check_limits, encode_prompt, finish, generate
+from llmfast.infer.opening import open_decoder
 from llmfast.infer.sampling import Sampling
+from llmfast.report import note
 from llmfast.tokenizer import Tokenizer
 
 
@@ -44,7 +45,7 @@ def infer(
         OptionError: max_tokens below 1, an empty stop string, a system prompt without a chat template,
             or a model of another task.
         InputError: the bundle or its tokenizer can't be read, or the prompt does not fit the context.
-        UnsupportedError: the graph is no decoder of llmfast's kind, or the provider is absent.
+        UnsupportedError: the graph is no decoder that llmfast runs, or the provider is absent.
     """
     check_limits(max_tokens, stop)
     bundle = ModelBundle.open(model)
@@ -52,7 +53,9 @@ def infer(
         raise OptionError(f"`{model}` generates no text: its task is {bundle.manifest.task}")
     tokenizer = Tokenizer.load(bundle.path)
     prompt_ids = encode_prompt(tokenizer, prompt, system, raw)
-    engine = Engine(bundle, provider, threads, max_length=len(prompt_ids) + max_tokens)
+    engine = open_decoder(bundle, provider, threads, max_length=len(prompt_ids) + max_tokens)
+    if engine.note:
+        note(f"note: `{bundle.name}`: {engine.note}")
     pieces = generate(engine, tokenizer, prompt_ids, max_tokens, sampling or Sampling(), stop, tokenizer.eos_ids)
     return finish(pieces, emit)
 

@@ -40,6 +40,7 @@ from llmfast.quantize.summary import summarize
 from llmfast.quantize.workpiece import InputStatistics, Workpiece
 from llmfast.report import progress
 from llmfast.runtime import open_session, usable_cores
+from llmfast.thirdparty import adopt, can_adopt
 from llmfast.verdict import enforce, judge
 
 
@@ -230,6 +231,8 @@ def _prepare(
         raise UnsupportedError(
             f"{' and '.join(plan.needs_calibration)} can't be calibrated on an encoder-decoder yet", "use --method rtn"
         )
+    if can_adopt(bundle):
+        bundle, models["model"] = adopt(bundle, models["model"])
     chosen = {role: choose_layers(model, plan, options.include, options.exclude) for role, model in models.items()}
     return plan, bundle, {role: (models[role], layers) for role, layers in chosen.items()}
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmfast.bundle import ModelBundle
-from llmfast.infer.engine import Engine
 from llmfast.infer.generate import MAX_TOKENS, encode_prompt, finish, generate
+from llmfast.infer.opening import open_decoder
 from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
 from llmfast.tokenizer import Tokenizer
 
@@ -43,10 +43,10 @@ def answer(
 
     Raises:
         InputError: no tokenizer, or a text that is empty or does not fit the context.
-        UnsupportedError: the graph is no decoder of llmfast's kind.
+        UnsupportedError: the graph is no decoder that llmfast runs.
     """
     tokenizer = Tokenizer.load(bundle.path)
-    engine = Engine(bundle, provider, threads)
+    engine = open_decoder(bundle, provider, threads)
     choice = Sampling(**sampling)
     answers = []
     for text in texts:

@@ -1,0 +1,104 @@
+"""Models that other exporters wrote: which file it is, what it is for, and decoders adopted where that is possible.
+
+Folders of onnxruntime-genai's model builder, optimum, transformers.js, and lone .onnx files. Their JSON
+files are hints from outside: the numbers in them are checked, the rest is not read.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import llmfast
+from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, Manifest, ModelBundle, Step, read_json
+from llmfast.errors import InputError
+from llmfast.graph.adapt import adapt, context_length, is_adaptable
+from llmfast.graph.model import OnnxModel
+from llmfast.graph.skeleton import read_skeleton
+
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_SEQ2SEQ_INPUT = "encoder_hidden_states"
+
+
+def describe(folder: Path, model: Path) -> Manifest:
+    """Say what can be said of a model that has no manifest.
+
+    Args:
+        folder: where tokenizer and config lie.
+        model: the graph, in the folder or below.
+
+    Raises:
+        InputError: a config file that is no JSON, or says something impossible.
+    """
+    try:
+        graph = read_skeleton(model).graph
+    except InputError:  # who opens the graph says what is wrong with it
+        return Manifest(UNKNOWN_TASK)
+    inputs, outputs = [value.name for value in graph.input], [value.name for value in graph.output]
+    graphs = {"model": {"file": model.relative_to(folder).as_posix(), "inputs": inputs, "outputs": outputs}}
+    config = _read(folder / "config.json")
+    has_cache = any(name.startswith("past") for name in inputs)
+    takes_text = "input_ids" in inputs and "logits" in outputs and _SEQ2SEQ_INPUT not in inputs
+    if takes_text and (has_cache or _is_causal(config)):
+        return Manifest(TEXT_GENERATION, architecture=_architecture(folder, config), graphs=graphs)
+    return Manifest(UNKNOWN_TASK, graphs=graphs)
+
+
+def can_adopt(bundle: ModelBundle) -> bool:
+    """Return whether a model without a manifest is a decoder that `adopt` rewrites; its weights are not read."""
+    is_foreign = not bundle.manifest.files and bundle.manifest.task == TEXT_GENERATION
+    return is_foreign and is_adaptable(read_skeleton(bundle.model).graph)
+
+
+def adopt(bundle: ModelBundle, model: OnnxModel) -> tuple[ModelBundle, OnnxModel]:
+    """Return a decoder for which `can_adopt` holds as if llmfast had exported it: facts and graph.
+
+    Raises:
+        UnsupportedError: the graph lacks what llmfast's decoder graph needs.
+    """
+    adapted = adapt(model)
+    limits = [bundle.manifest.architecture.get("context_length"), context_length(model)]
+    context = min((limit for limit in limits if limit), default=None)
+    logits = next(value for value in adapted.proto.graph.output if value.name == "logits")
+    facts = {"context_length": context, "vocab_size": logits.type.tensor_type.shape.dim[2].dim_value}
+    step = Step(
+        stage="import",
+        method=model.proto.producer_name or "unknown",
+        options={"producer_version": model.proto.producer_version},
+        versions={"llmfast": llmfast.__version__},
+    )
+    manifest = replace(
+        bundle.manifest,
+        architecture={**bundle.manifest.architecture, **{key: value for key, value in facts.items() if value}},
+        lineage=(step,),
+    )
+    return replace(bundle, manifest=manifest), adapted
+
+
+def _is_causal(config: dict[str, Any]) -> bool:
+    classes = config.get("architectures")
+    return isinstance(classes, list) and any(str(name).endswith("ForCausalLM") for name in classes)
+
+
+def _architecture(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return `context_length` and `eos_token_id`, where the config files tell them."""
+    genai = _read(folder / "genai_config.json").get("model")
+    genai = genai if isinstance(genai, dict) else {}
+    found: dict[str, Any] = {}
+    contexts = [genai.get("context_length"), *(config.get(key) for key in _CONTEXT_KEYS)]
+    context = next((context for context in contexts if context is not None), None)
+    if context is not None:
+        if type(context) is not int or context < 1:
+            raise InputError(f"the config files of `{folder}` say that the context holds {context!r} tokens")
+        found["context_length"] = context
+    if "eos_token_id" in genai:
+        found["eos_token_id"] = genai["eos_token_id"]
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise InputError(f"malformed `{path}`: not a JSON object")
+    return document
