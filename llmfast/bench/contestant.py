@@ -77,8 +77,10 @@ class Contestant:
 
     def lacks(self, metric: ModuleType) -> str:
         """Return what this bundle has not and the metric needs, empty when it can be measured."""
-        if metric.TASKS and self.task == UNKNOWN_TASK:
+        if metric.TASKS and self.task == UNKNOWN_TASK and UNKNOWN_TASK not in metric.TASKS:
             return "its task"
+        if "example_inputs" in metric.NEEDS and "example_inputs" not in self.bundle.manifest.architecture:
+            return "what its inputs are like"
         if "tokenizer" in metric.NEEDS and self.bundle.companion("tokenizer.json") is None:
             return "its tokenizer"
         if "vocab_size" in metric.NEEDS and self.worker is not None and self.vocab_size is None:

@@ -66,7 +66,7 @@ def bench(models: Sequence[Path], options: BenchOptions, baseline: Path | None =
     items = _prepare_data(_of_kind(metrics, "quality"), reference, options)
     _note_load(machine)
     if task == UNKNOWN_TASK:
-        report.note("note: no bundle says what its model is for: only size, memory and loading are measured")
+        report.note("note: no bundle says what its model is for: answers are not compared")
 
     units: dict[str, int] = {}
     steps = (1 + options.warmup + options.rounds + sum(map(len, items.values()))) * len(contestants)

@@ -1,18 +1,30 @@
 """`llmfast export`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llmfast import report
 from llmfast.commands._options import DryRun, Output, Overwrite, Threads
+from llmfast.errors import OptionError
 
 SUMMARY = "A PyTorch checkpoint to an fp32 bundle, proven equal."
 
 
 def export(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Hugging Face folder, .gguf file, or hub id.")],
     output: Output,
+    source: Annotated[
+        str | None, typer.Argument(metavar="SOURCE", help="Hugging Face folder, .gguf file, or hub id.")
+    ] = None,
+    module: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:FUNCTION",
+            help="In place of SOURCE: run FILE; FUNCTION() returns (module, example_inputs[, dynamic_axes]).",
+        ),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights for --module, a .safetensors file.")] = None,
     task: Annotated[str | None, typer.Option(help="Task; the default is read from the checkpoint.")] = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
@@ -22,16 +34,25 @@ def export(
 
     Example: llmfast export ./SmolLM2-135M-Instruct -o fp32
     """
-    from llmfast.export.stage import ExportOptions, describe_export
-    from llmfast.export.stage import export as run
+    if (source is None) == (module is None):
+        raise OptionError("export needs a SOURCE or --module, one of them", "llmfast export --module FILE.py:FUNCTION")
+    if weights is not None and module is None:
+        raise OptionError("--weights belongs to --module", "a SOURCE brings its weights")
+    from llmfast.export import module as user_module
+    from llmfast.export import stage
 
-    options = ExportOptions(task=task, threads=threads, overwrite=overwrite)
+    options = stage.ExportOptions(task=task, threads=threads, overwrite=overwrite)
     if dry_run:
-        report.out(describe_export(source, output, options))
+        plan = user_module.describe_module_export(module, output, options) if module else ""
+        report.out(plan or stage.describe_export(str(source), output, options))
         return
-    bundle = run(source, output, options)
+    if module:
+        bundle = user_module.export_module(module, output, options, weights)
+    else:
+        bundle = stage.export(str(source), output, options)
     parity = bundle.manifest.measured["export"]["parity"]
+    name = bundle.manifest.architecture["class"] if module and not task else bundle.manifest.task
     report.out(
-        f"{output}: {bundle.manifest.task}, {bundle.size_bytes / 1e6:.1f} MB; "
+        f"{output}: {name}, {bundle.size_bytes / 1e6:.1f} MB; "
         f"differs from PyTorch by at most {parity['max_abs_diff']:.2g}"
     )

@@ -137,7 +137,7 @@ def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions
             "eos_token_id": checkpoint.config.eos_token_id,
         },
         graphs={"model": graph},
-        lineage=(_step("direct", options),),
+        lineage=(make_step("direct", options),),
     )
     with progress("comparing with PyTorch", 2) as advance:
         parity = prove_decoder(source, staged, manifest, options.threads, advance)
@@ -195,15 +195,16 @@ def _export_traced(source: str, task: str, staged: Path, options: ExportOptions)
         source=folder_source(folder),
         architecture=traced.architecture,
         graphs=traced.graphs,
-        lineage=(_step("traced", options),),
+        lineage=(make_step("traced", options),),
     )
     return _with_parity(manifest, traced.parity)
 
 
-def _step(route: str, options: ExportOptions) -> Step:
+def make_step(route: str, options: ExportOptions, **more: Any) -> Step:
+    """Return the step of an export for the manifest's lineage."""
     versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
     chosen = {key: value for key, value in asdict(options).items() if key != "overwrite"}
-    return Step("export", route, chosen, {"llmfast": llmfast.__version__} | versions)
+    return Step("export", route, chosen | more, {"llmfast": llmfast.__version__} | versions)
 
 
 def _with_parity(manifest: Manifest, parity: dict[str, Any]) -> Manifest:

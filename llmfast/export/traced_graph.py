@@ -1,6 +1,7 @@
 """A traced program as llmfast's model.onnx: the checkpoint's names, shapes that can be inferred, no dead ends."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,18 +21,23 @@ _TRANSPOSED = ".T"
 Shape = tuple[int | str | None, ...]  # a number, the name of a free dimension, or unknown
 
 
-def write_graph(model: Any, parameters: "Mapping[str, torch.Tensor]", staged: Path) -> None:
+def write_graph(
+    model: Any, parameters: "Mapping[str, torch.Tensor]", staged: Path, free: Mapping[str, str] | None = None
+) -> None:
     """Write what PyTorch's exporter made.
 
     Args:
         model: the exporter's result, an `onnx_ir.Model`; its initializers are taken out.
         parameters: the PyTorch model's weights by the checkpoint's names.
         staged: the directory to write to.
+        free: names of free dimensions for the exporter's own (`s77`).
     """
     import onnx_ir
 
     arrays = _take_weights(model, parameters)
     proto: onnx.ModelProto = onnx_ir.to_proto(model)
+    _rename_dimensions(proto.graph, free or {})
+    _name_layers(proto.graph, parameters)
     arrays |= _fix_reshapes(proto.graph)
     _share_tables(proto, arrays)
     live = live_nodes(proto.graph)
@@ -81,6 +87,21 @@ def _share_tables(proto: onnx.ModelProto, arrays: dict[str, np.ndarray]) -> None
             node.attribute.append(onnx.helper.make_attribute("transB", 1))
     if any(node.domain == CONTRIB for node in proto.graph.node):
         proto.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
+
+
+def _rename_dimensions(graph: onnx.GraphProto, free: Mapping[str, str]) -> None:
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            if size.HasField("dim_param"):
+                size.dim_param = re.sub(r"\w+", lambda symbol: free.get(symbol[0], symbol[0]), size.dim_param)
+
+
+def _name_layers(graph: onnx.GraphProto, parameters: "Mapping[str, torch.Tensor]") -> None:
+    """Name a layer after its weight where that is a bare parameter, so not called `<layer>.weight`."""
+    for node in graph.node:
+        weight = node.input[1] if node.op_type in ("MatMul", "Gemm") else ""
+        if weight in parameters and not weight.endswith(".weight"):
+            node.name = weight
 
 
 def _fix_reshapes(graph: onnx.GraphProto) -> dict[str, np.ndarray]:

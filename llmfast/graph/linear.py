@@ -36,8 +36,9 @@ class Linear:
 
     @property
     def role(self) -> str:
-        """The last part of the name, which layers of one kind share."""
-        return self.name.rpartition(".")[2]
+        """The last part of the name, which layers of one kind share; a number in a container says nothing alone."""
+        *_, container, last = ("", *self.name.split("."))
+        return f"{container}.{last}" if last.isdigit() and container else last
 
     @property
     def input(self) -> str:

@@ -175,9 +175,12 @@ def write_gather(graph: GraphBuilder, stored: list[str], weight: QuantizedWeight
     """Add a look-up of rows of a block-wise weight, sharing its storage with a MatMulNBits."""
     scales = graph.constant(f"{stored[1]}.shape", [*weight.scales.shape, 1])
     merged = graph.constant(f"{stored[0]}.merged", [0, 0, weight.in_features])
+    column = f"{stored[1]}.column"
+    if not graph.has(column):  # one table may be looked up several times: encoder and decoder of one vocabulary
+        graph.op("Reshape", [stored[1], scales], column)
     rows = graph.op(
         "GatherBlockQuantized",
-        [stored[0], indices, graph.op("Reshape", [stored[1], scales], f"{stored[1]}.column")],
+        [stored[0], indices, column],
         f"{output}.blocks",
         CONTRIB,
         bits=weight.grid.bits,

@@ -1,7 +1,7 @@
 """What a bundle is measured by: one file, one metric.
 
 Every file defines `ORDER` (place in the table), `TASKS` (none means all), `NEEDS` (of `tokenizer`,
-`vocab_size`), `HIGHER_IS_BETTER` (key -> bool; a key may hold `{shape}`), `COLUMNS`, and a `KIND`:
+`vocab_size`, `example_inputs`), `HIGHER_IS_BETTER` (key -> bool; a key may hold `{shape}`), `COLUMNS`, and a `KIND`:
 
 - `static`: `measure(subject) -> figures`, once, after the speed rounds.
 - `speed`: `measure(subject, trial) -> figures`, once per round.

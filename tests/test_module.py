@@ -1,0 +1,524 @@
+"""`export --module`: a module of the user's own, its inputs and axes, and the mistakes one makes."""
+
+import json
+import sys
+import textwrap
+from collections import Counter, namedtuple
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from llmfast.bundle import ModelBundle
+from llmfast.cli import app
+from llmfast.errors import GateError, InputError, LlmfastError, UnsafeInputError, UnsupportedError
+from llmfast.export import module_parity
+from llmfast.export.dynamic_axes import Dimension, parse_dynamic_axes
+from llmfast.export.module_parity import choose_sizes, prove_module
+from llmfast.export.module_trace import trace_module
+from llmfast.export.user_module import UserModule, flatten_outputs, load_user_module
+from llmfast.graph.linear import find_embeddings, find_linears
+from llmfast.graph.model import OnnxModel
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "transformer.py"
+HEADER = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def write(folder: Path, code: str) -> Path:
+    file = folder / "own.py"
+    file.write_text(HEADER + textwrap.dedent(code))
+    return file
+
+
+def load(folder: Path, code: str, weights: Path | None = None) -> UserModule:
+    return load_user_module(write(folder, code), "factory", weights)
+
+
+def export(folder: Path, user: UserModule) -> tuple[OnnxModel, dict]:
+    axes, _ = trace_module(user, folder)
+    return OnnxModel.load(folder / "model.onnx"), prove_module(user, folder / "model.onnx", axes, 1)
+
+
+def module(forward: str, examples: str, axes: str = "None", init: str = "pass") -> str:
+    """Return a file with a module of one linear layer and whatever `init` adds."""
+    lines = textwrap.indent(textwrap.dedent(forward).strip(), " " * 8)
+    return (
+        "class Own(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.linear = nn.Linear(8, 8)\n"
+        f"        {init}\n\n"
+        f"    def forward(self, x):\n{lines}\n\n\n"
+        f"def factory():\n    torch.manual_seed(0)\n    return Own(), {examples}, {axes}\n"
+    )
+
+
+def run_cli(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run_graph(file: Path, **feeds: np.ndarray) -> list[np.ndarray]:
+    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, feeds)
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the bundle of the recipe's module; do not change it."""
+    output = tmp_path_factory.mktemp("transformer") / "fp32"
+    result = run_cli("export", "--module", f"{RECIPE}:factory", "-o", output)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"{output}: Transformer, 30.8 MB; differs from PyTorch by at most ")
+    return output
+
+
+def test_transformer_of_the_recipe_equals_pytorch(transformer: Path) -> None:
+    user = load_user_module(RECIPE, "factory", None)
+    rng = np.random.default_rng(7)
+    for batch, source_length, target_length in ((1, 9, 1), (3, 30, 21), (2, 512, 40)):
+        source, target = rng.integers(0, 8000, (batch, source_length)), rng.integers(0, 8000, (batch, target_length))
+        source[:, 0] = 1  # a text of padding alone is no text
+        (actual,) = run_graph(transformer / "model.onnx", source=source, target=target)
+        with torch.inference_mode():
+            expected = user.module(torch.from_numpy(source), torch.from_numpy(target))["logits"].numpy()
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_transformer_of_the_recipe_is_found_layer_by_layer(transformer: Path) -> None:
+    bundle = ModelBundle.open(transformer)
+    graph = OnnxModel.load(bundle.model)
+    linears = find_linears(graph)
+    roles = Counter(linear.role for linear in linears)
+    assert roles == {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 9),
+        **dict.fromkeys(("feed_forward.0", "feed_forward.2"), 6),
+        "head": 1,
+    }
+    assert {table.weight for table in find_embeddings(graph, linears)} == {linears[-1].weight}  # stored once
+    assert bundle.manifest.task == "unknown"
+    assert bundle.manifest.source["id"] == "transformer.py:factory"
+    assert bundle.manifest.lineage[0].options["module"] == "transformer.py:factory"
+    assert bundle.manifest.architecture["dimensions"] == {
+        "batch": [1, None],
+        "source_length": [1, 512],
+        "target_length": [1, 512],
+    }
+    assert [value.name for value in graph.proto.graph.output] == ["logits"]
+    names = [[size.dim_param for size in value.type.tensor_type.shape.dim] for value in graph.proto.graph.input]
+    assert names == [["batch", "source_length"], ["batch", "target_length"]]
+
+
+def test_transformer_of_the_recipe_is_quantized_and_benched(transformer: Path, tmp_path: Path) -> None:
+    int8 = tmp_path / "int8"
+    result = run_cli("quantize", transformer, "-o", int8, "--scheme", "int8", "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert sum(row["num_parameters"] for row in json.loads(result.stdout)) == 7_553_024
+    source, target = np.array([[5, 6, 7, 0]]), np.array([[8, 9]])
+    (exact,) = run_graph(transformer / "model.onnx", source=source, target=target)
+    (near,) = run_graph(int8 / "model.onnx", source=source, target=target)
+    assert 0 < np.abs(near - exact).max() < 0.1 * np.abs(exact).max()
+    result = run_cli("bench", transformer, int8, "--rounds", 1, "--warmup", 0, "--format", "json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert rows[1]["size_bytes"] < 0.28 * rows[0]["size_bytes"]
+    assert all(row["forward_s"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "roles"),
+    [
+        ("nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)", "(torch.randn(2, 8, 32),)", {"in_proj": 1}),
+        (
+            "nn.TransformerDecoderLayer(32, 4, 64, batch_first=True)",
+            "(torch.randn(2, 8, 32), torch.randn(2, 5, 32))",
+            {"in_proj": 1, "q_proj": 1, "kv_proj": 1},
+        ),
+    ],
+)
+def test_layers_of_torch_keep_their_packed_weights(tmp_path: Path, build: str, inputs: str, roles: dict) -> None:
+    code = f"def factory():\n    return {build}, {inputs}, {{'src': {{0: 'b', 1: 's'}}}}"
+    if "Decoder" in build:
+        code = code.replace("{'src'", "{'memory': {0: 'b', 1: 'm'}, 'tgt'")
+    user = load(tmp_path, code)
+    graph, _ = export(tmp_path, user)
+    linears = {linear.name: linear for linear in find_linears(graph)}
+    counted = Counter(linear.role for linear in linears.values())
+    attentions = sum(isinstance(part, torch.nn.MultiheadAttention) for part in user.module.modules())
+    assert counted == {**roles, "out_proj": attentions, "linear1": 1, "linear2": 1}
+    packed = user.module.self_attn.in_proj_weight.detach().numpy()
+    np.testing.assert_array_equal(linears["self_attn.in_proj"].read(graph), packed)
+    assert not {"IsNaN", "Split"} & {node.op_type for node in graph.proto.graph.node if node.input[0] in linears}
+
+
+def test_masked_attention_has_no_slow_nodes_and_rows_without_a_key_are_zero(tmp_path: Path) -> None:
+    forward = """
+        y = self.linear(x).view(x.shape[0], -1, 2, 4).transpose(1, 2)
+        mask = (x[..., 0] > 0)[:, None, None, :]
+        causal = F.scaled_dot_product_attention(y, y, y, is_causal=True)
+        biased = F.scaled_dot_product_attention(y, y, y, torch.zeros(1).masked_fill(~mask, float("-inf")))
+        return F.scaled_dot_product_attention(y, y, y, attn_mask=mask), causal, biased
+    """
+    user = load(tmp_path, module(forward, "(torch.randn(3, 6, 8),)", "{'x': {0: 'batch', 1: 'length'}}"))
+    user.inputs["x"][1, :, 0] = -1.0  # this row may look at nothing
+    graph, parity = export(tmp_path, user)
+    assert parity["max_abs_diff"] < 1e-5
+    assert "IsNaN" not in {node.op_type for node in graph.proto.graph.node}
+    masked, _, biased = run_graph(tmp_path / "model.onnx", x=user.inputs["x"].numpy())
+    assert np.abs(masked[1]).max() == np.abs(biased[1]).max() == 0
+    assert np.abs(masked[0]).max() > 0
+
+
+def test_outputs_are_named_as_the_module_names_them() -> None:
+    one, two = torch.ones(1), torch.zeros(1)
+    assert list(flatten_outputs(one)) == ["output"]
+    assert list(flatten_outputs((one,))) == ["output"]
+    assert list(flatten_outputs((one, two))) == ["output_0", "output_1"]
+    assert list(flatten_outputs({"logits": one, "states": (one, two), "none": None})) == [
+        "logits",
+        "states_0",
+        "states_1",
+    ]
+    assert list(flatten_outputs(namedtuple("Pair", "left right")(one, two))) == ["left", "right"]
+    assert list(flatten_outputs(Dimension(one, two, None, None))) == ["name", "size"]  # any dataclass
+    with pytest.raises(InputError, match="`int` as `output_1`"):
+        flatten_outputs((one, 3))
+
+
+def test_inputs_are_named_after_forward(tmp_path: Path) -> None:
+    code = """
+        class Two(nn.Module):
+            def forward(self, first, *, second, scale: float = 2.0):
+                return first + scale * second
+
+        def factory():
+            return Two(), {"second": torch.ones(2, 3), "first": torch.zeros(2, 3, dtype=torch.float16)}
+    """
+    user = load(tmp_path, code)
+    assert sorted(user.inputs) == ["first", "second"]
+    assert user.inputs["first"].dtype == torch.float32
+    graph, parity = export(tmp_path, user)
+    assert sorted(value.name for value in graph.proto.graph.input) == ["first", "second"]
+    assert parity["sizes"] == [{}, {}]
+    (actual,) = run_graph(tmp_path / "model.onnx", first=np.full((2, 3), 5, np.float32), second=np.ones((2, 3), "f"))
+    np.testing.assert_array_equal(actual, np.full((2, 3), 7))
+
+
+def test_axes_are_read_as_torch_spells_them() -> None:
+    shapes, dim = {"x": (2, 8), "y": (2, 5)}, torch.export.Dim
+    expected = {"x": {0: "batch", 1: "length"}}
+    for spelled in (
+        {"x": {0: "batch", 1: "length"}},
+        {"x": {0: dim("batch"), -1: dim("length", max=9)}, "out": {0: "batch"}},
+        {"x": ("batch", "length"), "y": None},
+        ({0: "batch", 1: "length"}, {0: None, 1: dim.STATIC}),
+    ):
+        assert parse_dynamic_axes(spelled, shapes, ["out"], "f").names == expected
+    axes = parse_dynamic_axes({"x": {0: dim("b", min=2, max=9)}, "y": [1]}, shapes, [], "f")
+    assert axes.dimensions == {"b": Dimension("b", 2, 2, 9), "y_1": Dimension("y_1", 5)}
+    assert parse_dynamic_axes({"y": {1: dim.AUTO}}, shapes, [], "f").names == {"y": {1: "y_1"}}
+    assert axes.sizes(shapes, {"b": 7, "y_1": 3}) == {"x": (7, 8), "y": (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("spelled", "words"),
+    [
+        ({"xs": {0: "b"}}, "`xs`, which is no input"),
+        ({"x": {2: "b"}}, "dynamic axis 2 of `x`, whose example has 2 axes"),
+        ({"x": {1: "n"}, "y": {1: "n"}}, "`n` is 8 in one example input and 5 in `y`"),
+        ({"x": {0: "a b"}}, "`a b` is no name"),
+        ({"x": {0: 2 * torch.export.Dim("n")}}, "no name and no torch.export.Dim"),
+        ({"x": {0: torch.export.Dim("n", min=3)}}, "outside the range of `n`"),
+        ({"x": "batch"}, "dynamic axes of `x` are `'batch'`"),
+        ("batch", "dynamic axes are a `str`"),
+    ],
+)
+def test_wrong_axes(spelled: object, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        parse_dynamic_axes(spelled, {"x": (2, 8), "y": (2, 5)}, [], "f")
+
+
+def test_sizes_that_are_tried() -> None:
+    runs = choose_sizes({"b": Dimension("b", 2), "n": Dimension("n", 8, 2, 16)})
+    assert runs[:4] == [{"b": 2, "n": 8}, {"b": 1, "n": 2}, {"b": 5, "n": 11}, {"b": 2, "n": 16}]
+    assert {"b": 5, "n": 8} in runs
+    assert {"b": 2, "n": 2} in runs
+
+
+def test_range_of_an_axis_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = module("return x + self.table[: x.shape[1]]", "(torch.randn(2, 6, 8),)", "{'x': {1: 'length'}}")
+    user = load(tmp_path, code.replace("pass", "self.table = nn.Parameter(torch.randn(12, 8))"))
+    _, parity = export(tmp_path, user)
+    assert {run["length"] for run in parity["sizes"]} == {1, 6, 9, 12}
+    assert "note: `length` (axis 1 of `x`) is at most 12" in capsys.readouterr().err
+
+
+def test_bare_parameters_and_tied_heads_keep_their_names(tmp_path: Path) -> None:
+    code = """
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table = nn.Embedding(300, 16)
+                self.mixer = nn.Parameter(torch.randn(16, 16))
+
+            def forward(self, ids):
+                return self.table(ids) @ self.mixer @ self.table.weight.T
+
+        def factory():
+            return Tied(), (torch.arange(6).reshape(2, 3),)
+    """
+    graph, _ = export(tmp_path, load(tmp_path, code))
+    linears = find_linears(graph)
+    assert [(linear.name, linear.shape) for linear in linears] == [("mixer", (16, 16)), ("table", (300, 16))]
+    assert [table.weight for table in find_embeddings(graph, linears)] == ["table.weight"]
+    assert graph.num_parameters == 300 * 16 + 16 * 16
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "words"),
+    [
+        ("import nothing_of_this_name", InputError, r"fails at `own.py:6`, `import nothing_of_this_name`: ModuleNotF"),
+        ("def factory(:", InputError, r"fails at `own.py:6`: SyntaxError"),
+        ("def make():\n    return 1", InputError, "no function `factory` in"),
+        ("def factory():\n    raise KeyError('size')", InputError, r"`own.py:7`, `raise KeyError\('size'\)`: KeyError"),
+        ("def factory():\n    raise SystemExit(3)", InputError, r"`own.py:7`.*SystemExit: 3"),
+        ("def factory(size):\n    return 1", InputError, "missing 1 required positional argument: 'size'"),
+        ("def factory():\n    return nn.Linear(2, 2)", InputError, "returns a `Linear`"),
+        ("def factory():\n    return 1, (torch.ones(1),)", InputError, "a `int` as its module"),
+        ("def factory():\n    return nn.Linear(2, 2), ()", InputError, "no example inputs"),
+        ("def factory():\n    return nn.Linear(2, 2), (3,)", InputError, "example input `0` is a `int`, not a tensor"),
+        (
+            "def factory():\n    return nn.Linear(2, 2), {'y': torch.ones(2)}",
+            InputError,
+            r"do not fit `forward\(input: torch.Tensor\).*missing a required argument: 'input'",
+        ),
+        ("def factory():\n    return nn.Linear(2, 2), (torch.ones(3),)", InputError, "`forward` on the example inputs"),
+        (module("return {'x': x}", "(torch.ones(2, 8),)"), InputError, "`x` is an input and an output"),
+        (
+            module("return x", "(torch.ones(2, 8),)", init="self.linear.weight.data[0, 0] = float('nan')"),
+            InputError,
+            r"weight `linear.weight` of .*own.py:factory` has NaN",
+        ),
+    ],
+)
+def test_what_the_file_does_wrong_is_said_with_its_line(
+    tmp_path: Path, code: str, error: type[LlmfastError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        load(tmp_path, code)
+
+
+@pytest.mark.parametrize(
+    ("forward", "axes", "error", "words"),
+    [
+        (
+            "if x.sum() > 0:\n    return x\nreturn -x",
+            "None",
+            UnsupportedError,
+            r"`own.py:\d+`, `if x.sum\(\) > 0:` can't",
+        ),
+        ("return torch.from_numpy(x.numpy() + 1)", "None", UnsupportedError, r"`own.py:\d+`, `return torch.from_nu"),
+        (
+            "return torch.special.bessel_j0(x)",
+            "None",
+            UnsupportedError,
+            "`prims.bessel_j0`, for which there is no ONNX",
+        ),
+        (
+            "return x if x.shape[0] == 3 else -x",
+            "{'x': {0: 'batch'}}",
+            InputError,
+            r"`batch` \(axis 0 of `x`\) can't be dynamic: .* works for 3 only",
+        ),
+        (
+            "return x[:, :4] + x[:, 4:]",
+            "{'x': {1: 'width'}}",
+            InputError,
+            "PyTorch finds|can't be dynamic",
+        ),
+        ("return F.dropout(self.linear(x), 0.5)", "None", InputError, "`output` of `own.py` is another each time"),
+        ("return self.linear(x) / 0 * 0", "None", InputError, "`output` of `own.py` is NaN in PyTorch itself"),
+    ],
+)
+def test_what_cannot_be_exported(
+    tmp_path: Path, forward: str, axes: str, error: type[LlmfastError], words: str
+) -> None:
+    user = load(tmp_path, module(forward, "(torch.randn(3, 8),)", axes))
+    with pytest.raises(error, match=words) as caught:
+        export(tmp_path, user)
+    assert caught.value.hint
+
+
+def test_module_in_training_mode_is_exported_as_it_is_used(tmp_path: Path) -> None:
+    code = module("return self.drop(self.linear(x))", "(torch.randn(3, 8),)", init="self.drop = nn.Dropout(0.5)")
+    user = load(tmp_path, code.replace("return Own(),", "return Own().train(),"))
+    graph, _ = export(tmp_path, user)
+    assert {node.op_type for node in graph.proto.graph.node} <= {"Gemm", "MatMul", "Add"}
+
+
+def test_a_difference_is_a_missed_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user = load(tmp_path, module("return self.linear(x)", "(torch.randn(3, 8),)", "{'x': {0: 'batch'}}"))
+    trace_module(user, tmp_path)
+    original = module_parity._run_reference
+    with torch.no_grad():
+        user.module.linear.bias[3] += 0.01
+    with pytest.raises(GateError, match=r"`output` at batch 3: by up to 0.01"):
+        prove_module(user, tmp_path / "model.onnx", user.axes, 1)
+    with torch.no_grad():
+        user.module.linear.bias[3] -= 0.01
+
+    def differs_at_one(user: UserModule, feeds: dict, where: str) -> dict:
+        return {name: array + 0.01 * (len(array) == 1) for name, array in original(user, feeds, where).items()}
+
+    monkeypatch.setattr(module_parity, "_run_reference", differs_at_one)
+    with pytest.raises(GateError, match="at batch 1") as caught:
+        prove_module(user, tmp_path / "model.onnx", user.axes, 1)
+    assert 'torch.export.Dim("batch", min=2)' in caught.value.hint
+
+
+def test_sizes_that_pytorch_does_not_take_are_no_fault_of_the_export(tmp_path: Path) -> None:
+    user = load(tmp_path, module("return self.linear(x)", "(torch.randn(3, 8),)", "{'x': {0: 'batch'}}"))
+    trace_module(user, tmp_path)
+
+    def refuse_six(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert len(inputs[0]) != 6, "six is too many"
+
+    user.module.register_forward_pre_hook(refuse_six)
+    with pytest.raises(InputError, match=r"fails at batch 6, a size that the .* allow: AssertionError: six") as caught:
+        prove_module(user, tmp_path / "model.onnx", user.axes, 1)
+    assert "torch.export.Dim" in caught.value.hint
+
+
+@pytest.fixture
+def linear_code() -> str:
+    return "def factory():\n    return nn.Sequential(nn.Linear(4, 3)), (torch.ones(2, 4),)"
+
+
+def test_weights_replace_those_of_the_factory(tmp_path: Path, linear_code: str) -> None:
+    weights = {"0.weight": torch.randn(3, 4), "0.bias": torch.randn(3, dtype=torch.float16)}
+    save_file(weights, tmp_path / "w.safetensors")
+    user = load(tmp_path, linear_code, tmp_path / "w.safetensors")
+    torch.testing.assert_close(user.module[0].weight, weights["0.weight"], rtol=0, atol=0)
+    torch.testing.assert_close(user.module[0].bias, weights["0.bias"].float(), rtol=0, atol=0)
+
+
+def test_weights_that_are_shared_are_stored_once(tmp_path: Path) -> None:
+    code = """
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+                self.head.weight = self.table.weight
+
+            def forward(self, ids):
+                return self.head(self.table(ids))
+
+        def factory():
+            return Tied(), (torch.arange(3),)
+    """
+    save_file({"head.weight": torch.full((5, 4), 2.0)}, tmp_path / "w.safetensors")
+    assert load(tmp_path, code, tmp_path / "w.safetensors").module.table.weight.mean() == 2
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"0.weight": torch.ones(3, 4)}, r"1 missing \(0.bias\)"),
+        ({"0.weight": torch.ones(3, 5), "0.bias": torch.ones(3)}, r"`0.weight` has shape \[3, 5\].* wants \[3, 4\]"),
+        ({"0.weight": torch.ones(3, 4), "0.bias": torch.ones(3), "1.bias": torch.ones(3)}, r"1 unexpected \(1.bias\)"),
+        ({"0.weight": torch.full((3, 4), torch.nan), "0.bias": torch.ones(3)}, r"`0.weight` of .*w.safetensors` has N"),
+    ],
+)
+def test_weights_that_do_not_fit(tmp_path: Path, linear_code: str, weights: dict, words: str) -> None:
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=words):
+        load(tmp_path, linear_code, tmp_path / "w.safetensors")
+
+
+def test_weights_of_a_wrapper_damaged_ones_and_pickles(tmp_path: Path, linear_code: str) -> None:
+    file = tmp_path / "w.safetensors"
+    save_file({"module.0.weight": torch.ones(3, 4), "module.0.bias": torch.ones(3)}, file)
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, linear_code, file)
+    assert "begin with `module.`" in caught.value.hint
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(InputError, match="truncated or corrupt safetensors"):
+        load(tmp_path, linear_code, file)
+    with pytest.raises(InputError, match="not found"):
+        load(tmp_path, linear_code, tmp_path / "none.safetensors")
+    for name in ("w.pt", "w.safetensors"):
+        torch.save({"0.weight": torch.ones(3, 4)}, tmp_path / name)
+        with pytest.raises(UnsafeInputError, match="is a pickle"):
+            load(tmp_path, linear_code, tmp_path / name)
+
+
+def test_task_gives_the_bundle_to_the_commands_that_know_it(tmp_path: Path) -> None:
+    code = """
+        print("a line that must not reach stdout")
+
+        class Classifier(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table, self.head = nn.Embedding(300, 16), nn.Linear(16, 3)
+
+            def forward(self, input_ids, attention_mask):
+                print("another one")
+                mask = attention_mask[..., None].float()
+                return {"logits": self.head((self.table(input_ids) * mask).sum(1) / mask.sum(1))}
+
+        def factory():
+            ids = torch.arange(12).reshape(2, 6)
+            axes = {0: "batch", 1: torch.export.Dim("length", max=64)}
+            return Classifier(), (ids, torch.ones_like(ids)), {"input_ids": axes, "attention_mask": axes}
+    """
+    file, output = write(tmp_path, code), tmp_path / "out"
+    result = run_cli("export", "--module", f"{file}:factory", "-o", output, "--task", "text-classification")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 1
+    architecture = ModelBundle.open(output).manifest.architecture
+    assert (architecture["vocab_size"], architecture["context_length"]) == (300, 64)
+    result = run_cli("bench", output, "--shapes", "2x5", "--rounds", 1, "--warmup", 0, "--format", "json")
+    assert json.loads(result.stdout)["rows"][0]["latency_s_2x5"] > 0
+    result = run_cli("export", "--module", f"{file}:factory", "-o", tmp_path / "x", "--task", "feature-extraction")
+    assert result.exit_code == 5
+    assert "no output `last_hidden_state`" in result.stderr
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, "one of them"),
+        (["somewhere", "--module", "own.py:factory"], 2, "one of them"),
+        (["somewhere", "--weights", "w.safetensors"], 2, "--weights belongs to --module"),
+        (["--module", "own.py"], 2, "not FILE.py:FUNCTION"),
+        (["--module", "{tmp}/none.py:factory"], 3, "not found"),
+        (["--module", "{tmp}/none.py:factory", "--dry-run"], 3, "not found"),
+        (["--module", "{tmp}/own.py:factory", "--task", "text-generaton"], 2, "did you mean `text-generation`"),
+        (["--module", "{tmp}/own.py:factori"], 3, "did you mean `factory`"),
+    ],
+)
+def test_mistakes_on_the_command_line(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
+    write(tmp_path, "def factory():\n    return 1")
+    result = run_cli("export", *[part.format(tmp=tmp_path) for part in arguments], "-o", tmp_path / "out")
+    assert result.exit_code == code, result.output
+    assert words in result.stderr
+    assert "Traceback" not in result.output
+    assert sorted(file.name for file in tmp_path.iterdir() if file.name != "__pycache__") == ["own.py"]
+
+
+def test_dry_run_does_not_run_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "raise SystemExit")
+    result = run_cli("export", "--module", f"{file}:factory", "-o", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"would run `{file}`")
