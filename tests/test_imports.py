@@ -14,7 +14,7 @@ ROOT = Path(llmfast.__file__).parent
 HEAVY = {"torch", "transformers", "optimum", "numpy", "onnx", "onnxruntime", "tokenizers", "rich", "jinja2", "gguf"}
 CHECKPOINT_STACK = {"torch", "transformers", "optimum", "gguf", "huggingface_hub"}
 PLUGIN_FOLDERS = ("quantize.schemes", "quantize.rounding", "bench.metrics", "tasks", "providers", "export.decoders")
-STAGES = {f"llmfast.{stage}.stage" for stage in ("export", "quantize", "bench", "infer")}
+STAGES = {f"llmfast.{stage}.stage" for stage in ("export", "quantize", "bench", "infer", "inspect")}
 
 
 def _modules() -> list[Path]:
@@ -32,7 +32,9 @@ def _imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("arguments", [[], *([command] for command in ("export", "quantize", "bench", "infer"))])
+@pytest.mark.parametrize(
+    "arguments", [[], *([command] for command in ("export", "quantize", "bench", "infer", "inspect"))]
+)
 def test_help_loads_no_heavy_module(arguments: list[str]) -> None:
     program = (
         "import sys, runpy\n"

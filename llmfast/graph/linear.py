@@ -36,9 +36,8 @@ class Linear:
 
     @property
     def role(self) -> str:
-        """The last part of the name, which layers of one kind share; a number in a container says nothing alone."""
-        *_, container, last = ("", *self.name.split("."))
-        return f"{container}.{last}" if last.isdigit() and container else last
+        """What layers of one kind share; see `role_of`."""
+        return role_of(self.name)
 
     @property
     def input(self) -> str:
@@ -117,6 +116,12 @@ def find_embeddings(
             shape = (columns, rows) if transposed else (rows, columns)
             found.append(Embedding(node, table.name, transposed, shape))
     return found
+
+
+def role_of(name: str) -> str:
+    """Return the last part of a layer's name, with the one before it where it is a number in a container."""
+    *_, container, last = ("", *name.split("."))
+    return f"{container}.{last}" if last.isdigit() and container else last
 
 
 def _match(node: onnx.NodeProto) -> tuple[bool, str] | None:

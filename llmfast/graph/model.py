@@ -33,8 +33,12 @@ class OnnxModel:
     path: Path
 
     @classmethod
-    def load(cls, path: Path) -> "OnnxModel":
+    def load(cls, path: Path, any_opset: bool = False) -> "OnnxModel":
         """Parse a graph and check that every external weight is where it should be, without reading it.
+
+        Args:
+            path: the `.onnx` file.
+            any_opset: take graphs of old opsets too, which are only looked at.
 
         Raises:
             InputError: missing, empty, truncated or malformed file; external data missing or too short.
@@ -43,7 +47,7 @@ class OnnxModel:
         """
         model = cls(_parse(path), path)
         opset = model.opset
-        if opset < OLDEST_OPSET:
+        if opset < OLDEST_OPSET and not any_opset:
             raise UnsupportedError(
                 f"`{path}` uses opset {opset}, llmfast needs {OLDEST_OPSET} or newer",
                 "upgrade it with onnx.version_converter",

@@ -1,0 +1,166 @@
+"""`llmfast inspect`: the facts of a model, read from its graph and manifest; weights stay on disk."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from llmfast.bundle import ModelBundle
+from llmfast.graph.census import Layer, dtype_name, take_census
+from llmfast.graph.lint import Finding, GraphView, lint
+from llmfast.graph.model import OnnxModel, tensor_bytes
+
+SCHEMA_VERSION = 1
+_TENSOR_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Describe a model.
+
+    Args:
+        path: a bundle, a directory that holds model.onnx, or a lone .onnx file, whoever made it.
+
+    Returns:
+        A document that JSON can hold: `schema_version`, `model`, `task`, `source`, `architecture`, `num_parameters`,
+        `weight_bytes`, `bits_per_weight`, `size_bytes`, `files` (each `name`, `bytes`), `lineage`, and `graphs`, one
+        entry a graph: `role`, `file`, `opset`, `producer`, `inputs`, `outputs` (each `name`, `dtype`, `shape`),
+        `operators` (name -> nodes), `dtypes` (each `dtype`, `tensors`, `bytes`), `layers` (one entry per role and
+        number format), `cache` (None without one) and `findings` (each `rule`, `affects`, `nodes`, `example`,
+        `reason`, `remedy`).
+
+    Raises:
+        InputError: not a model, truncated, or a data file is missing.
+        UnsafeInputError: weights outside the model's folder.
+    """
+    bundle = ModelBundle.open(path)
+    manifest = bundle.manifest
+    roles = {role: bundle.path / graph["file"] for role, graph in manifest.graphs.items()} or {"model": bundle.model}
+    models = {role: OnnxModel.load(file, any_opset=True) for role, file in roles.items()}
+    context = manifest.architecture.get("context_length")
+    graphs = [_describe_graph(role, model, context) for role, model in models.items()]
+    parameters = manifest.architecture.get("num_parameters") or sum(
+        layer["num_parameters"] for graph in graphs for layer in graph["layers"]
+    )
+    weight_bytes = sum(model.weight_bytes for model in models.values())
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": bundle.name,
+        "task": manifest.task,
+        "source": dict(manifest.source),
+        "architecture": dict(manifest.architecture),
+        "num_parameters": parameters,
+        "weight_bytes": weight_bytes,
+        "bits_per_weight": 8 * weight_bytes / parameters if parameters else None,
+        "size_bytes": bundle.size_bytes,
+        "files": _files(bundle, models.values()),
+        "lineage": [asdict(step) for step in manifest.lineage],
+        "graphs": graphs,
+    }
+
+
+def _describe_graph(role: str, model: OnnxModel, context: int | None) -> dict[str, Any]:
+    view = GraphView(model)
+    graph = model.proto.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    return {
+        "role": role,
+        "file": model.path.name,
+        "opset": model.opset,
+        "producer": f"{model.proto.producer_name} {model.proto.producer_version}".strip(),
+        "inputs": [_describe_value(value) for value in graph.input if value.name not in constants],
+        "outputs": [_describe_value(value) for value in graph.output],
+        "operators": _count_operators(view),
+        "dtypes": _by_dtype(model),
+        "layers": _by_role(take_census(view), model),
+        "cache": _describe_cache(graph, context),
+        "findings": [_describe_finding(found) for found in lint(model)],
+    }
+
+
+def _describe_value(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    kind = value.type.tensor_type
+    shape = [size.dim_value if size.HasField("dim_value") else size.dim_param or "?" for size in kind.shape.dim]
+    return {"name": value.name, "dtype": dtype_name(kind.elem_type), "shape": shape}
+
+
+def _count_operators(view: GraphView) -> dict[str, int]:
+    """Count the nodes by operator, most first; those outside of ONNX's own set carry their domain."""
+    counted = Counter(
+        f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type for node in view.nodes
+    )
+    return dict(sorted(counted.items(), key=lambda entry: (-entry[1], entry[0])))
+
+
+def _by_dtype(model: OnnxModel) -> list[dict[str, Any]]:
+    sizes: dict[str, list[int]] = {}
+    for tensor in model.proto.graph.initializer:
+        sizes.setdefault(dtype_name(tensor.data_type), []).append(tensor_bytes(tensor))
+    rows = [{"dtype": dtype, "tensors": len(parts), "bytes": sum(parts)} for dtype, parts in sizes.items()]
+    return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def _by_role(layers: Sequence[Layer], model: OnnxModel) -> list[dict[str, Any]]:
+    """Return one row per role and number format, in the graph's order."""
+    taken: set[str] = set()
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for layer in layers:
+        form = {
+            "role": layer.role,
+            "weights": layer.weights,
+            "bits": layer.bits,
+            "block_size": layer.block_size,
+            "symmetric": layer.symmetric,
+            "activations": layer.activations,
+        }
+        row = rows.setdefault(tuple(form.values()), form | {"layers": 0, "num_parameters": 0, "bytes": 0})
+        row["layers"] += 1
+        row["num_parameters"] += layer.num_parameters
+        row["bytes"] += sum(tensor_bytes(model.initializers[name]) for name in layer.tensors if name not in taken)
+        taken.update(layer.tensors)
+    return list(rows.values())
+
+
+def _describe_cache(graph: onnx.GraphProto, context: int | None) -> dict[str, Any] | None:
+    """Return the bytes of keys and values that one token of one sequence takes, and a full context."""
+    past = [_describe_value(value) for value in graph.input if value.name.startswith("past")]
+    past = [value for value in past if len(value["shape"]) == 4]
+    if not past:
+        return None
+    per_token = sum(
+        math.prod(size for size in value["shape"][1:] if isinstance(size, int)) * _TENSOR_BYTES.get(value["dtype"], 4)
+        for value in past
+    )
+    full = per_token * context if context else None
+    return {"tensors": len(past), "bytes_per_token": per_token, "context_length": context, "bytes_at_context": full}
+
+
+def _describe_finding(found: Finding) -> dict[str, Any]:
+    rule = found.rule
+    return {
+        "rule": rule.name,
+        "affects": rule.affects,
+        "nodes": len(found.nodes),
+        "example": found.nodes[0],
+        "reason": rule.reason,
+        "remedy": rule.remedy,
+    }
+
+
+def _files(bundle: ModelBundle, models: Iterable[OnnxModel]) -> list[dict[str, Any]]:
+    """List a bundle's files as its manifest has them, or a lone graph and the data files that it names."""
+    listed: Mapping[str, Mapping[str, Any]] = bundle.manifest.files
+    if listed:
+        return [{"name": name, "bytes": entry["bytes"]} for name, entry in listed.items()]
+    names = {bundle.model.name}
+    for model in models:
+        names |= {
+            entry.value
+            for tensor in model.proto.graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+    return [{"name": name, "bytes": (bundle.path / name).stat().st_size} for name in sorted(names)]
