@@ -145,6 +145,28 @@ def test_graphs_of_other_makers(tmp_path: Path, opset: int) -> None:
     assert (graph["opset"], graph["producer"], graph["cache"]) == (opset, "another 1.0", None)
 
 
+def test_table_of_codes_that_is_also_the_head(tmp_path: Path) -> None:
+    """This is what `quantize_dynamic` of ONNX Runtime makes of a tied embedding."""
+    arrays = {
+        "t_quantized": np.ones((8, 64), np.uint8),
+        "s": np.ones((), np.float32),
+        "z": np.zeros((), np.uint8),
+        "ids": np.array([[1, 2]]),
+    }
+    nodes = [
+        helper.make_node("Gather", ["t_quantized", "ids"], ["codes"]),
+        helper.make_node("DequantizeLinear", ["codes", "s", "z"], ["looked_up"]),
+        helper.make_node("Transpose", ["t_quantized"], ["turned"]),
+        helper.make_node("DequantizeLinear", ["turned", "s", "z"], ["w"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"], name="head"),
+    ]
+    document = inspect(save(tmp_path, nodes, arrays, 21))
+    (row,) = document["graphs"][0]["layers"]
+    assert [row[key] for key in ("role", "layers", "num_parameters", "bytes")] == ["embedding", 1, 512, 512 + 4 + 1]
+    assert [row[key] for key in ("weights", "symmetric")] == ["8 bit", False]
+    assert document["graphs"][0]["findings"][0]["rule"] == "dequantized-weight"
+
+
 @pytest.mark.parametrize(
     ("weight", "node", "name"),
     [

@@ -87,13 +87,8 @@ def _layers(view: GraphView) -> Iterator[Layer]:
             yield from _quantized(view, node)
         elif node.op_type in _MATMULS and len(node.input) > 1:
             yield from _multiplied(view, node, view.origin(node.input[1]))
-        elif node.op_type == "Gather" and node.input[0] in view.model.initializers:
-            table = view.model.initializers[node.input[0]]
-            if len(table.dims) == 2 and table.data_type in FLOATS:
-                yield _float(view, node, node.input[0], "embedding")
-        elif node.op_type == "Gather" and (source := view.maker(node.input[0], "DequantizeLinear")):
-            if source.input[0] in view.model.initializers:
-                yield _dequantized(view, node, source, "embedding", FLOAT)
+        elif node.op_type == "Gather":
+            yield from _looked_up(view, node)
         elif node.op_type in ("Conv", "ConvTranspose") and node.input[1] in view.model.initializers:
             yield _float(view, node, node.input[1], "convolution")
         elif node.op_type in _NORMS:
@@ -144,14 +139,28 @@ def _is_symmetric(view: GraphView, weight: TensorProto, zero_point: str, in_bloc
     return is_signed and not view.model.read(tensor).astype(int).any()
 
 
+def _looked_up(view: GraphView, node: onnx.NodeProto) -> Iterator[Layer]:
+    """Find a table of floats, or of codes that are turned into floats before or after the look-up."""
+    after = next((reader for reader in view.readers[node.output[0]] if reader.op_type == "DequantizeLinear"), None)
+    source = view.maker(node.input[0], "DequantizeLinear") or after
+    table = view.model.initializers.get(node.input[0])
+    if source is not None:
+        codes = node.input[0] if source is after else view.origin(source.input[0])
+        if codes in view.model.initializers:
+            yield _dequantized(view, node, source, codes, "embedding", "-")
+    elif table is not None and len(table.dims) == 2 and table.data_type in FLOATS:
+        yield _float(view, node, node.input[0], "embedding")
+
+
 def _multiplied(view: GraphView, node: onnx.NodeProto, weight: str) -> Iterator[Layer]:
     tensor = view.model.initializers.get(weight)
     if tensor is not None and len(tensor.dims) == 2 and tensor.data_type in FLOATS:
         yield _float(view, node, weight)
     source = view.maker(weight, "DequantizeLinear")
-    if source is not None and source.input[0] in view.model.initializers:
+    codes = view.origin(source.input[0]) if source is not None else ""
+    if source is not None and codes in view.model.initializers:
         integer = view.maker(node.input[0], "DequantizeLinear") is not None
-        yield _dequantized(view, node, source, "", "8 bit, static scale" if integer else FLOAT)
+        yield _dequantized(view, node, source, codes, "", "8 bit, static scale" if integer else FLOAT)
 
 
 def _float(view: GraphView, node: onnx.NodeProto, weight: str, role: str = "") -> Layer:
@@ -162,11 +171,13 @@ def _float(view: GraphView, node: onnx.NodeProto, weight: str, role: str = "") -
     return Layer(name, role or role_of(name), _size(tensor), (weight, *bias), dtype, _BITS.get(dtype, 32))
 
 
-def _dequantized(view: GraphView, node: onnx.NodeProto, source: onnx.NodeProto, role: str, activations: str) -> Layer:
-    weight = view.model.initializers[source.input[0]]
+def _dequantized(
+    view: GraphView, node: onnx.NodeProto, source: onnx.NodeProto, codes: str, role: str, activations: str
+) -> Layer:
+    weight = view.model.initializers[codes]
     bits = _BITS.get(dtype_name(weight.data_type), 8)
-    stored = tuple(name for name in source.input if name in view.model.initializers)
-    name = layer_name(node, weight.name)
+    stored = (codes, *(name for name in source.input[1:] if name in view.model.initializers))
+    name = layer_name(node, codes)
     blocks = attribute(source, "block_size", 0)
     symmetric = _is_symmetric(view, weight, _at(source, 2), in_blocks=False)
     form = f"{bits} bit"

@@ -165,9 +165,9 @@ def _scale_per_tensor(view: GraphView) -> Iterator[onnx.NodeProto]:
 def _dequantized_weights(view: GraphView) -> Iterator[onnx.NodeProto]:
     for node in view.of_type(*_MATMULS):
         weight = view.maker(view.origin(_input(node, 1)), "DequantizeLinear")
-        if weight is not None and weight.input[0] in view.model.initializers:
+        if weight is not None and view.origin(weight.input[0]) in view.model.initializers:
             is_integer = view.maker(node.input[0], "DequantizeLinear") is not None
-            four_bit = view.type_of(weight.input[0]) in (TensorProto.INT4, TensorProto.UINT4)
+            four_bit = view.type_of(view.origin(weight.input[0])) in (TensorProto.INT4, TensorProto.UINT4)
             if not is_integer and not four_bit:
                 yield node
 
@@ -175,7 +175,7 @@ def _dequantized_weights(view: GraphView) -> Iterator[onnx.NodeProto]:
 def _blocks_left_to_the_runtime(view: GraphView) -> Iterator[onnx.NodeProto]:
     for node in view.of_type("MatMul"):
         weight = view.maker(view.origin(node.input[1]), "DequantizeLinear")
-        if weight is not None and view.type_of(weight.input[0]) in (TensorProto.INT4, TensorProto.UINT4):
+        if weight is not None and view.type_of(view.origin(weight.input[0])) in (TensorProto.INT4, TensorProto.UINT4):
             yield node
 
 
