@@ -10,7 +10,8 @@ import pytest
 from llmfast import registry, report
 from llmfast.bench import subject as subjects
 from llmfast.bench.machine import describe_machine, peak_rss_bytes
-from llmfast.bench.metrics import accuracy, decode, divergence, embedding, latency, prefill
+from llmfast.bench.inputs import random_inputs
+from llmfast.bench.metrics import accuracy, decode, divergence, embedding, latency, output_error, prefill
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.subject import Generation, Trial
 from llmfast.bundle import Manifest, ModelBundle
@@ -176,3 +177,34 @@ def test_orders_and_keys_of_metrics_do_not_collide() -> None:
     assert len({plugin.ORDER for plugin in plugins}) == len(plugins)
     keys = [key for plugin in plugins for key in plugin.HIGHER_IS_BETTER]
     assert len(set(keys)) == len(keys)
+
+
+def test_inputs_of_a_module_are_like_its_examples() -> None:
+    examples = {
+        "ids": {"dtype": "int64", "shape": [2, 50], "low": 3, "high": 5},
+        "mask": {"dtype": "bool", "shape": [2, 50], "low": False, "high": True},
+        "x": {"dtype": "float32", "shape": [4], "low": -2.0, "high": 1.0},
+    }
+    bundle = ModelBundle(Path("b"), Manifest("unknown", architecture={"example_inputs": examples}), Path("m"))
+    first, second = (random_inputs(bundle, (0, seed)) for seed in (1, 2))
+    assert {name: (str(array.dtype), list(array.shape)) for name, array in first.items()} == {
+        name: (example["dtype"], example["shape"]) for name, example in examples.items()
+    }
+    assert set(first["ids"].ravel().tolist()) == {3, 4, 5}
+    assert set(first["mask"].ravel().tolist()) == {False, True}
+    assert -2 <= first["x"].min() <= first["x"].max() <= 1
+    assert not np.array_equal(first["ids"], second["ids"])
+
+
+def test_output_error_is_relative_and_over_all_outputs() -> None:
+    outputs = [np.array([[3.0, -np.inf]], np.float32), np.array([4], np.int64)]
+    session = SimpleNamespace(get_inputs=lambda: [SimpleNamespace(name="x")], run=lambda names, feeds: outputs)
+    subject = SimpleNamespace(session=session)
+    reference = output_error.answer(subject, {"x": np.ones(1)})
+    assert reference.tolist() == [3, -np.inf, 4]
+    assert output_error.figures(output_error.compare({}, reference, reference)) == {"output_error": 0}
+    rows = [output_error.compare({}, reference + np.array([error, 0, 0]), reference) for error in (1.0, 2.0)]
+    assert output_error.figures(np.concatenate(rows)) == {"output_error": pytest.approx(np.sqrt(5 / 50))}
+    assert np.isnan(output_error.compare({}, reference[:1], reference)).all()
+    with pytest.raises(InputError, match="its inputs are x, the baseline's are y"):
+        output_error.answer(subject, {"y": np.ones(1)})

@@ -133,6 +133,8 @@ def test_transformer_of_the_recipe_is_quantized_and_benched(transformer: Path, t
     rows = json.loads(result.stdout)["rows"]
     assert rows[1]["size_bytes"] < 0.28 * rows[0]["size_bytes"]
     assert all(row["forward_s"] > 0 for row in rows)
+    assert rows[0]["output_error"] == 0
+    assert 0 < rows[1]["output_error"] < 0.05
 
 
 @pytest.mark.parametrize(
@@ -193,6 +195,8 @@ def test_outputs_are_named_as_the_module_names_them() -> None:
     assert list(flatten_outputs(Dimension(one, two, None, None))) == ["name", "size"]  # any dataclass
     with pytest.raises(InputError, match="`int` as `output_1`"):
         flatten_outputs((one, 3))
+    with pytest.raises(UnsupportedError, match="complex numbers as `output`"):
+        flatten_outputs(torch.complex(one, two))
 
 
 def test_inputs_are_named_after_forward(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def bench(models: Sequence[Path], options: BenchOptions, baseline: Path | None =
     _check_gates(metrics, options)
     items = _prepare_data(_of_kind(metrics, "quality"), reference, options)
     _note_load(machine)
-    if task == UNKNOWN_TASK:
+    if task == UNKNOWN_TASK and not items:
         report.note("note: no bundle says what its model is for: answers are not compared")
 
     units: dict[str, int] = {}
@@ -145,16 +145,16 @@ def _max_length(task: str, options: BenchOptions) -> int | None:
 
 def _prepare_data(metrics: Metrics, baseline: Contestant, options: BenchOptions) -> dict[str, list[Any]]:
     """Return quality metric -> items of the data, before anything is opened: a bad file fails at once."""
+    needy = {name: metric for name, metric in metrics.items() if metric.DATA}
     if options.data is None:
-        for metric in metrics.values():
+        for metric in needy.values():
             report.note(f"note: speed only; for quality give --data FILE, {metric.DATA}")
-        return {}
-    if not options.data.is_file():
+    elif not options.data.is_file():
         raise InputError(f"not found: `{options.data}`", "--data takes a text file")
     return {
         name: metric.prepare(baseline.bundle, options.data, options)
         for name, metric in metrics.items()
-        if note_lacks(metric, name, [baseline])
+        if (name not in needy or options.data is not None) and note_lacks(metric, name, [baseline])
     }
 
 

@@ -168,6 +168,7 @@ def _quantize_best(
 
 
 def _print(bundle: "ModelBundle", model: Path, output_format: str) -> None:
+    from llmfast.bundle import UNKNOWN_TASK
     from llmfast.quantize.summary import LAYER_COLUMNS, figure_columns, spell_worst
 
     measured = bundle.manifest.measured["quantize"]
@@ -179,4 +180,5 @@ def _print(bundle: "ModelBundle", model: Path, output_format: str) -> None:
     if output_format != "csv":  # which holds one table
         report.print_rows([{**sizes, **measured}], figure_columns({**sizes, **measured}), output_format)
     report.note(spell_worst(measured["worst_layers"]))
-    report.note(f"Next: llmfast bench {shlex.quote(str(model))} {shlex.quote(str(bundle.path))} --data FILE")
+    data = "" if bundle.manifest.task == UNKNOWN_TASK else " --data FILE"
+    report.note(f"Next: llmfast bench {shlex.quote(str(model))} {shlex.quote(str(bundle.path))}{data}")

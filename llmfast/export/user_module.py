@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmfast.errors import InputError, LlmfastError, UnsafeInputError
+from llmfast.errors import InputError, LlmfastError, UnsafeInputError, UnsupportedError
 from llmfast.export.dynamic_axes import DynamicAxes, parse_dynamic_axes
 from llmfast.export.encoder import first_line
 
@@ -94,6 +94,8 @@ def flatten_outputs(result: Any, name: str = "output") -> "dict[str, torch.Tenso
     import torch
 
     if isinstance(result, torch.Tensor):
+        if result.is_complex():
+            raise UnsupportedError(f"`forward` returns complex numbers as `{name}`", "torch.view_as_real makes floats")
         return {name: result}
     if isinstance(result, Mapping):
         parts = {str(key): value for key, value in result.items()}
@@ -107,7 +109,10 @@ def flatten_outputs(result: Any, name: str = "output") -> "dict[str, torch.Tenso
     elif result is None:
         return {}
     else:
-        raise InputError(f"`forward` returns a `{type(result).__name__}` as `{name}`, which is no tensor")
+        raise InputError(
+            f"`forward` returns a `{type(result).__name__}` as `{name}`, which is no tensor",
+            "return tensors only; a model of transformers does with config.use_cache = False",
+        )
     prefix = "" if name == "output" else f"{name}_"
     return _merge([flatten_outputs(value, prefix + key) for key, value in parts.items()])
 

@@ -4,11 +4,9 @@ forward_s = median seconds of a run. Every round runs several times and takes th
 caches as another model left them. The manifest of an exported module holds shapes, types and ranges.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
+from llmfast.bench.inputs import random_inputs
 from llmfast.bench.subject import Subject, Trial
 from llmfast.bundle import UNKNOWN_TASK
 from llmfast.report import Column
@@ -28,19 +26,8 @@ _REPEATS = 5
 
 def measure(subject: Subject, trial: Trial) -> dict[str, float]:
     """Return the median seconds of a run."""
-    examples = subject.bundle.manifest.architecture["example_inputs"]
-    rng = np.random.default_rng(trial.seed)
-    feeds = {name: random_input(rng, example) for name, example in examples.items()}
+    feeds = random_inputs(subject.bundle, trial.seed)
     return {"forward_s": float(np.median([_time_run(subject, feeds) for _ in range(_REPEATS)]))}
-
-
-def random_input(rng: np.random.Generator, example: Mapping[str, Any]) -> np.ndarray:
-    """Return an array of an example's `dtype` and `shape`, its values between `low` and `high`, both included."""
-    dtype, shape, low, high = (example[key] for key in ("dtype", "shape", "low", "high"))
-    drawn = (
-        rng.uniform(low, high, shape) if dtype.startswith("float") else rng.integers(low, high, shape, endpoint=True)
-    )
-    return np.asarray(drawn).astype(dtype)
 
 
 def _time_run(subject: Subject, feeds: dict[str, np.ndarray]) -> float:
