@@ -1,8 +1,12 @@
 """`export --module`: a module of the user's own, its inputs and axes, and the mistakes one makes."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter, namedtuple
 from pathlib import Path
 
@@ -526,3 +530,28 @@ def test_dry_run_does_not_run_the_file(tmp_path: Path) -> None:
     result = run_cli("export", "--module", f"{file}:factory", "-o", tmp_path / "out", "--dry-run")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"would run `{file}`")
+
+
+def test_interrupt_ends_the_users_code_too(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    file = write(
+        tmp_path,
+        f"""
+        def factory():
+            import os, pathlib, time
+            pathlib.Path({str(begun)!r}).write_text(str(os.getpid()))
+            time.sleep(300)
+        """,
+    )
+    command = [sys.executable, "-m", "llmfast", "export", "--module", f"{file}:factory", "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (begun.exists() and begun.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "", "interrupted\n")
+    assert not os.path.exists(f"/proc/{begun.read_text()}")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["begun", "own.py"]

@@ -4,6 +4,7 @@ The file is run, because its user named it, in a worker process: whatever it pri
 is contained. Nothing else is run.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class ModuleTracer:
         from llmfast.export.user_module import load_user_module
         from llmfast.runtime import resolve_threads
 
+        sys.dont_write_bytecode = True  # nothing but the bundle is written, also not beside the user's file
         torch.set_num_threads(resolve_threads(threads))
         self._threads = threads
         self._user = load_user_module(path, factory, weights)

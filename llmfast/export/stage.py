@@ -174,7 +174,7 @@ def _export_encoder_decoder(source: str, task: str, staged: Path, options: Expor
             "languages": read_languages(staged),
         },
         graphs=graphs,
-        lineage=(_step("direct", options),),
+        lineage=(make_step("direct", options),),
     )
     vocab_sizes = checkpoint.config.vocab_size, description.vocab_size
     with progress("comparing with PyTorch", 2) as advance:
