@@ -14,7 +14,7 @@ from llmfast.bench.machine import describe_machine, peak_rss_bytes
 from llmfast.bench.metrics import accuracy, decode, divergence, embedding, latency, output_error, prefill
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.subject import Generation, Trial
-from llmfast.bundle import Manifest, ModelBundle
+from llmfast.bundle import UNKNOWN_TASK, Manifest, ModelBundle
 from llmfast.errors import InputError
 
 VOCAB = 17
@@ -156,8 +156,8 @@ def test_metric_honours_the_contract(name: str) -> None:
     plugin = registry.load("bench.metrics", name)
     assert plugin.__doc__
     assert isinstance(plugin.ORDER, int)
-    assert set(plugin.TASKS) <= set(registry.names("tasks"))
-    assert set(plugin.NEEDS) <= {"tokenizer", "vocab_size"}
+    assert set(plugin.TASKS) <= {*registry.names("tasks"), UNKNOWN_TASK}
+    assert set(plugin.NEEDS) <= {"tokenizer", "vocab_size", "example_inputs"}
     assert plugin.HIGHER_IS_BETTER
     assert all(isinstance(value, bool) for value in plugin.HIGHER_IS_BETTER.values())
     for column in plugin.COLUMNS:
