@@ -169,7 +169,7 @@ def test_metric_honours_the_contract(name: str) -> None:
     assert all(callable(getattr(plugin, function)) for function in functions[plugin.KIND])
     if plugin.KIND == "quality":
         assert plugin.UNIT
-        assert plugin.DATA
+        assert isinstance(plugin.DATA, str)
 
 
 def test_orders_and_keys_of_metrics_do_not_collide() -> None:

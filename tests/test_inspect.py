@@ -51,7 +51,7 @@ def test_float_bundle_is_counted_exactly(fp32_bundle: Path) -> None:
     assert {role: row["layers"] for role, row in rows.items()} == {
         "embedding": 1,
         "norm": 5,
-        "rotary table": 2,
+        "position table": 2,
         **dict.fromkeys(("qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 2),
     }
     assert rows["down_proj"]["num_parameters"] == 2 * 64 * 96

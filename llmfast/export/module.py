@@ -24,7 +24,7 @@ from llmfast.bundle import (
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.export.requirements import require_export_extra
 from llmfast.export.stage import ExportOptions, make_step
-from llmfast.graph.model import OnnxModel
+from llmfast.graph.model import OnnxModel, count_parameters
 from llmfast.report import note, progress
 from llmfast.worker import Worker
 
@@ -181,7 +181,7 @@ def _describe(traced: TracedModule, task: str, graph: OnnxModel) -> dict[str, An
     """Return the manifest's architecture; what the commands of a task ask for comes on top."""
     described = {
         "class": traced.kind,
-        "num_parameters": graph.num_parameters,
+        "num_parameters": count_parameters([graph]),
         "example_inputs": traced.examples,
         "dynamic_axes": {
             name: {str(axis): own for axis, own in axes.items()} for name, axes in traced.dynamic_axes.items()

@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from llmfast.graph.linear import role_of
 from llmfast.graph.lint import GraphView, attribute
-from llmfast.graph.model import COMPUTED_PREFIX, FLOATS, tensor_bytes
+from llmfast.graph.model import COMPUTED_PREFIXES, FLOATS, tensor_bytes
 
 _NAMES: dict[int, str] = {value: name.lower() for name, value in TensorProto.DataType.items()}
 _BITS = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2, "int8": 8, "uint8": 8, "float16": 16, "bfloat16": 16}
@@ -42,7 +42,7 @@ class Layer:
 
     Attributes:
         name: as far as the graph tells.
-        role: the last part of the name, or `embedding`, `norm`, `bias`, `convolution`, `rotary table`, `other`.
+        role: the last part of the name, or `embedding`, `norm`, `bias`, `convolution`, `position table`, `other`.
         num_parameters: trained values.
         tensors: names of what is stored for it; a tensor that two layers share belongs to the first.
         weights: number format, `float32` or `4 bit` for example.
@@ -100,12 +100,12 @@ def _layers(view: GraphView) -> Iterator[Layer]:
 def _others(view: GraphView) -> Iterator[Layer]:
     """Yield the floats that no layer above holds; integers are shapes, axes and indices."""
     for name, tensor in view.model.initializers.items():
-        if tensor.data_type in FLOATS and not name.startswith(COMPUTED_PREFIX):
+        if tensor.data_type in FLOATS and not name.startswith(COMPUTED_PREFIXES):
             readers = view.readers[name]
             is_bias = len(tensor.dims) == 1 and any(node.op_type in ("Add", "Gemm") for node in readers)
             yield Layer(name, "bias" if is_bias else "other", _size(tensor), (name,), dtype_name(tensor.data_type), 32)
-        elif name.startswith(COMPUTED_PREFIX):
-            yield Layer(name, "rotary table", 0, (name,), dtype_name(tensor.data_type), 32)
+        elif name.startswith(COMPUTED_PREFIXES):
+            yield Layer(name, "position table", 0, (name,), dtype_name(tensor.data_type), 32)
 
 
 def _quantized(view: GraphView, node: onnx.NodeProto) -> Iterator[Layer]:

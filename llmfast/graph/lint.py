@@ -12,7 +12,7 @@ from functools import cached_property
 import onnx
 from onnx import TensorProto, helper
 
-from llmfast.graph.model import FLOATS, OnnxModel, tensor_bytes, walk
+from llmfast.graph.model import FLOATS, OnnxModel, count_weight_bytes, tensor_bytes, walk
 from llmfast.graph.packed import ACCURACY_INT8, BLOCK_SIZES
 
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -232,9 +232,10 @@ def _float_tables(view: GraphView) -> Iterator[onnx.NodeProto]:
     """Find a table of floats that holds a quarter of the bytes of a graph whose layers are quantized."""
     if not any(True for _ in view.of_type("MatMulNBits", *_INTEGER_MATMULS, "DynamicQuantizeMatMul")):
         return
+    total = count_weight_bytes([view.model])
     for node in view.of_type("Gather"):
         table = view.model.initializers.get(node.input[0])
-        if table is not None and table.data_type in FLOATS and 4 * tensor_bytes(table) > view.model.weight_bytes:
+        if table is not None and table.data_type in FLOATS and 4 * tensor_bytes(table) > total:
             yield node
 
 

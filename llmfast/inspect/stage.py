@@ -12,7 +12,7 @@ import onnx
 from llmfast.bundle import ModelBundle
 from llmfast.graph.census import Layer, dtype_name, take_census
 from llmfast.graph.lint import Finding, GraphView, lint
-from llmfast.graph.model import OnnxModel, tensor_bytes
+from llmfast.graph.model import OnnxModel, count_weight_bytes, tensor_bytes
 
 SCHEMA_VERSION = 1
 _TENSOR_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
@@ -38,14 +38,13 @@ def inspect(path: Path) -> dict[str, Any]:
     """
     bundle = ModelBundle.open(path)
     manifest = bundle.manifest
-    roles = {role: bundle.path / graph["file"] for role, graph in manifest.graphs.items()} or {"model": bundle.model}
-    models = {role: OnnxModel.load(file, any_opset=True) for role, file in roles.items()}
+    models = {role: OnnxModel.load(file, any_opset=True) for role, file in bundle.graphs.items()}
     context = manifest.architecture.get("context_length")
     graphs = [_describe_graph(role, model, context) for role, model in models.items()]
     parameters = manifest.architecture.get("num_parameters") or sum(
         layer["num_parameters"] for graph in graphs for layer in graph["layers"]
     )
-    weight_bytes = sum(model.weight_bytes for model in models.values())
+    weight_bytes = count_weight_bytes(models.values())
     return {
         "schema_version": SCHEMA_VERSION,
         "model": bundle.name,
