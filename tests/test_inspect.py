@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-from llmfast.bundle import ModelBundle
+from llmfast.bundle import Manifest, ModelBundle, write_manifest
 from llmfast.cli import app
 from llmfast.graph.census import layer_name
 from llmfast.inspect.stage import inspect
@@ -89,6 +90,19 @@ def inspect_parameters(path: Path) -> int:
     document = inspect(ModelBundle.open(path).model)
     assert document["task"] == "unknown"
     return document["num_parameters"]
+
+
+def test_bundle_of_several_graphs(fp32_bundle: Path, tmp_path: Path) -> None:
+    for role in ("encoder", "decoder"):
+        shutil.copyfile(fp32_bundle / "model.onnx", tmp_path / f"{role}.onnx")
+    graphs = {role: {"file": f"{role}.onnx", "inputs": [], "outputs": []} for role in ("encoder", "decoder")}
+    write_manifest(tmp_path, Manifest("unknown", graphs=graphs))
+    document = inspect(tmp_path)
+    assert [(graph["role"], graph["file"]) for graph in document["graphs"]] == [
+        ("encoder", "encoder.onnx"),
+        ("decoder", "decoder.onnx"),
+    ]
+    assert "decoder: decoder.onnx, opset 21, llmfast" in run(tmp_path).stdout
 
 
 def test_int8_is_said_to_be_per_token(fp32_bundle: Path, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from torch.nn import functional as F
 @pytest.fixture(autouse=True)
 def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
 
 def write(folder: Path, code: str) -> Path:
@@ -173,14 +174,15 @@ def test_masked_attention_has_no_slow_nodes_and_rows_without_a_key_are_zero(tmp_
         mask = (x[..., 0] > 0)[:, None, None, :]
         causal = F.scaled_dot_product_attention(y, y, y, is_causal=True)
         biased = F.scaled_dot_product_attention(y, y, y, torch.zeros(1).masked_fill(~mask, float("-inf")))
-        return F.scaled_dot_product_attention(y, y, y, attn_mask=mask), causal, biased
+        grouped = F.scaled_dot_product_attention(y, y[:, :1], y[:, :1], scale=0.3, enable_gqa=True)
+        return F.scaled_dot_product_attention(y, y, y, attn_mask=mask), causal, biased, grouped
     """
     user = load(tmp_path, module(forward, "(torch.randn(3, 6, 8),)", "{'x': {0: 'batch', 1: 'length'}}"))
     user.inputs["x"][1, :, 0] = -1.0  # this row may look at nothing
     graph, parity = export(tmp_path, user)
     assert parity["max_abs_diff"] < 1e-5
     assert "IsNaN" not in {node.op_type for node in graph.proto.graph.node}
-    masked, _, biased = run_graph(tmp_path / "model.onnx", x=user.inputs["x"].numpy())
+    masked, _, biased, _ = run_graph(tmp_path / "model.onnx", x=user.inputs["x"].numpy())
     assert np.abs(masked[1]).max() == np.abs(biased[1]).max() == 0
     assert np.abs(masked[0]).max() > 0
 
@@ -201,6 +203,24 @@ def test_outputs_are_named_as_the_module_names_them() -> None:
         flatten_outputs((one, 3))
     with pytest.raises(UnsupportedError, match="complex numbers as `output`"):
         flatten_outputs(torch.complex(one, two))
+
+
+def test_file_may_import_its_neighbours_and_what_lies_in_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside_it.py").write_text("WIDTH = 3")
+    for name in ("here", "on_the_path"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"is_{name}.py").write_text("WIDTH = 4")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "on_the_path"))
+    code = """
+        import beside_it, is_here, is_on_the_path
+
+        def factory():
+            return nn.Linear(beside_it.WIDTH, is_here.WIDTH), torch.ones(is_on_the_path.WIDTH, beside_it.WIDTH)
+    """
+    assert list(load(tmp_path, code).inputs) == ["input"]
 
 
 def test_inputs_are_named_after_forward(tmp_path: Path) -> None:
@@ -233,6 +253,8 @@ def test_axes_are_read_as_torch_spells_them() -> None:
     ):
         assert parse_dynamic_axes(spelled, shapes, ["out"], "f").names == expected
     axes = parse_dynamic_axes({"x": {0: dim("b", min=2, max=9)}, "y": [1]}, shapes, [], "f")
+    assert axes.narrow("y_1", 3, None).dimensions["y_1"] == Dimension("y_1", 5, 3)
+    assert axes.narrow("b", None, 7).dimensions["b"] == Dimension("b", 2, 2, 7)
     assert axes.dimensions == {"b": Dimension("b", 2, 2, 9), "y_1": Dimension("y_1", 5)}
     assert parse_dynamic_axes({"y": {1: dim.AUTO}}, shapes, [], "f").names == {"y": {1: "y_1"}}
     assert axes.sizes(shapes, {"b": 7, "y_1": 3}) == {"x": (7, 8), "y": (2, 3)}
@@ -353,6 +375,12 @@ def test_what_the_file_does_wrong_is_said_with_its_line(
             "{'x': {1: 'width'}}",
             InputError,
             "PyTorch finds|can't be dynamic",
+        ),
+        (
+            "return F.conv1d(x[:, None], torch.ones(1, 1, 3))",
+            "{'x': {1: 'width'}}",
+            InputError,
+            r"`width` \(axis 1 of `x`\) can't have every size from 3 on: `own.py` needs `\(\(-2\) \+ width\) != 1`",
         ),
         ("return F.dropout(self.linear(x), 0.5)", "None", InputError, "`output` of `own.py` is another each time"),
         ("return self.linear(x) / 0 * 0", "None", InputError, "`output` of `own.py` is NaN in PyTorch itself"),

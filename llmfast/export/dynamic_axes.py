@@ -49,11 +49,8 @@ class DynamicAxes:
     def narrow(self, name: str, smallest: int | None, largest: int | None) -> "DynamicAxes":
         """Return the axes with one dimension bounded further."""
         old = self.dimensions[name]
-        bounded = replace(
-            old,
-            smallest=max(old.smallest, smallest or 0),
-            largest=min(old.largest or UNBOUNDED, largest or UNBOUNDED),
-        )
+        bounds = [bound for bound in (old.largest, largest) if bound is not None]
+        bounded = replace(old, smallest=max(old.smallest, smallest or 0), largest=min(bounds, default=None))
         return replace(self, dimensions={**self.dimensions, name: bounded})
 
     def sizes(self, shapes: Mapping[str, Sequence[int]], chosen: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _OPSET = 21
 # What `torch.export` says of axes that can't be as free as declared.
 _CONSTANT = re.compile(r"You marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)")
+_GUARD = re.compile(
+    r"Not all values of (\w+) = (\S+) in the specified range.* satisfy the generated guard (.+?)\.?$", re.MULTILINE
+)
 _FIX = re.compile(r"^ {2}(\w+) = (.+)$", re.MULTILINE)
 _RANGE = re.compile(r"Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)")
 _OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
@@ -69,6 +72,8 @@ def trace_module(user: UserModule, staged: Path) -> tuple[DynamicAxes, tuple[str
     for name, dimension in axes.dimensions.items():
         if dimension.largest != user.axes.dimensions[name].largest:
             note(f"note: `{name}` ({axes.where(name)}) is at most {dimension.largest}: the module takes no more")
+        if dimension.smallest != user.axes.dimensions[name].smallest:
+            note(f"note: `{name}` ({axes.where(name)}) is at least {dimension.smallest}: the module takes no less")
     return axes, tuple(outputs)
 
 
@@ -228,6 +233,13 @@ def _misdeclared(error: Exception, user: UserModule, axes: DynamicAxes) -> Excep
         return InputError(
             f"the dynamic axes of `{user.path.name}` are not as free as declared: PyTorch finds {', '.join(fixes)}",
             "give axes of equal size one name; a size that is a multiple of another can't be declared",
+        )
+    if guard := _GUARD.search(message):
+        name, size, condition = guard.groups()
+        return InputError(
+            f"`{name}` ({axes.where(name)}) can't have every size from {axes.dimensions[name].smallest} on: "
+            f"`{user.path.name}` needs `{condition.replace(size, name)}`",
+            f'give it the range in which that holds: torch.export.Dim("{name}", min=...)',
         )
     return _untraceable(error, user)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -154,7 +155,9 @@ def _find_factory(path: Path, name: str) -> Any:
         raise InputError(f"not a Python file: `{path}`", "--module takes path/to/file.py:factory")
     code = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = code  # dataclasses look their module up
-    sys.path.insert(0, str(path.resolve().parent))  # as `python file.py` does
+    # As `python file.py` has it; then what the worker leaves out, last so that it hides no package of llmfast's.
+    elsewhere = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    sys.path[:] = [str(path.resolve().parent), *sys.path, *elsewhere, os.getcwd()]
     with explain(path, "running the code"):
         spec.loader.exec_module(code)
     factory = getattr(code, name, None)

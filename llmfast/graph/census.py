@@ -8,8 +8,8 @@ import onnx
 from onnx import TensorProto
 
 from llmfast.graph.linear import role_of
-from llmfast.graph.lint import GraphView, attribute
 from llmfast.graph.model import COMPUTED_PREFIXES, FLOATS, tensor_bytes
+from llmfast.graph.view import GraphView, attribute
 
 _NAMES: dict[int, str] = {value: name.lower() for name, value in TensorProto.DataType.items()}
 _BITS = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2, "int8": 8, "uint8": 8, "float16": 16, "bfloat16": 16}

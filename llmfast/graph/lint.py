@@ -4,68 +4,19 @@ What is said of kernels holds for ONNX Runtime's CPU provider; the factors were 
 on x86 with AVX512-VNNI. Weights are not read.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
-from llmfast.graph.model import FLOATS, OnnxModel, count_weight_bytes, tensor_bytes, walk
+from llmfast.graph.model import FLOATS, OnnxModel, count_weight_bytes, tensor_bytes
 from llmfast.graph.packed import ACCURACY_INT8, BLOCK_SIZES
+from llmfast.graph.view import GraphView, attribute
 
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _INTEGER_MATMULS = {"MatMulInteger": (0, 1), "MatMulIntegerToFloat": (0, 1), "QLinearMatMul": (0, 3)}
 _MATMULS = ("MatMul", "Gemm", "FusedMatMul")
-# Nodes between a weight and the multiplication that uses it.
-_PASSES = ("Transpose", "Identity", "Cast", "Reshape")
-
-
-class GraphView:
-    """A graph with who makes and who reads each value, and the types that it states."""
-
-    def __init__(self, model: OnnxModel) -> None:
-        self.model = model
-        self.nodes = list(walk(model.proto.graph))
-        self.producers = {output: node for node in self.nodes for output in node.output if output}
-        self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in self.nodes:
-            for name in node.input:
-                self.readers[name].append(node)
-
-    @cached_property
-    def types(self) -> dict[str, int]:
-        """Element type of every value that the graph states."""
-        graph = self.model.proto.graph
-        stated = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input)}
-        return stated | {name: tensor.data_type for name, tensor in self.model.initializers.items()}
-
-    def type_of(self, name: str) -> int:
-        """Return a value's element type, also of a quantizer's output; 0 when unknown."""
-        node = self.producers.get(name)
-        if node is None or name in self.types:
-            return self.types.get(name, 0)
-        if node.op_type == "DynamicQuantizeLinear":
-            return int(TensorProto.UINT8)
-        if node.op_type == "QuantizeLinear":
-            return self.type_of(node.input[2]) if len(node.input) > 2 and node.input[2] else int(TensorProto.UINT8)
-        return self.type_of(node.input[0]) if node.op_type in (*_PASSES[:2], "Reshape", "Squeeze") else 0
-
-    def origin(self, name: str) -> str:
-        """Follow a value to what it is made of, through nodes that only change its form."""
-        while name in self.producers and self.producers[name].op_type in _PASSES:
-            name = self.producers[name].input[0]
-        return name
-
-    def of_type(self, *op_types: str) -> Iterator[onnx.NodeProto]:
-        """Yield the nodes of some operators."""
-        return (node for node in self.nodes if node.op_type in op_types)
-
-    def maker(self, name: str, *op_types: str) -> onnx.NodeProto | None:
-        """Return the node that makes a value if it is one of some operators."""
-        node = self.producers.get(name)
-        return node if node is not None and node.op_type in op_types else None
 
 
 @dataclass(frozen=True)
@@ -109,14 +60,6 @@ def lint(model: OnnxModel) -> list[Finding]:
         if nodes:
             found.append(Finding(rule, tuple(nodes.values())))
     return found
-
-
-def attribute(node: onnx.NodeProto, name: str, default: int) -> int:
-    """Return an integer attribute of a node."""
-    for entry in node.attribute:
-        if entry.name == name:
-            return int(helper.get_attribute_value(entry))
-    return default
 
 
 def _nbits(view: GraphView) -> Iterator[onnx.NodeProto]:

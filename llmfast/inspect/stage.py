@@ -11,8 +11,9 @@ import onnx
 
 from llmfast.bundle import ModelBundle
 from llmfast.graph.census import Layer, dtype_name, take_census
-from llmfast.graph.lint import Finding, GraphView, lint
+from llmfast.graph.lint import Finding, lint
 from llmfast.graph.model import OnnxModel, count_weight_bytes, tensor_bytes
+from llmfast.graph.view import GraphView
 
 SCHEMA_VERSION = 1
 _TENSOR_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}

@@ -83,9 +83,9 @@ def _print_pages(document: Mapping[str, Any], page: _Page) -> None:
         if cache := graph["cache"]:
             page.line(_spell_cache(cache))
     page.table(document["files"], _FILES)
-    findings = [finding for graph in document["graphs"] for finding in graph["findings"]]
-    for finding in findings:
-        where = f"{finding['nodes']} nodes, the first is `{finding['example']}`"
+    findings = [(graph["file"], finding) for graph in document["graphs"] for finding in graph["findings"]]
+    for file, finding in findings:
+        where = f"{finding['nodes']} nodes of {file}, the first is `{finding['example']}`"
         page.line(f"{finding['affects']}: {finding['reason']} [{finding['rule']}: {where}]. Do: {finding['remedy']}")
     if not findings:
         page.line("no slow form found")
