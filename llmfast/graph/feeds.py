@@ -7,8 +7,9 @@ import numpy as np
 
 from llmfast.errors import UnsupportedError
 
-# Prefix of the inputs that hold a decoder's cache.
+# Prefixes of the inputs and outputs that hold a decoder's cache.
 PAST = "past_key_values."
+PRESENT = "present."
 # Prefix of what a decoder looks the source up by: outputs of the encoder, inputs of the decoder.
 CROSS = "cross_key_values."
 # The other inputs of llmfast's own decoder graph.
@@ -26,7 +27,7 @@ DTYPES = {
 
 def present_of(past: str) -> str:
     """Return the output that a cache comes back in."""
-    return past.replace(PAST, "present.", 1)
+    return past.replace(PAST, PRESENT, 1)
 
 
 def sequence_feeds(inputs: Sequence[Any], ids: np.ndarray) -> dict[str, np.ndarray]:

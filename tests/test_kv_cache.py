@@ -1,0 +1,90 @@
+"""An int8 KV cache: against PyTorch with a cache rounded the same way, and what has none."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from llmfast.bundle import ModelBundle
+from llmfast.errors import UnsupportedError
+from llmfast.export.stage import export
+from llmfast.graph.model import OnnxModel
+from llmfast.infer.engine import Engine
+from llmfast.quantize.calibrate import Calibration
+from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_cache
+from tests.tiny_encoder import save_encoder
+
+PROMPT = np.random.default_rng(3).integers(0, 259, 40)
+
+
+class RoundedCache(DynamicCache):
+    """PyTorch's cache, with keys and values rounded to codes of 8 bits as they come in."""
+
+    def __init__(self, ranges: dict[str, np.ndarray]) -> None:
+        super().__init__()
+        self.ranges = ranges
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+        rounded = []
+        for name, tensor in (("key", keys), ("value", values)):
+            scale = torch.from_numpy(self.ranges[f"present.{layer}.{name}"] / np.float32(127))[None, :, None]
+            rounded.append(torch.clamp(torch.round(tensor / scale), -128, 127) * scale)
+        return super().update(*rounded, layer, *args, **kwargs)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "calibration.txt"
+    path.write_bytes(np.random.default_rng(0).integers(97, 123, 4000).astype(np.uint8).tobytes())
+    return path
+
+
+def _with_int8_cache(bundle: ModelBundle, text: Path) -> tuple[ModelBundle, dict[str, np.ndarray]]:
+    model = OnnxModel.load(bundle.model)
+    ranges = measure_ranges(model, Calibration(text, num_samples=2, seq_len=64).split(bundle)[0])
+    quantize_cache(model, ranges)
+    path = text.parent / "int8.onnx"
+    onnx.save(model.proto, path)
+    return replace(bundle, model=path), ranges
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama-one-kv-head", "mistral-sliding", "qwen3"])
+def test_logits_are_those_of_pytorch_over_a_rounded_cache(
+    name: str, checkpoints: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    bundle, ranges = _with_int8_cache(export(str(checkpoints(name)), tmp_path / "fp32"), text)
+    engine = Engine(bundle, threads=1, max_length=64, chunk_tokens=16)
+    reference = AutoModelForCausalLM.from_pretrained(checkpoints(name), attn_implementation="eager").eval()
+    with torch.inference_mode():
+        cache = RoundedCache(ranges)
+        expected = reference(torch.from_numpy(PROMPT)[None], past_key_values=cache).logits[0].numpy()
+        float_logits = reference(torch.from_numpy(PROMPT)[None]).logits[0].numpy()
+    scores = engine.score(PROMPT)
+    engine.reset()
+    stepwise = [engine.prefill(PROMPT[:30]), *(engine.decode(int(token)).copy() for token in PROMPT[30:])]
+    # A value half-way between two codes may round either way, so a few positions may differ by a step.
+    scale = np.abs(expected).max()
+    assert np.abs(scores - expected).mean() < 1e-3 * scale
+    assert np.abs(np.array(stepwise) - expected[29:]).mean() < 1e-3 * scale
+    assert np.abs(float_logits - expected).mean() > 1e-5 * scale  # rounding does something
+
+
+def test_the_cache_holds_bytes(fp32_bundle: Path, text: Path) -> None:
+    bundle, _ = _with_int8_cache(ModelBundle.open(fp32_bundle), text)
+    engine = Engine(bundle, threads=1, max_length=64)
+    past = [entry for entry in engine.session.get_inputs() if entry.name.startswith("past_key_values.")]
+    assert len(past) == 4
+    assert {entry.type for entry in past} == {"tensor(int8)"}
+
+
+def test_an_encoder_has_no_cache(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "encoder", "bert", "AutoModel")
+    bundle = export(str(tmp_path / "encoder"), tmp_path / "fp32")
+    with pytest.raises(UnsupportedError, match="no KV cache"):
+        cached_values(OnnxModel.load(bundle.model))
