@@ -1,0 +1,136 @@
+"""Vocabulary trimming: a float bundle whose embedding, head and tokenizer keep only what a corpus needs.
+
+Embedding and head of a small model are a fifth to a half of its weights. The tokens left out can no longer be read
+or written as one; text is still encoded, into smaller pieces. It pays for one language, or one domain.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from llmfast.bundle import COMPANIONS, TEXT_GENERATION, ModelBundle, read_json, write_manifest
+from llmfast.errors import InputError, UnsupportedError
+from llmfast.graph.builder import GraphBuilder
+from llmfast.graph.linear import find_linears
+from llmfast.graph.model import OnnxModel, reads
+from llmfast.graph.weights import WeightFile
+from llmfast.quantize.plan import HEAD_ROLE
+from llmfast.text import read_text
+from llmfast.tokenizer import Tokenizer
+from llmfast.vocabulary import Vocabulary, choose_tokens, trim_settings, trim_tokenizer
+
+_SETTINGS = ("config.json", "generation_config.json")
+# A conversation, so that the tokens of a chat template stay.
+_CONVERSATION = (
+    {"role": "system", "content": "a"},
+    {"role": "user", "content": "b"},
+    {"role": "assistant", "content": "c"},
+    {"role": "user", "content": "d"},
+)
+
+
+def trim_vocabulary(bundle: ModelBundle, corpus: Path, folder: Path) -> tuple[ModelBundle, Vocabulary]:
+    """Write a float bundle with a smaller vocabulary.
+
+    Args:
+        bundle: a text-generation bundle, or an encoder without a head over the vocabulary.
+        corpus: UTF-8 text; every token in it stays, so it is encoded as before.
+        folder: an empty directory.
+
+    Raises:
+        InputError: no tokenizer, or an empty corpus.
+        UnsupportedError: a tokenizer of a kind that can't be cut, or a graph whose tables are not found.
+    """
+    path = bundle.companion("tokenizer.json")
+    if path is None:
+        raise InputError(f"no tokenizer in `{bundle.path}`", "the vocabulary is trimmed by its tokenizer.json")
+    document = read_json(path)
+    model = OnnxModel.load(bundle.model)
+    table = _embedding(model)
+    rows = int(model.initializers[table].dims[0])
+    vocabulary = choose_tokens(document, _corpus_ids(bundle, corpus), rows)
+    _write_graph(model, _tables(model, table, rows, bundle), rows, vocabulary, folder)
+    for name in COMPANIONS:
+        if companion := bundle.companion(name):
+            shutil.copyfile(companion, folder / name)
+    for name in _SETTINGS:
+        if companion := bundle.companion(name):
+            _write_json(folder / name, trim_settings(read_json(companion), vocabulary))
+    _write_json(folder / "tokenizer.json", trim_tokenizer(document, vocabulary))
+    architecture: dict[str, Any] = dict(trim_settings(dict(bundle.manifest.architecture), vocabulary))
+    architecture["num_parameters"] = OnnxModel.load(folder / bundle.model.name).num_parameters
+    write_manifest(folder, replace(bundle.manifest, architecture=architecture))
+    return ModelBundle.open(folder), vocabulary
+
+
+def _corpus_ids(bundle: ModelBundle, corpus: Path) -> list[int]:
+    tokenizer = Tokenizer.load(bundle.path)
+    ids = tokenizer.encode(read_text(corpus))
+    if tokenizer.chat_template is not None:
+        try:
+            rendered = tokenizer.apply_chat_template(_CONVERSATION)
+        except InputError:  # many templates know no system role
+            rendered = tokenizer.apply_chat_template(_CONVERSATION[1:])
+        ids += tokenizer.encode(rendered, add_special_tokens=False)
+    return ids
+
+
+def _embedding(model: OnnxModel) -> str:
+    """Return the initializer that `input_ids` choose rows of."""
+    for node in model.proto.graph.node:
+        if node.op_type == "Gather" and node.input[1] == "input_ids" and node.input[0] in model.initializers:
+            return str(node.input[0])
+    raise UnsupportedError(f"`{model.path}` has no embedding that `input_ids` choose from", "trim the float model")
+
+
+def _tables(model: OnnxModel, embedding: str, rows: int, bundle: ModelBundle) -> dict[str, int]:
+    """Return the initializers with an entry per token: name -> the axis of the tokens."""
+    tables = {embedding: 0}
+    if bundle.manifest.task != TEXT_GENERATION:
+        return tables
+    heads = [one for one in find_linears(model) if one.role == HEAD_ROLE or embedding == one.weight]
+    if not heads or any(one.shape[0] != rows for one in heads):
+        raise UnsupportedError(f"`{model.path}`: the head is not found, or has not one row per token of the embedding")
+    return tables | {one.weight: 0 if one.stored_transposed else 1 for one in heads}
+
+
+def _write_graph(model: OnnxModel, tables: dict[str, int], rows: int, vocabulary: Vocabulary, folder: Path) -> None:
+    weights = WeightFile(folder, model.path.stem)
+    graph = GraphBuilder(weights, model.opset)
+    for node in model.proto.graph.node:
+        for name in reads(node):
+            if name in model.initializers:
+                graph.weight(name, _trim(model, name, tables, vocabulary))
+        graph.keep(node)
+    proto = graph.rewrite(model)
+    for output in proto.graph.output:
+        _resize(output, rows, len(vocabulary.kept))
+    unchanged = [value for value in proto.graph.value_info if not _has_dimension(value, rows)]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(unchanged)
+    weights.save(proto)
+
+
+def _trim(model: OnnxModel, name: str, tables: dict[str, int], vocabulary: Vocabulary) -> np.ndarray:
+    array = model.read(model.initializers[name])
+    return array if name not in tables else np.take(array, vocabulary.kept, axis=tables[name])
+
+
+def _has_dimension(value: onnx.ValueInfoProto, size: int) -> bool:
+    return any(dim.dim_value == size for dim in value.type.tensor_type.shape.dim)
+
+
+def _resize(output: onnx.ValueInfoProto, rows: int, kept: int) -> None:
+    dims: Sequence[Any] = output.type.tensor_type.shape.dim
+    if output.name == "logits" and dims and dims[-1].dim_value == rows:
+        dims[-1].dim_value = kept
+
+
+def _write_json(path: Path, document: Any) -> None:
+    path.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
