@@ -4,6 +4,7 @@ Embedding and head of a small model are a fifth to a half of its weights. The to
 or written as one; text is still encoded, into smaller pieces. It pays for one language, or one domain.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -73,11 +74,10 @@ def _corpus_ids(bundle: ModelBundle, corpus: Path) -> list[int]:
     tokenizer = Tokenizer.load(bundle.path)
     ids = tokenizer.encode(read_text(corpus))
     if tokenizer.chat_template is not None:
-        try:
-            rendered = tokenizer.apply_chat_template(_CONVERSATION)
-        except InputError:  # many templates know no system role
-            rendered = tokenizer.apply_chat_template(_CONVERSATION[1:])
-        ids += tokenizer.encode(rendered, add_special_tokens=False)
+        # Without a system message many templates write one of their own; with one, many refuse.
+        for messages in (_CONVERSATION[1:], _CONVERSATION):
+            with contextlib.suppress(InputError):
+                ids += tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
     return ids
 
 
