@@ -12,6 +12,7 @@ import numpy as np
 from llmfast.bundle import COMPANIONS, read_json, sha256
 from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
 from llmfast.export.architectures import supported_model_types
+from llmfast.export.packed_checkpoint import PackedLayer, read_packing
 
 # Fields that make transformers import code from the model's folder.
 _CODE_FIELDS = (
@@ -22,12 +23,13 @@ _CODE_FIELDS = (
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_DTYPES = {
+_FLOATS = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_INTEGERS = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
 
 
 class Checkpoint(Protocol):
@@ -36,12 +38,17 @@ class Checkpoint(Protocol):
     path: Path
     config: Any
     """The `transformers` config, defaults filled in."""
+    quantization: dict[str, Any] | None
+    """How linear layers are stored as integer codes, None when all weights are floating point."""
 
     def read(self, name: str) -> np.ndarray:
         """Return a weight as float32, by its Hugging Face name."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a weight's shape without reading it."""
+
+    def packed(self, layer: str) -> PackedLayer | None:
+        """Return a linear layer that is stored as integer codes, None when its weight is floating point."""
 
     def source(self) -> dict[str, Any]:
         """Return the manifest's source: id and hashes."""
@@ -64,6 +71,9 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = load_config(path)
+        settings = self.config.__dict__.pop("quantization_config", None)
+        self._packing = None if settings is None else read_packing(settings, str(path))
+        self.quantization = self._packing.describe() if self._packing else None
         self._shards = [_Shard(file) for file in _weight_files(path)]
         self._owners = {name: shard for shard in self._shards for name in shard.entries}
         if not any((path / name).is_file() for name in _TOKENIZER_FILES):
@@ -75,6 +85,8 @@ class SafetensorsCheckpoint:
         Raises:
             InputError: no weight of that name, or one that is not floating point.
         """
+        if layer := self.packed(name.removesuffix(".weight")):
+            return layer.read().dequantize()
         shard, stored = self._find(name)
         return shard.read(stored)
 
@@ -91,6 +103,18 @@ class SafetensorsCheckpoint:
         """Return whether a weight of that Hugging Face name is stored."""
         return name in self._owners or name.removeprefix("model.") in self._owners
 
+    def packed(self, layer: str) -> PackedLayer | None:
+        """Return a linear layer that is stored as integer codes, None when its weight is floating point."""
+        packing = self._packing
+        if packing is None or f"{layer}.{packing.marker}" not in self._owners:
+            return None
+
+        def read(part: str) -> np.ndarray:
+            shard, stored = self._find(f"{layer}.{part}")
+            return shard.read_stored(stored)
+
+        return PackedLayer(layer, packing, read)
+
     def source(self) -> dict[str, Any]:
         """Return the folder's name and the hash of each weight file."""
         return folder_source(self.path)
@@ -99,7 +123,20 @@ class SafetensorsCheckpoint:
         """Load the model as `transformers` does, its weights left in the files until they are needed."""
         from llmfast.export.reference import load_streamed
 
+        if self._packing is not None:
+            return self._load_dequantized()
         return load_streamed(self.path)
+
+    def _load_dequantized(self) -> Any:
+        """Load a checkpoint of codes as floats, without the libraries that made it."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="eager")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():  # tied ones once
+                parameter.copy_(torch.from_numpy(np.array(self.read(name))))
+        return model.eval()
 
     def write_companions(self, folder: Path) -> None:
         """Copy config and tokenizer; a tokenizer that is not in tokenizer.json form is converted to it."""
@@ -135,14 +172,23 @@ class _Shard:
 
     def read(self, name: str) -> np.ndarray:
         entry = self.entries[name]
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
+        if entry["dtype"] not in _FLOATS:
             raise UnsupportedError(
                 f"weight `{name}` of `{self.path}` has type {entry['dtype']}, not floating point",
                 "export the checkpoint it was quantized from",
             )
+        return self.read_stored(name).astype(np.float32, copy=False)
+
+    def read_stored(self, name: str) -> np.ndarray:
+        """Return a tensor in its own type."""
+        entry = self.entries[name]
+        dtype = (_FLOATS | _INTEGERS).get(entry["dtype"])
+        if dtype is None:
+            raise UnsupportedError(
+                f"tensor `{name}` of `{self.path}` has type {entry['dtype']}, which is not supported"
+            )
         offset = self._data + entry["data_offsets"][0]
-        return np.memmap(self.path, dtype, "r", offset, tuple(entry["shape"])).astype(np.float32, copy=False)
+        return np.memmap(self.path, dtype, "r", offset, tuple(entry["shape"]))
 
 
 def open_checkpoint(source: str) -> Checkpoint:

@@ -19,6 +19,7 @@ from llmfast.export.checkpoint import Checkpoint
 from llmfast.export.decoder_weights import DecoderWeights
 from llmfast.export.rotary import Rotary
 from llmfast.graph.builder import CONTRIB, GraphBuilder
+from llmfast.graph.packed import ACCURACY_INT8
 from llmfast.graph.weights import WeightFile
 
 
@@ -152,7 +153,11 @@ class DecoderGraph:
 
     def _linear(self, name: str, hidden: str, shape: tuple[int, int], bias: bool = False, scale: float = 1.0) -> str:
         """Multiply by the weight of one projection, shape `(N, K)`."""
-        output = self.graph.op("MatMul", [hidden, self.weights.linear(name, shape, scale)], name)
+        packed = self.weights.packed(name, shape, scale)
+        if packed is None:
+            output = self.graph.op("MatMul", [hidden, self.weights.linear(name, shape, scale)], name)
+        else:
+            output = self.graph.op("MatMulNBits", [hidden, *packed[0]], name, CONTRIB, **packed[1])
         if not bias:
             return output
         return self.graph.op("Add", [output, self.weights.bias(name, shape[0], scale)], f"{name}.biased")
@@ -337,3 +342,16 @@ class DecoderGraph:
             for layer in range(self.decoder.num_hidden_layers)
             for part in ("key", "value")
         ]
+
+
+def allow_int8_kernels(path: Path) -> None:
+    """Let the layers of codes in a graph compute in int8, which is 2-3 times faster.
+
+    They are written without, so that their products are exact where the graph is compared with PyTorch.
+    """
+    model = onnx.load(path, load_external_data=False)
+    packed = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    for node in packed:
+        node.attribute.append(helper.make_attribute("accuracy_level", ACCURACY_INT8))
+    if packed:
+        onnx.save(model, path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from llmfast.errors import InputError
 from llmfast.export.architectures import Decoder
 from llmfast.export.checkpoint import Checkpoint
 from llmfast.graph.builder import GraphBuilder
+from llmfast.graph.packed import QuantizedWeight, pack
 
 _LAYERS = "model.layers"
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -22,11 +24,13 @@ class _Weight:
 
     Attributes:
         parts: stored names and the shapes they must have.
-        make: computes the initializer from the stored parts.
+        make: computes the initializer from the stored parts, or from nothing when it reads them itself.
+        reads: it reads them itself.
     """
 
     parts: tuple[tuple[str, tuple[int, ...]], ...]
     make: Callable[..., Any]
+    reads: bool = False
 
 
 class DecoderWeights:
@@ -97,6 +101,45 @@ class DecoderWeights:
 
         return self._add(f"{name}.{part}.weight", parts, make)
 
+    def packed(self, name: str, shape: tuple[int, int], scale: float = 1.0) -> tuple[list[str], dict[str, int]] | None:
+        """Add the codes, scales and zero points of a linear layer that the checkpoint holds as codes.
+
+        Returns:
+            Their names and the attributes of MatMulNBits; None for a layer of floats.
+
+        Raises:
+            InputError: only some of the stored layers that make up this one are codes.
+        """
+        sources, sizes = self._sources(name, shape[0])
+        layers = [layer for layer in map(self._checkpoint.packed, sources) if layer]
+        if not layers:
+            return None
+        if len(layers) < len(sources):
+            raise InputError(f"`{self._checkpoint.path}`: some of {', '.join(sources)} are quantized, others are not")
+        packing = layers[0].packing
+        parts = tuple(
+            (f"{source}.{packing.marker}", packing.stored_shape(size, shape[1]))
+            for source, size in zip(sources, sizes, strict=True)
+        )
+
+        @lru_cache(maxsize=1)
+        def read() -> list[QuantizedWeight]:
+            return [layer.read() for layer in layers]
+
+        def rows(part: Callable[[QuantizedWeight], Any]) -> np.ndarray:
+            return self._rows(name, [part(weight) for weight in read()])
+
+        bits = packing.bits
+        stored = [
+            self._add(f"{name}.weight_q{bits}", parts, lambda: pack(rows(lambda one: one.codes), bits), True),
+            self._add(f"{name}.weight_scale", (), lambda: _scaled(rows(lambda one: one.scales), scale), True),
+        ]
+        if not packing.symmetric:
+            zeros = f"{name}.weight_zero_point"
+            stored.append(self._add(zeros, (), lambda: pack(rows(lambda one: one.zero_points), bits), True))
+        attributes = {"N": shape[0], "K": shape[1], "bits": bits, "block_size": packing.block_size(shape[1])}
+        return stored, attributes
+
     def bias(self, name: str, size: int, scale: float = 1.0) -> str:
         """Add a linear layer's bias `[N]`."""
         names, sizes = self._sources(name, size)
@@ -122,11 +165,13 @@ class DecoderWeights:
     def store(self, graph: GraphBuilder, advance: Callable[[], None]) -> None:
         """Read, convert and write one weight after the other."""
         for name, weight in self._weights.items():
-            graph.weight(name, weight.make(*[self._read(stored) for stored, _ in weight.parts]))
+            graph.weight(name, weight.make(*[self._read(stored) for stored, _ in weight.parts if not weight.reads]))
             advance()
 
-    def _add(self, name: str, parts: Sequence[tuple[str, tuple[int, ...]]], make: Callable[..., Any]) -> str:
-        self._weights.setdefault(name, _Weight(tuple(parts), make))
+    def _add(
+        self, name: str, parts: Sequence[tuple[str, tuple[int, ...]]], make: Callable[..., Any], reads: bool = False
+    ) -> str:
+        self._weights.setdefault(name, _Weight(tuple(parts), make, reads))
         return name
 
     def _read(self, name: str) -> np.ndarray:

@@ -53,6 +53,11 @@ class GgufCheckpoint:
         shape = self._file.tensors[self._stored_name(name)].shape
         return shape[::-1] if self._is_transposed(name) else shape
 
+    quantization: dict[str, Any] | None = None
+
+    def packed(self, layer: str) -> None:
+        """Return None: GGUF's codes become floats, as MatMulNBits lacks their super-blocks."""
+
     def source(self) -> dict[str, Any]:
         """Return the file's name and hash."""
         return {"id": self.path.name, "revision": None, "sha256": {self.path.name: sha256(self.path)}}

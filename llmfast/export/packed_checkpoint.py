@@ -13,12 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from llmfast.errors import InputError, UnsupportedError
+from llmfast.errors import InputError, LlmfastError, UnsupportedError
 from llmfast.graph.packed import BLOCK_SIZES, Grid, QuantizedWeight, largest_block_size
 
 _SUPPORTED = "4 or 8 bit weights by GPTQ (no act-order), AWQ (gemm) and compressed-tensors (pack-quantized)"
 # AWQ's words hold the columns of a group of eight in this order.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+# Returns a layer's tensor in its own type, by its name without the layer's.
+Read = Callable[[str], np.ndarray]
+# Codes uint8 [N, K], scales [N, groups], zero points uint8 [N, groups].
+_Codes = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Packing:
         method: `gptq`, `awq` or `compressed-tensors`.
         bits: width of a code, 4 or 8.
         group_size: input features that share a scale; -1 is all of them.
-        symmetric: zero points are the middle, and stored only by `gptq`.
+        symmetric: zero points are the middle of the codes.
         zero_offset: what is added to stored zero points.
     """
 
@@ -44,73 +50,108 @@ class Packing:
         """The tensor that a packed layer has, without the layer's name."""
         return "weight_packed" if self.method == "compressed-tensors" else "qweight"
 
-    def read(self, read: Callable[[str], np.ndarray], layer: str) -> QuantizedWeight:
-        """Return a layer's weight as it is stored.
+    def describe(self) -> dict[str, Any]:
+        """Return what the manifest's lineage holds."""
+        return {"method": self.method, "bits": self.bits, "group_size": self.group_size}
 
-        Args:
-            read: returns a tensor in its own type by its name.
-            layer: the layer's name.
+    def stored_shape(self, rows: int, features: int) -> tuple[int, int]:
+        """Return the shape of the marker of a layer of shape `(N, K)`."""
+        per_word = 32 // self.bits
+        if self.method == "gptq":
+            return features // per_word, rows
+        if self.method == "awq":
+            return features, rows // per_word
+        return rows, -(-features // per_word)
+
+    def block_size(self, features: int) -> int:
+        """Return the block size that MatMulNBits gets: a group may be several blocks with one scale.
 
         Raises:
-            InputError: tensors whose shapes do not fit each other.
-            UnsupportedError: columns in an order that the kernel can't follow.
+            UnsupportedError: a group that no block size divides.
         """
-        reader = {"gptq": self._read_gptq, "awq": self._read_awq}.get(self.method, self._read_compressed)
-        codes, scales, zeros = reader(lambda part: read(f"{layer}.{part}"), layer)
-        rows, features = codes.shape
-        groups = scales.shape[1]
-        if len(scales) != rows or zeros.shape != scales.shape or features % groups:
-            raise InputError(
-                f"weight `{layer}`: {rows} x {features} codes, but scales of {list(scales.shape)} and zero points of "
-                f"{list(zeros.shape)}",
-                "the checkpoint is damaged",
-            )
-        return self._to_blocks(codes, scales.astype(np.float32), zeros, features // groups)
-
-    def _to_blocks(self, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, group: int) -> QuantizedWeight:
-        """Cut rows into blocks of a size that the kernel has; a group may be several blocks with one scale."""
-        rows, features = codes.shape
+        group = features if self.group_size == -1 else self.group_size
         block = group if group in BLOCK_SIZES else largest_block_size(group)
         if group % block:
-            raise UnsupportedError(
-                f"groups of {group} weights are not supported", f"sizes: {BLOCK_SIZES} and multiples"
-            )
-        middle = 1 << (self.bits - 1)
-        symmetric = bool((zeros == middle).all())
-        repeats = group // block
-        return QuantizedWeight(
-            codes.reshape(rows, -1, block),
-            np.repeat(scales, repeats, axis=1),
-            None if symmetric else np.repeat(zeros, repeats, axis=1),
-            Grid(self.bits, block, symmetric),
-            features,
-        )
+            raise UnsupportedError(f"groups of {group} weights are not supported", f"sizes: {BLOCK_SIZES}")
+        return block
 
-    def _read_gptq(self, read: Callable[[str], np.ndarray], layer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def unpack(self, read: Read) -> _Codes:
+        """Return a layer's codes, scales and zero points.
+
+        Raises:
+            UnsupportedError: columns in an order that the kernel can't follow.
+        """
+        readers = {"gptq": self._unpack_gptq, "awq": self._unpack_awq, "compressed-tensors": self._unpack_compressed}
+        return readers[self.method](read)
+
+    def _unpack_gptq(self, read: Read) -> _Codes:
         codes = _unpack(read("qweight").T, self.bits)
         zeros = _unpack(read("qzeros"), self.bits).T[: len(codes)]
         group = codes.shape[1] if self.group_size == -1 else self.group_size
         if not np.array_equal(read("g_idx"), np.arange(codes.shape[1]) // group):
             raise UnsupportedError(
-                f"weight `{layer}` was quantized with act-order: its columns need an index at run time",
+                "quantized with act-order: its columns need an index at run time",
                 "use a checkpoint made with desc_act=False, or quantize the float one with `llmfast quantize`",
             )
         # Unsigned arithmetic on purpose: a stored zero point of 255 stands for 0 in 8 bits.
         return codes, read("scales").T, (zeros + np.uint8(self.zero_offset)) & np.uint8((1 << self.bits) - 1)
 
-    def _read_awq(self, read: Callable[[str], np.ndarray], layer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _unpack_awq(self, read: Read) -> _Codes:
         codes, zeros = (_deinterleave(_unpack(read(part), self.bits)).T for part in ("qweight", "qzeros"))
         return codes, read("scales").T, zeros
 
-    def _read_compressed(
-        self, read: Callable[[str], np.ndarray], layer: str
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _unpack_compressed(self, read: Read) -> _Codes:
         rows, features = (int(size) for size in read("weight_shape"))
         codes = _unpack(read("weight_packed"), self.bits)[:, :features]
         scales = read("weight_scale")
         if self.symmetric:
             return codes, scales, np.full(scales.shape, 1 << (self.bits - 1), np.uint8)
         return codes, scales, _unpack(read("weight_zero_point").T, self.bits).T[:rows]
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A linear layer of codes in a checkpoint.
+
+    Attributes:
+        name: in the checkpoint.
+        packing: how it is stored.
+        tensor: returns one of its tensors.
+    """
+
+    name: str
+    packing: Packing
+    tensor: Read
+
+    def read(self) -> QuantizedWeight:
+        """Return its weight, in blocks of a size that MatMulNBits has.
+
+        Raises:
+            InputError: tensors that do not fit each other.
+            UnsupportedError: columns in an order that the kernel can't follow.
+        """
+        try:
+            codes, scales, zeros = self.packing.unpack(self.tensor)
+        except LlmfastError as error:
+            raise type(error)(f"weight `{self.name}`: {error.message}", error.hint) from error
+        rows, features = codes.shape
+        block, bits, symmetric = self.packing.block_size(features), self.packing.bits, self.packing.symmetric
+        if len(scales) != rows or zeros.shape != scales.shape or features % scales.shape[1]:
+            raise InputError(
+                f"weight `{self.name}`: {rows} x {features} codes, but scales of {list(scales.shape)} and zero points "
+                f"of {list(zeros.shape)}",
+                "the checkpoint is damaged",
+            )
+        if symmetric and not (zeros == 1 << (bits - 1)).all():
+            raise InputError(f"weight `{self.name}`: zero points that are not the middle, in a symmetric checkpoint")
+        repeats = features // scales.shape[1] // block
+        return QuantizedWeight(
+            codes.reshape(rows, -1, block),
+            np.repeat(scales.astype(np.float32), repeats, axis=1),
+            None if symmetric else np.repeat(zeros, repeats, axis=1),
+            Grid(bits, block, symmetric),
+            features,
+        )
 
 
 def read_packing(settings: Mapping[str, Any], name: str) -> Packing:
@@ -144,7 +185,7 @@ def _awq(settings: Mapping[str, Any]) -> Packing:
     if str(settings.get("version", "gemm")).lower() != "gemm":
         raise KeyError(f"version {settings['version']}")
     bits, group = settings.get("bits", settings.get("w_bit")), settings.get("group_size", settings.get("q_group_size"))
-    return Packing("awq", int(bits), int(group), symmetric=False)  # type: ignore[arg-type]
+    return Packing("awq", int(bits), int(group), symmetric=False)
 
 
 def _compressed(settings: Mapping[str, Any]) -> Packing:

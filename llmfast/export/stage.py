@@ -20,7 +20,7 @@ from llmfast.bundle import (
 )
 from llmfast.errors import OptionError
 from llmfast.export.requirements import require_export_extra
-from llmfast.graph.model import OnnxModel, count_parameters
+from llmfast.graph.model import OnnxModel, count_parameters, count_weight_bytes
 from llmfast.report import note, progress
 
 _VERSIONED = ("onnx", "onnxruntime", "torch", "transformers")
@@ -61,9 +61,11 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
     route = (routes | dict.fromkeys(SEQ2SEQ_TASKS, _export_encoder_decoder)).get(task, _export_traced)
     with stage_output(output, options.overwrite) as staged:
         manifest = route(source, task, staged, options)
-        parameters = count_parameters(OnnxModel.load(staged / graph["file"]) for graph in manifest.graphs.values())
+        models = [OnnxModel.load(staged / graph["file"]) for graph in manifest.graphs.values()]
+        parameters = count_parameters(models)
         architecture = {**manifest.architecture, "num_parameters": parameters}
-        write_manifest(staged, replace(manifest, architecture=architecture))
+        bits = 8 * count_weight_bytes(models) / parameters
+        write_manifest(staged, replace(manifest, architecture=architecture, bits_per_weight=bits))
     return ModelBundle.open(output)
 
 
@@ -113,7 +115,7 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
 def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions) -> Manifest:
     from llmfast.export.architectures import describe
     from llmfast.export.checkpoint import open_checkpoint
-    from llmfast.export.decoder import DecoderGraph
+    from llmfast.export.decoder import DecoderGraph, allow_int8_kernels
     from llmfast.export.parity import prove_decoder
 
     checkpoint = open_checkpoint(source)
@@ -122,6 +124,7 @@ def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions
     with progress("writing the graph", len(layout.weights)) as advance:
         graph = layout.write(staged, advance)
     checkpoint.write_companions(staged)
+    packing = {"packing": checkpoint.quantization} if checkpoint.quantization else {}
     manifest = Manifest(
         task=task,
         source=checkpoint.source(),
@@ -137,10 +140,11 @@ def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions
             "eos_token_id": checkpoint.config.eos_token_id,
         },
         graphs={"model": graph},
-        lineage=(make_step("direct", options),),
+        lineage=(make_step("direct", options, **packing),),
     )
     with progress("comparing with PyTorch", 2) as advance:
         parity = prove_decoder(source, staged, manifest, options.threads, advance)
+    allow_int8_kernels(staged / graph["file"])
     return _with_parity(manifest, parity)
 
 

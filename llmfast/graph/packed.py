@@ -70,15 +70,15 @@ class QuantizedWeight:
 
     def pack(self) -> np.ndarray:
         """Return the codes as MatMulNBits stores them: uint8 [N, blocks, block_size * bits / 8], low bits first."""
-        return _pack(self.codes, self.grid.bits)
+        return pack(self.codes, self.grid.bits)
 
     def pack_zero_points(self) -> np.ndarray:
         """Return the zero points as MatMulNBits stores them: uint8 [N, ceil(blocks * bits / 8)]."""
         assert self.zero_points is not None
-        return _pack(self.zero_points, self.grid.bits)
+        return pack(self.zero_points, self.grid.bits)
 
 
-def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Put the codes of the last axis side by side into bytes, low bits first, the last byte filled up with zeros."""
     per_byte = 8 // bits
     padding = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % per_byte)]

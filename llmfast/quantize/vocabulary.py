@@ -19,7 +19,7 @@ from llmfast.bundle import COMPANIONS, TEXT_GENERATION, ModelBundle, read_json, 
 from llmfast.errors import InputError, UnsupportedError
 from llmfast.graph.builder import GraphBuilder
 from llmfast.graph.linear import find_linears
-from llmfast.graph.model import OnnxModel, reads
+from llmfast.graph.model import OnnxModel, count_parameters, reads
 from llmfast.graph.weights import WeightFile
 from llmfast.quantize.plan import HEAD_ROLE
 from llmfast.text import read_text
@@ -65,7 +65,7 @@ def trim_vocabulary(bundle: ModelBundle, corpus: Path, folder: Path) -> tuple[Mo
             _write_json(folder / name, trim_settings(read_json(companion), vocabulary))
     _write_json(folder / "tokenizer.json", trim_tokenizer(document, vocabulary))
     architecture: dict[str, Any] = dict(trim_settings(dict(bundle.manifest.architecture), vocabulary))
-    architecture["num_parameters"] = OnnxModel.load(folder / bundle.model.name).num_parameters
+    architecture["num_parameters"] = count_parameters([OnnxModel.load(folder / bundle.model.name)])
     write_manifest(folder, replace(bundle.manifest, architecture=architecture))
     return ModelBundle.open(folder), vocabulary
 
