@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 
 from llmfast.errors import ResourceError
-from llmfast.graph.linear import Linear
 from llmfast.graph.packed import Grid, QuantizedWeight
-from llmfast.quantize.rewrite import RoundWeight
 from llmfast.report import note
 
 _KEY_FILE = "key"
@@ -102,24 +100,6 @@ class Checkpoint:
         part = self._folder / f"{name}.part"
         part.write_bytes(content)
         os.replace(part, self._folder / name)
-
-
-def remembered(round_weight: RoundWeight, checkpoint: Checkpoint | None, graph: str) -> RoundWeight:
-    """Return a function that rounds as `round_weight` does, and rounds no layer of a graph twice on one grid."""
-    if checkpoint is None:
-        return round_weight
-
-    def recall(weight: np.ndarray, grid: Grid, linear: Linear | None) -> QuantizedWeight:
-        name = "" if linear is None else f"{graph} {linear.name}"
-        known = checkpoint.weight(name, grid) if name else None
-        if known is not None:
-            return known
-        rounded = round_weight(weight, grid, linear)
-        if name:  # an embedding is rounded to nearest, in no time
-            checkpoint.keep_weight(name, rounded)
-        return rounded
-
-    return recall
 
 
 def _short(name: str) -> str:

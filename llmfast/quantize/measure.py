@@ -16,10 +16,12 @@ from llmfast.bundle import TEXT_GENERATION, ModelBundle
 from llmfast.divergence import cosines, kl_divergence, log_softmax, prediction_figures, prediction_sums
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.graph.feeds import sequence_feeds
+from llmfast.graph.linear import Linear
 from llmfast.graph.model import OnnxModel
-from llmfast.quantize.calibrate import Calibration, capture_inputs
+from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.corpus import SHIPPED_HELD_OUT, Corpus, pick
-from llmfast.quantize.plan import Layers
+from llmfast.quantize.replay import Replay
+from llmfast.quantize.workpiece import Workpiece
 from llmfast.report import note, progress
 from llmfast.runtime import open_session
 from llmfast.verdict import Gate
@@ -221,13 +223,23 @@ class Proof:
         }
         self.text = next((one.text for one in self._held_out.values() if one.text), None)
 
-    def capture(self, role: str, layers: Layers) -> dict[str, np.ndarray]:
-        """Return some rows of what each layer of a graph multiplies, to tell the error of its outputs."""
-        if not self._held_out[role].samples:
-            return {}
-        linears = [one for one in layers.linears if one.weight in layers.grids and one.weight not in layers.block_wise]
-        names = sorted({one.input for one in linears})
-        return capture_inputs(self._models[role], names, self._held_out[role].samples[0], _ACTIVATION_ROWS)
+    def inputs_of(self, role: str, workpiece: Workpiece) -> Callable[[Linear], np.ndarray | None]:
+        """Return what gives some rows of each layer's input, asked for in the graph's order, on the first sample."""
+        samples = [values["input_ids"][0] for values in self._held_out[role].samples[:1] if "input_ids" in values]
+        replay = Replay(workpiece.model, samples, workpiece.edits.snapshot())
+        last: dict[str, np.ndarray] = {}
+
+        def rows_of(linear: Linear) -> np.ndarray | None:
+            if self.text is None or not samples:
+                return None  # on random inputs errors of single layers say little
+            if linear.input not in last:
+                (value,) = replay.until(linear.input)
+                rows = value.reshape(-1, value.shape[-1])
+                last.clear()
+                last[linear.input] = rows[:: -(-len(rows) // _ACTIVATION_ROWS)]
+            return last[linear.input]
+
+        return rows_of
 
     def compare(self, candidates: Mapping[str, OnnxModel]) -> dict[str, float]:
         """Run both on the same samples, and return the figures; of several graphs the worst."""

@@ -1,6 +1,6 @@
 """Writing the quantized graph: linear layers and embeddings replaced, everything else kept."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,7 +57,7 @@ class QuantizedGraph:
         weights: where the new weights go.
         write_linear: what the scheme's `make_writer` returned.
         round_weight: the method's.
-        activations: rows of the float graph's values that layers multiply, for the errors of outputs.
+        inputs_of: gives some rows of a layer's input, asked for in the graph's order, for the error of its output.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class QuantizedGraph:
         weights: WeightFile,
         write_linear: WriteLinear,
         round_weight: RoundWeight,
-        activations: Mapping[str, np.ndarray],
+        inputs_of: Callable[[Linear], np.ndarray | None] | None = None,
     ) -> None:
         self._model = model
         self._layers = layers
@@ -76,7 +76,7 @@ class QuantizedGraph:
         self._weights = weights
         self._write_linear = write_linear
         self._round_weight = round_weight
-        self._activations = activations
+        self._inputs_of = inputs_of
         self._blocks: dict[str, tuple[QuantizedWeight, list[str]]] = {}
         self.reports: list[LayerReport] = []
 
@@ -168,9 +168,9 @@ class QuantizedGraph:
     def _output_errors(
         self, weight: np.ndarray, moved: np.ndarray, linear: Linear | None
     ) -> tuple[float | None, float | None]:
-        if linear is None or linear.input not in self._activations:
+        rows = self._inputs_of(linear) if self._inputs_of is not None and linear is not None else None
+        if rows is None:
             return None, None
-        rows = self._activations[linear.input] * self._rescaling.activations.get(linear.input, np.float32(1))
         return _power(rows @ moved.T), _power(rows @ weight.T)
 
 
