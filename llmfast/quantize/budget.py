@@ -8,6 +8,7 @@ from llmfast.bundle import ModelBundle
 from llmfast.errors import GateError, OptionError
 from llmfast.graph.model import OnnxModel, count_parameters, count_weight_bytes, tensor_bytes
 from llmfast.graph.packed import Grid
+from llmfast.graph.weights import ALIGNMENT, SINGLE_FILE_BYTES
 from llmfast.quantize import sensitivity
 from llmfast.quantize.allocate import Option, allocate
 from llmfast.quantize.calibrate import Calibration
@@ -24,8 +25,9 @@ _BLOCK_SIZES = (32, 64, 128)
 # Samples that the damage of each layer is measured on.
 _DAMAGE_SAMPLES = 2
 _NUM_PRINTED = 5
-# What storing a weight takes beside it: nodes, names, and half a page for each of codes and scales.
-_PADDING = 5000
+# What storing a weight takes beside it: nodes and names, and in a file of its own half a page for each of its parts.
+_NODE_BYTES = 1000
+_PADDING = ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -91,27 +93,25 @@ class GridChoice:
                 Option(grid, block_bytes(one.shape, grid), one.damage * errors[grid]) for grid in grids
             ]
 
-    def under(self, max_bytes: float, max_damage: float) -> tuple[Layers, float]:
+    def under(self, max_bytes: float, max_damage: float) -> tuple[Layers | None, float]:
         """Return the layers with the grids that meet a limit, and the damage that is expected.
 
         Args:
             max_bytes: of all weights, those that stay float included.
             max_damage: stops at this damage.
 
-        Raises:
-            GateError: the smallest grids are larger, or the best ones still do more damage.
+        Returns:
+            None for the layers when the smallest grids are larger.
         """
         chosen = allocate(list(self._options.values()), max_bytes - self.fixed_bytes, max_damage)
         if chosen is None:
-            raise GateError(
-                f"budget missed: the weights take at least {self._smallest() / 1e6:.1f} MB, "
-                f"asked at most {max_bytes / 1e6:.1f} MB",
-                "raise the target; --set head_bits and --exclude leave weights as floats",
-            )
+            return None, 0.0
         grids: Mapping[str, Grid] = {weight: one.choice for weight, one in zip(self._options, chosen, strict=True)}
         return replace(self._layers, grids={**self._layers.grids, **grids}), sum(one.damage for one in chosen)
 
-    def _smallest(self) -> int:
+    @property
+    def smallest_bytes(self) -> int:
+        """The least that all weights can take."""
         return self.fixed_bytes + sum(min(one.num_bytes for one in options) for options in self._options.values())
 
 
@@ -166,6 +166,12 @@ class Fitting:
         """
         self._attempts += 1
         layers, self._expected = self._choice.under(self._max_bytes, self._max_damage)
+        if layers is None:
+            smallest = self._choice.smallest_bytes + self._limit - self._max_bytes
+            raise GateError(
+                f"budget missed: at least {smallest / 1e6:.1f} MB are needed, asked at most {self._limit / 1e6:.1f} MB",
+                "raise the target, or prune the model first",
+            )
         return layers
 
     def is_met(self, written: OnnxModel, damage: float | None) -> bool:
@@ -255,7 +261,8 @@ def start_fitting(
     choice = GridChoice(model, layers, damages, symmetric)
     overhead = 0
     if budget.max_bytes is not None:
-        overhead = file_bytes(model) - count_weight_bytes([model]) + _PADDING * len(damages)
+        padding = _PADDING if budget.max_bytes > SINGLE_FILE_BYTES else 0
+        overhead = file_bytes(model) - count_weight_bytes([model]) + (_NODE_BYTES + padding) * len(damages)
     return Fitting(choice, budget, budget.limit(num_parameters(bundle, [model])), overhead)
 
 
