@@ -31,14 +31,15 @@ class Options:
 
     Attributes:
         damping: added to the diagonal of X^T X, as a share of its mean; ten times more when it is singular.
-        sequential: take the inputs that the layers quantized so far make, not the float model's.
+        sequential: take the inputs that the layers quantized so far make, not the float model's;
+            takes about twice as long.
         compensation: share of their drift from the float model's that the weight makes up for; needs sequential.
         search_steps: candidate ranges per block.
         search_floor: the smallest candidate, as a share of the block's range.
     """
 
     damping: float = 0.01
-    sequential: bool = True
+    sequential: bool = False
     compensation: float = 1.0
     search_steps: int = 12
     search_floor: float = 0.7
