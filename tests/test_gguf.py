@@ -91,6 +91,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, np.n
         {},
     ),
     "qwen3": ("qwen3", "qwen3", {"head_dim": 32}, {}, {}),
+    "qwen3-narrow": ("qwen3", "qwen3", {"head_dim": 16}, {}, {}),  # the config's own default is 128
     "smollm3": ("smollm3", "smollm3", {"num_hidden_layers": 4, "pad_token_id": None}, {}, {}),
     "olmo2": ("olmo2", "olmo2", {"pad_token_id": None}, {}, {}),
     "granite": (
@@ -324,6 +325,7 @@ def _tiny(path: Path, extra: dict[str, Any], tables: dict[str, np.ndarray] | Non
         ({"attention.head_count_kv": [2, 4]}, UnsupportedError, "differs from layer to layer"),
         ({"rope.scaling.type": "ntk"}, UnsupportedError, "rotary scaling `ntk`"),
         ({"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 0.5}, UnsupportedError, "extrapolation"),
+        ({"rope.scaling.attn_factor": 1.5}, UnsupportedError, r"`rope\.scaling\.attn_factor` with none"),
         ({"rope.scaling.type": "longrope"}, InputError, "lacks the tables"),
         ({"block_count": None}, InputError, r"`llama\.block_count`.* is None"),
         ({"block_count": 2**31 - 1}, InputError, "more than it has tensors"),
@@ -338,6 +340,14 @@ def test_metadata_that_changes_the_model_is_read_or_refused(
 ) -> None:
     with pytest.raises(error, match=reason):
         GgufCheckpoint(_tiny(tmp_path / "model.gguf", extra))
+
+
+def test_a_granite_without_rotary_positions_is_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("granite", **(SIZES | {"vocab_size": 260, "num_hidden_layers": 1}))
+    model = AutoModelForCausalLM.from_config(config)
+    path = write_gguf(tmp_path / "model.gguf", model, "granite", extra={"rope.scaling.finetuned": False})
+    with pytest.raises(UnsupportedError, match="a granite without rotary positions"):
+        GgufCheckpoint(path)
 
 
 def test_experts_that_are_none_are_no_reason_to_refuse(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from llmfast.errors import InputError, UnsupportedError
 from llmfast.export.gguf_file import GgufFile
 
 # Keys, without `{architecture}.` in front, that change no logit.
-_INERT = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
+_INERT = {"vocab_size", "tensor_data_layout"}
 _SIZES = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -123,8 +123,7 @@ def read_config(file: GgufFile, name: str, architecture: Architecture) -> dict[s
     head_size = metadata.size("attention.key_length", max(values["hidden_size"] // heads, 1))
     if metadata.size("attention.value_length", head_size) != head_size:
         raise UnsupportedError(f"keys and values of different lengths in `{file.path}` are not supported")
-    if head_size * heads != values["hidden_size"]:
-        values["head_dim"] = head_size
+    values["head_dim"] = head_size
     kind = "rms_" if architecture.epsilon == "rms_norm_eps" else ""
     values[architecture.epsilon] = metadata.number(f"attention.layer_norm_{kind}epsilon")
     values["rope_parameters"] = _read_rope(metadata, head_size)
@@ -145,6 +144,7 @@ def _read_rope(metadata: Metadata, head_size: int) -> dict[str, Any]:
     """Return a config's `rope_parameters`, as transformers/modeling_rope_utils.py documents them."""
     file = metadata.file
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base", 10000.0)}
+    metadata.get("rope.scaling.finetuned")  # says how the model was trained
     rotated = metadata.size("rope.dimension_count", head_size)
     if rotated != head_size:
         rope["partial_rotary_factor"] = rotated / head_size
@@ -179,7 +179,9 @@ def _read_rope(metadata: Metadata, head_size: int) -> dict[str, Any]:
             "original_max_position_embeddings": original,
             "attention_factor": attention_factor,
         }
-    elif attention_factor != 1.0 or scaling == "longrope":
+    elif attention_factor != 1.0:
+        raise UnsupportedError(f"`rope.scaling.attn_factor` with {scaling} scaling in `{file.path}` is not supported")
+    elif scaling == "longrope":
         raise InputError(f"`{file.path}` lacks the tables of its rotary scaling", "the file is incomplete")
     return rope
 
@@ -209,7 +211,6 @@ def _sliding_layers(metadata: Metadata, layers: int, period: int) -> list[str]:
 
 def _gemma(values: dict[str, Any], layers_of_27b: int) -> None:
     width = values["hidden_size"] // values["num_attention_heads"]
-    values.setdefault("head_dim", width)
     # Only the largest model of a family divides by another number, and no key says so.
     largest = values["num_hidden_layers"] == layers_of_27b
     values["query_pre_attn_scalar"] = width if largest else values["head_dim"]
@@ -241,6 +242,12 @@ def _phi3(metadata: Metadata, values: dict[str, Any]) -> None:
     values["original_max_position_embeddings"] = metadata.size("rope.scaling.original_context_length", context)
 
 
+def _granite(metadata: Metadata, values: dict[str, Any]) -> None:
+    # Here it says whether there are rotary positions at all.
+    if metadata.get("rope.scaling.finetuned", True) is not True:
+        raise UnsupportedError(f"a granite without rotary positions in `{metadata.file.path}` is not supported")
+
+
 def _gptneox(metadata: Metadata, values: dict[str, Any]) -> None:
     values["use_parallel_residual"] = bool(metadata.get("use_parallel_residual", True))
     _rotated_whole(metadata, values)
@@ -258,7 +265,7 @@ def _stablelm(metadata: Metadata, values: dict[str, Any]) -> None:
 
 
 def _gpt2(metadata: Metadata, values: dict[str, Any]) -> None:
-    del values["rope_parameters"], values["num_key_value_heads"]
+    del values["rope_parameters"], values["num_key_value_heads"], values["head_dim"]
     values["n_inner"] = values.pop("intermediate_size")
 
 
@@ -281,6 +288,7 @@ ARCHITECTURES = {
         },
         optional=_BIASES,
         interleaved=True,
+        adapt=_granite,
     ),
     "phi3": Architecture("phi3", adapt=_phi3),
     "gemma2": Architecture("gemma2", constants=_GELU, adapt=_gemma2, norm_offset=1.0),
