@@ -15,7 +15,7 @@ from llmfast.errors import InputError, UnsupportedError
 from llmfast.export.gguf_file import GgufFile
 
 # Keys, without `{architecture}.` in front, that change no logit.
-_INERT = {"vocab_size", "tensor_data_layout"}
+_INERT = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
 _SIZES = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -144,7 +144,6 @@ def _read_rope(metadata: Metadata, head_size: int) -> dict[str, Any]:
     """Return a config's `rope_parameters`, as transformers/modeling_rope_utils.py documents them."""
     file = metadata.file
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base", 10000.0)}
-    metadata.get("rope.scaling.finetuned")  # says how the model was trained
     rotated = metadata.size("rope.dimension_count", head_size)
     if rotated != head_size:
         rope["partial_rotary_factor"] = rotated / head_size
