@@ -243,8 +243,9 @@ def test_every_architecture_is_tried_and_can_be_exported() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_file_is_the_model_it_was_made_from(name: str, pair: Callable[[str], tuple[Path, Path]]) -> None:
     folder, path = pair(name)
-    original, ours = SafetensorsCheckpoint(folder), GgufCheckpoint(path)
-    expected, model = original.load_reference(), ours.load_reference()
+    ours = GgufCheckpoint(path)
+    expected = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    model = ours.load_reference()
     for weight, parameter in expected.named_parameters():
         assert ours.shape(weight) == tuple(parameter.shape)
         # Gemma's norms are stored with 1 added, which rounds.
