@@ -1,6 +1,7 @@
 """Tasks of text encoders: the graphs against PyTorch, the answers against transformers' pipelines and plain loops."""
 
 import functools
+import inspect
 import itertools
 import json
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from llmfast import registry
@@ -26,6 +28,7 @@ from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.export.ranking import read_activation
 from llmfast.export.stage import ExportOptions, export
 from llmfast.export.traced import detect_task
+from llmfast.infer.stage import text_option
 from llmfast.quantize.stage import QuantizeOptions, quantize
 from llmfast.tasks import fill_mask, question_answering, text_ranking, token_classification
 from llmfast.tokenizer import Tokenizer
@@ -530,6 +533,7 @@ def test_embeddings_on_the_command_line(tmp_path: Path) -> None:
         (["-o", tmp_path / "vectors.txt"], 2, "not a .npy file"),
         (["-o", tmp_path / "none" / "vectors.npy"], 6, "cannot write"),
         (["-o", tmp_path, "--overwrite"], 2, "not a .npy file"),
+        (["--overwrite"], 2, "--overwrite without --output"),
     ):
         result = run("infer", bundle, "-p", "cat", *more)
         assert (result.exit_code, words in result.stderr) == (code, True), result.output
@@ -559,3 +563,16 @@ def test_options_that_do_not_fit(heads: Callable[..., Head], task: str, argument
     assert result.stdout == ""
     for word in words:
         assert word in result.stderr
+
+
+@pytest.mark.parametrize("name", registry.names("tasks"))
+def test_task_honours_the_contract(name: str) -> None:
+    plugin = registry.load("tasks", name)
+    assert plugin.__doc__
+    assert plugin.OUTPUTS
+    assert hasattr(transformers, plugin.AUTO_MODEL)
+    parameters = inspect.signature(plugin.answer).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    assert takes_any or set(plugin.INFER_OPTIONS) <= set(parameters)
+    known = {parameter.name for parameter in get_command(app).commands["infer"].params}
+    assert {*plugin.INFER_OPTIONS, text_option(name)} <= known

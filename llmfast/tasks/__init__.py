@@ -1,0 +1,9 @@
+"""What a model is for: one file, one task, named as on the Hugging Face hub.
+
+Every file defines `AUTO_MODEL` (the class of transformers that loads a checkpoint), `OUTPUTS` (of its graph), and
+
+- `answer(bundle, texts, provider, threads, **options)`: one dictionary a text, with `text` in it.
+- `spell(answer)`: an answer for people.
+- `INFER_OPTIONS`: the options of `llmfast infer` that `answer` takes as keywords.
+- `TEXT_OPTION`: the option of `llmfast infer` that gives the texts, where it is not `prompt`.
+"""

@@ -43,11 +43,13 @@ def answer(
         the similarity with the first.
 
     Raises:
-        OptionError: an output that is no `.npy` file.
+        OptionError: an output that is no `.npy` file, or nothing to overwrite.
         OutputExistsError: the output exists.
         ResourceError: it can't be written.
     """
     if output is None:
+        if overwrite:
+            raise OptionError("--overwrite without --output", "name the file: --output FILE.npy")
         return _describe(texts, _embed_texts(bundle, texts, provider, threads))
     if output.suffix != ".npy":
         raise OptionError(f"--output `{output}`: not a .npy file", "embeddings as text: --format jsonl > FILE")
