@@ -1,17 +1,23 @@
 """Checkpoints: what is read from safetensors, and how damaged ones are refused."""
 
 import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
+from llmfast.export.architectures import describe
 from llmfast.export.checkpoint import SafetensorsCheckpoint, open_checkpoint, resolve_folder
+from llmfast.export.decoder import DecoderGraph
 from llmfast.export.stage import export
 
 
@@ -52,6 +58,39 @@ def test_weights_that_do_not_fit_the_config_are_refused(own_checkpoint: Path, tm
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 80}))
     with pytest.raises(InputError, match=r"gate_proj\.weight` of .* is \[96, 64\], its config makes it \[80, 64\]"):
         export(str(own_checkpoint), tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "gpt_neox", "gpt2", "opt-norm-after", "phi3", "qwen3_moe"])
+def test_every_weight_of_another_shape_is_named(name: str, checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    source = shutil.copytree(checkpoints(name), tmp_path / "checkpoint")
+    weights = load_file(source / "model.safetensors")
+    config = SafetensorsCheckpoint(source).config
+    for weight, array in weights.items():
+        wrong = np.zeros((array.shape[0] + 32, *array.shape[1:]), np.float32)
+        save_file(weights | {weight: wrong}, source / "model.safetensors")
+        reason = f"`{weight}` of `{source}` is {list(wrong.shape)}, its config makes it {list(array.shape)}"
+        with pytest.raises(InputError, match=re.escape(reason)):
+            DecoderGraph(SafetensorsCheckpoint(source), describe(config))
+
+
+def test_weights_without_a_place_in_the_config_are_refused(own_checkpoint: Path) -> None:
+    path = own_checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1}))
+    checkpoint = SafetensorsCheckpoint(own_checkpoint)
+    with pytest.raises(InputError, match=r"`model\.layers\.1\..*has no place"):
+        DecoderGraph(checkpoint, describe(checkpoint.config))
+
+
+def test_masks_beside_the_weights_and_a_base_models_names_are_understood(
+    checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(checkpoints("gpt2"), tmp_path / "checkpoint")
+    weights = {
+        name.removeprefix("transformer."): array for name, array in load_file(source / "model.safetensors").items()
+    }
+    save_file(weights | {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}, source / "model.safetensors")
+    checkpoint = SafetensorsCheckpoint(source)
+    DecoderGraph(checkpoint, describe(checkpoint.config))
 
 
 def test_damaged_weights_are_named(own_checkpoint: Path, tmp_path: Path) -> None:

@@ -11,14 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmfast.bundle import ModelBundle
-from llmfast.errors import GateError, UnsupportedError
+from llmfast.errors import GateError, OptionError, UnsupportedError
 from llmfast.export.architectures import Decoder, describe
 from llmfast.export.checkpoint import SafetensorsCheckpoint
 from llmfast.export.decoder import DecoderGraph
 from llmfast.export.rotary import Rotary
-from llmfast.export.stage import export
+from llmfast.export.stage import ExportOptions, export
 from llmfast.graph.linear import find_linears
 from llmfast.graph.model import OnnxModel
+from llmfast.infer.engine import Engine
 from llmfast.quantize.stage import QuantizeOptions, quantize
 from tests.conftest import ARCHITECTURES, write_checkpoint
 
@@ -214,3 +215,39 @@ def test_what_the_graph_cannot_say_is_refused(tmp_path: Path, settings: dict, re
     source = write_checkpoint(tmp_path, "llama", settings)
     with pytest.raises(UnsupportedError, match=reason):
         describe(SafetensorsCheckpoint(source).config)
+
+
+def test_long_rotary_factors_are_chosen_by_the_context(
+    checkpoints: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoints("phi3-longrope")
+    bundle = export(str(source), tmp_path / "long", ExportOptions(context_length=300))
+    assert "took the long ones, for up to 300 tokens" in capsys.readouterr().err
+    assert bundle.manifest.architecture["context_length"] == 300
+    assert bundle.manifest.architecture["rotary_factors"] == "long"
+    reference = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
+    ids = np.random.default_rng(4).integers(3, 320, 200)  # PyTorch takes the long factors beyond 64 tokens
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(ids[None])).logits[0].numpy()
+    np.testing.assert_allclose(Engine(bundle).score(ids), expected, **TOLERANCE)
+    assert describe(SafetensorsCheckpoint(source).config).rotary_factors == "short"
+    with pytest.raises(OptionError, match="made for 512 positions"):
+        describe(SafetensorsCheckpoint(source).config, 513)
+
+
+def test_config_fields_that_no_description_reads_are_refused(checkpoints: Callable[[str], Path]) -> None:
+    config = SafetensorsCheckpoint(checkpoints("gpt2")).config
+    config.resid_pdrop = 0.3  # changes no logit
+    describe(config)
+    config.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(UnsupportedError, match="`scale_attn_by_inverse_layer_idx` = True in a `gpt2`"):
+        describe(config)
+
+
+def test_unknown_architecture_is_told_what_there_is(checkpoints: Callable[[str], Path]) -> None:
+    config = SafetensorsCheckpoint(checkpoints("gpt2")).config
+    config.model_type = "bloom"
+    with pytest.raises(UnsupportedError, match="`bloom`") as refused:
+        describe(config)
+    assert "qwen3" in str(refused.value.hint)
+    assert "--module" in str(refused.value.hint)

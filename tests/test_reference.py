@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmfast.errors import InputError
 from llmfast.export.reference import load_streamed
@@ -24,7 +24,7 @@ def test_streamed_model_is_the_float32_model(model_type: str, settings: dict[str
     source = write_checkpoint(tmp_path, model_type, settings)
     AutoModelForCausalLM.from_pretrained(source).to(torch.bfloat16).save_pretrained(source)
     loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
-    streamed = load_streamed(source)
+    streamed = load_streamed(source, AutoConfig.from_pretrained(source))
     ids = torch.arange(3, 43)[None]
     with torch.no_grad():
         torch.testing.assert_close(streamed(ids).logits, loaded(ids).logits, rtol=0, atol=0)
@@ -36,4 +36,4 @@ def test_what_pytorch_cannot_load_is_the_users_to_mend(own_checkpoint: Path) -> 
     weights.rename(own_checkpoint / "model-1.safetensors")
     (own_checkpoint / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     with pytest.raises(InputError, match=r"PyTorch can't load .*KeyError"):
-        load_streamed(own_checkpoint)
+        load_streamed(own_checkpoint, None)

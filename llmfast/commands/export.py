@@ -26,6 +26,10 @@ def export(
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Weights for --module, a .safetensors file.")] = None,
     task: Annotated[str | None, typer.Option(help="Task; the default is read from the checkpoint.")] = None,
+    context_length: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Longest context of a decoder; default: the model's own."),
+    ] = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -33,6 +37,9 @@ def export(
     """Export a PyTorch checkpoint to an fp32 bundle, and prove that it computes the same.
 
     Example: llmfast export ./SmolLM2-135M-Instruct -o fp32
+
+    Another decoder architecture is one new file, llmfast/export/decoders/MODEL_TYPE.py: it says where the
+    architecture departs from Llama.
     """
     if (source is None) == (module is None):
         raise OptionError("export needs a SOURCE or --module, one of them", "llmfast export --module FILE.py:FUNCTION")
@@ -41,7 +48,7 @@ def export(
     from llmfast.export import module as user_module
     from llmfast.export import stage
 
-    options = stage.ExportOptions(task=task, threads=threads, overwrite=overwrite)
+    options = stage.ExportOptions(task, threads, overwrite, context_length)
     if dry_run:
         plan = user_module.describe_module_export(module, output, options) if module else ""
         report.out(plan or stage.describe_export(str(source), output, options))

@@ -141,6 +141,11 @@ class Decoder:
     gate_up_packed: bool = False
 
     @property
+    def rotary_factors(self) -> str | None:
+        """Which of longrope's two sets of factors were taken; None without longrope."""
+        return next((rotary.factors for rotary in self.rotary if rotary and rotary.factors), None)
+
+    @property
     def query_size(self) -> int:
         """Width of all query heads together."""
         return self.num_attention_heads * self.head_size

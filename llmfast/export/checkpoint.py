@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +50,9 @@ class Checkpoint(Protocol):
 
     def packed(self, layer: str) -> PackedLayer | None:
         """Return a linear layer that is stored as integer codes, None when its weight is floating point."""
+
+    def names(self) -> Iterable[str]:
+        """Return the names of all weights, as far as they are Hugging Face's."""
 
     def source(self) -> dict[str, Any]:
         """Return the manifest's source: id and hashes."""
@@ -115,6 +119,10 @@ class SafetensorsCheckpoint:
 
         return PackedLayer(layer, packing, read)
 
+    def names(self) -> Iterable[str]:
+        """Return the names of all weights."""
+        return self._owners
+
     def source(self) -> dict[str, Any]:
         """Return the folder's name and the hash of each weight file."""
         return folder_source(self.path)
@@ -125,7 +133,7 @@ class SafetensorsCheckpoint:
 
         if self._packing is not None:
             return self._load_dequantized()
-        return load_streamed(self.path)
+        return load_streamed(self.path, self.config)
 
     def _load_dequantized(self) -> Any:
         """Load a checkpoint of codes as floats, without the libraries that made it."""

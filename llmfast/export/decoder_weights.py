@@ -1,5 +1,6 @@
 """The weights of a decoder's graph: what each is made of in the checkpoint, checked before any is read."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,9 @@ from llmfast.graph.packed import QuantizedWeight, pack
 
 _LAYERS = "model.layers"
 _QKV = ("q_proj", "k_proj", "v_proj")
+_MISFIT = "weights and config.json do not belong together"
+# Masks that older checkpoints hold beside their weights.
+_BUFFER = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 _GATE_UP = ("gate_proj", "up_proj")
 
 
@@ -150,7 +154,8 @@ class DecoderWeights:
         """Compare every shape with the checkpoint's.
 
         Raises:
-            InputError: a weight that is missing or of another shape than the config makes it.
+            InputError: a weight that is missing or of another shape than the config makes it, or a layer's weight
+                that the config has no place for.
         """
         for weight in self._weights.values():
             for name, expected in weight.parts:
@@ -159,8 +164,15 @@ class DecoderWeights:
                     raise InputError(
                         f"weight `{name}` of `{self._checkpoint.path}` is {list(actual)}, its config makes it "
                         f"{list(expected)}",
-                        "weights and config.json do not belong together",
+                        _MISFIT,
                     )
+        used = {name for weight in self._weights.values() for name, _ in weight.parts}
+        used |= {name.partition(".")[2] for name in used}  # without the prefix that base models lack
+        layers = self._decoder.stored.get(_LAYERS, _LAYERS).rpartition(".")[2]
+        layer_weight = re.compile(rf"(.+\.)?{layers}\.\d+\..+\.(weight|bias)")
+        for name in self._checkpoint.names():
+            if name not in used and layer_weight.fullmatch(name) and not _BUFFER.search(name):
+                raise InputError(f"weight `{name}` of `{self._checkpoint.path}` has no place in its config", _MISFIT)
 
     def store(self, graph: GraphBuilder, advance: Callable[[], None]) -> None:
         """Read, convert and write one weight after the other."""

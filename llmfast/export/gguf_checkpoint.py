@@ -1,5 +1,6 @@
 """A GGUF file as a checkpoint: names, shapes and tokenizer turned into Hugging Face's."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ class GgufCheckpoint:
 
     def packed(self, layer: str) -> None:
         """Return None: GGUF's codes become floats, as MatMulNBits lacks their super-blocks."""
+
+    def names(self) -> Iterable[str]:
+        """Return nothing: GGUF's names are not Hugging Face's."""
+        return ()
 
     def source(self) -> dict[str, Any]:
         """Return the file's name and hash."""

@@ -50,7 +50,7 @@ def prove_decoder(
     vocab_size, context = manifest.architecture["vocab_size"], manifest.architecture["context_length"]
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, vocab_size, min(length, context)) for length in (_LONG, _SHORT)]
-    with Worker("llmfast.export.parity:Reference", source) as reference:
+    with Worker("llmfast.export.parity:Reference", source, manifest.architecture.get("rotary_factors")) as reference:
         expected = reference.call("logits", prompts)
     advance()
     with Worker("llmfast.export.parity:Exported", folder, manifest, threads) as exported:
@@ -62,10 +62,14 @@ def prove_decoder(
 class Reference:
     """The PyTorch model of a checkpoint, in the process that compares."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, rotary_factors: str | None) -> None:
         from llmfast.export.checkpoint import open_checkpoint
+        from llmfast.export.rotary import use_long_factors
 
-        self.model = open_checkpoint(source).load_reference()
+        checkpoint = open_checkpoint(source)
+        if rotary_factors == "long":
+            use_long_factors(checkpoint.config)
+        self.model = checkpoint.load_reference()
 
     def logits(self, prompts: list[np.ndarray]) -> list[np.ndarray]:
         """Return float32 [length, vocab] for each prompt, int64 [length]."""

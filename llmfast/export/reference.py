@@ -9,8 +9,12 @@ from unittest import mock
 from llmfast.errors import InputError
 
 
-def load_streamed(path: Path) -> Any:
+def load_streamed(path: Path, config: Any) -> Any:
     """Load a causal language model as `transformers` does, but leave its weights in the files.
+
+    Args:
+        path: the checkpoint's folder.
+        config: its config.
 
     safetensors are mapped into memory, not read: the kernel may drop their pages at any time. Each module
     converts its own weights to float32 before it computes and forgets them after, so the largest single
@@ -34,7 +38,7 @@ def load_streamed(path: Path) -> Any:
         ) from error
     # A model of its own for the float32 buffers: those of `stored` are rounded to the type of its weights.
     with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(stored.config, dtype=torch.float32, **options)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
     stream_weights(model, stored.state_dict().__getitem__)
     return model.eval()
 

@@ -65,6 +65,11 @@ class Rotary:
         return np.pad(table, ((0, 0), (0, self.padded_pairs - self.pairs)), constant_values=added)
 
 
+def use_long_factors(config: Any) -> None:
+    """Make a longrope config rotate by its long factors whatever the prompt's length."""
+    config.rope_parameters["short_factor"] = config.rope_parameters["long_factor"]
+
+
 def read_rotary(config: Any, layer_type: str | None = None) -> Rotary:
     """Read rotary frequencies from a config.
 

@@ -34,11 +34,14 @@ class ExportOptions:
         task: a name in `llmfast.tasks`; None reads it from the checkpoint.
         threads: threads for the parity runs; None takes the cores this process may use.
         overwrite: replace an existing bundle.
+        context_length: positions that a decoder is exported for; None takes all that it was made for, or with
+            longrope those that its short factors are for.
     """
 
     task: str | None = None
     threads: int | None = None
     overwrite: bool = False
+    context_length: int | None = None
 
 
 def export(source: str, output: Path, options: ExportOptions | None = None) -> ModelBundle:
@@ -81,7 +84,7 @@ def describe_export(source: str, output: Path, options: ExportOptions) -> str:
     from llmfast.export.decoder import DecoderGraph
 
     checkpoint = open_checkpoint(source)
-    decoder = describe(checkpoint.config)
+    decoder = describe(checkpoint.config, options.context_length)
     DecoderGraph(checkpoint, decoder)  # finds every weight
     return (
         f"would write a {decoder.model_type} decoder of {decoder.num_hidden_layers} layers, "
@@ -109,6 +112,8 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
         task = options.task or detect_seq2seq_task(config) or detect_task(config, folder)
     if task not in registry.names("tasks"):
         raise OptionError(f"unknown task `{task}`", f"choose from: {', '.join(registry.names('tasks'))}")
+    if options.context_length is not None and task != TEXT_GENERATION:
+        raise OptionError(f"--context-length is for {TEXT_GENERATION}, not for {task}")
     return task
 
 
@@ -119,7 +124,12 @@ def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions
     from llmfast.export.parity import prove_decoder
 
     checkpoint = open_checkpoint(source)
-    decoder = describe(checkpoint.config)
+    decoder = describe(checkpoint.config, options.context_length)
+    if decoder.rotary_factors:
+        note(
+            f"note: `{source}` has rotary factors for short and for long contexts; took the {decoder.rotary_factors} "
+            f"ones, for up to {decoder.context_length} tokens (--context-length chooses)"
+        )
     layout = DecoderGraph(checkpoint, decoder)
     with progress("writing the graph", len(layout.weights)) as advance:
         graph = layout.write(staged, advance)
@@ -138,6 +148,7 @@ def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions
             "vocab_size": decoder.vocab_size,
             "context_length": decoder.context_length,
             "eos_token_id": checkpoint.config.eos_token_id,
+            **({"rotary_factors": decoder.rotary_factors} if decoder.rotary_factors else {}),
         },
         graphs={"model": graph},
         lineage=(make_step("direct", options, **packing),),
