@@ -256,7 +256,8 @@ def load_config(path: Path) -> Any:
             raise InputError(f"malformed `{path / 'config.json'}`: {error}") from error
         raise UnsupportedError(
             f"architecture `{model_type}` is not supported",
-            f"decoders: {', '.join(supported_model_types())}; encoders as bert, roberta and distilbert",
+            f"decoders: {', '.join(supported_model_types())}; encoders as bert, roberta and distilbert; "
+            "for anything else, --module FILE.py:FACTORY",
         ) from error
     except Exception as error:  # configs validate themselves with many kinds of exception
         raise InputError(f"malformed `{path / 'config.json'}`: {error}") from error
