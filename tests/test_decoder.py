@@ -247,7 +247,7 @@ def test_config_fields_that_no_description_reads_are_refused(checkpoints: Callab
 def test_quantized_checkpoint_is_refused(checkpoints: Callable[[str], Path]) -> None:
     config = SafetensorsCheckpoint(checkpoints("gpt2")).config
     config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(UnsupportedError, match="quantized already .`gptq`"):
+    with pytest.raises(UnsupportedError, match=r"quantized already .`gptq`"):
         describe(config)
 
 
