@@ -244,13 +244,6 @@ def test_config_fields_that_no_description_reads_are_refused(checkpoints: Callab
         describe(config)
 
 
-def test_quantized_checkpoint_is_refused(checkpoints: Callable[[str], Path]) -> None:
-    config = SafetensorsCheckpoint(checkpoints("gpt2")).config
-    config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(UnsupportedError, match=r"quantized already .`gptq`"):
-        describe(config)
-
-
 def test_unknown_architecture_is_told_what_there_is(checkpoints: Callable[[str], Path]) -> None:
     config = SafetensorsCheckpoint(checkpoints("gpt2")).config
     config.model_type = "bloom"

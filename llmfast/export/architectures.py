@@ -267,12 +267,6 @@ def describe(config: Any, context_length: int | None = None) -> Decoder:
             f"architecture `{model_type}` is not supported for text generation",
             f"supported: {', '.join(supported_model_types())}; for anything else, --module FILE.py:FACTORY",
         )
-    quantized = getattr(config, "quantization_config", None)
-    if quantized:
-        raise UnsupportedError(
-            f"the checkpoint is quantized already (`{quantized.get('quant_method', 'unknown')}`)",
-            "export the checkpoint it was quantized from",
-        )
     reader = ConfigReader(config, context_length)
     decoder: Decoder = registry.load(_FOLDER, model_type.replace("_", "-")).describe(reader)
     reader.refuse_unread()

@@ -171,8 +171,14 @@ class DecoderWeights:
         layers = self._decoder.stored.get(_LAYERS, _LAYERS).rpartition(".")[2]
         layer_weight = re.compile(rf"(.+\.)?{layers}\.\d+\..+\.(weight|bias)")
         for name in self._checkpoint.names():
-            if name not in used and layer_weight.fullmatch(name) and not _BUFFER.search(name):
+            is_buffer = _BUFFER.search(name) or self._is_zero_bias(name)
+            if name not in used and layer_weight.fullmatch(name) and not is_buffer:
                 raise InputError(f"weight `{name}` of `{self._checkpoint.path}` has no place in its config", _MISFIT)
+
+    def _is_zero_bias(self, name: str) -> bool:
+        """Return whether a bias is one that GPTQ's programs add to every layer of codes."""
+        layer, _, kind = name.rpartition(".")
+        return kind == "bias" and self._checkpoint.packed(layer) is not None and not self._checkpoint.read(name).any()
 
     def store(self, graph: GraphBuilder, advance: Callable[[], None]) -> None:
         """Read, convert and write one weight after the other."""
