@@ -79,9 +79,6 @@ def save_seq2seq(folder: Path, name: str, **settings: Any) -> Any:
                 parameter.copy_(torch.randn_like(parameter))
         if hasattr(model, "final_logits_bias"):
             model.final_logits_bias.copy_(torch.randn_like(model.final_logits_bias) * 0.3)
-            model.final_logits_bias[0, 2] = 2.5  # or hardly any answer would end
-        else:
-            model.get_input_embeddings().weight[2] *= 2.0
         if name == "t5-gated-untied":
             model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.3)
     model.save_pretrained(folder)
