@@ -9,6 +9,8 @@ import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+torch.set_num_threads(1)  # models this small only wait for other threads
+
 VOCAB_SIZE = 120
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 LANGUAGES = ["__en__", "__de__", "__fr__"]  # of m2m_100; the others have something else in their places
