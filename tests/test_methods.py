@@ -367,7 +367,6 @@ def test_encoders_are_calibrated_line_by_line(method: str, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("method", "settings", "reason"),
     [
-        ("gptq", {}, "gptq need --calibration"),
         ("awq", {"steps": "0"}, "steps 0"),
         ("gptq", {"compensation": "2"}, "compensation 2"),
         ("gptq,smoothquant", {}, "not transforms first"),

@@ -226,7 +226,6 @@ def test_external_weights_stay_outside_and_complete(
         (QuantizeOptions("int4", "gptq", {"damping": "-1"}), "damping -1"),
         (QuantizeOptions("int8", "smoothquant", {"alpha": "1.5"}), "alpha 1.5"),
         (QuantizeOptions("int8", settings={"activations": "statik"}), "activations `statik`"),
-        (QuantizeOptions("int8", settings={"activations": "static"}), "int8 need --calibration"),
         (QuantizeOptions("int8", settings={"activation_range": "max"}), "activation_range `max`"),
         (QuantizeOptions("int4", include="("), "not a regular expression"),
     ],

@@ -1,0 +1,101 @@
+"""`quantize --auto`: what is tried where, and what is kept."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llmfast import auto
+from llmfast.auto import AutoOptions, candidates, quantize_best
+from llmfast.bundle import ModelBundle
+from llmfast.cli import app
+from llmfast.errors import GateError, OutputExistsError, UnsupportedError
+from llmfast.quantize.calibrate import Calibration
+from llmfast.quantize.stage import QuantizeOptions
+from llmfast.verdict import Gate
+
+
+def _options(*gates: Gate) -> AutoOptions:
+    return AutoOptions(QuantizeOptions("int4", calibration=Calibration(num_samples=2, seq_len=64)), gates)
+
+
+@pytest.fixture
+def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, float]]:
+    """Prefill and decode ratios by candidate, in place of a benchmark: what is fast here is not for a test to say."""
+    ratios: dict[str, tuple[float, float]] = {}
+
+    def bench(models: list[Path], options: Any) -> dict[str, Any]:
+        rows = [{"bundle": "fp32", "size_bytes": 1}]
+        for model in models[1:]:
+            bundle = ModelBundle.open(model)  # whole, with a manifest
+            prefill, decode = ratios[bundle.name]
+            figures = {"prefill_tokens_per_s_ratio": prefill, "decode_tokens_per_s_ratio": decode, "tpot_s_ratio": 9.0}
+            rows.append({"bundle": bundle.name, "size_bytes": bundle.size_bytes, **figures})
+        return {"rows": rows}
+
+    monkeypatch.setattr(auto, "bench", bench)
+    monkeypatch.setattr(auto, "describe_machine", lambda: {"cpu": "a", "cores": 2, "isa": ["avx512_vnni"]})
+    return ratios
+
+
+def test_int8_is_tried_where_it_has_kernels() -> None:
+    names = [one.name for one in candidates("text-generation", "cpu", ["avx2", "avx_vnni"])]
+    assert names == ["int8-smoothquant", "int4-gptq", "w8-rtn"]
+    assert "int8-smoothquant" not in [one.name for one in candidates("text-generation", "cpu", ["avx2"])]
+    assert [one.name for one in candidates("feature-extraction", "cpu", ["avx_vnni"])] == ["int8-rtn"]
+    assert candidates("feature-extraction", "cpu", [])
+
+
+def test_the_fastest_that_passes_is_kept(fp32_bundle: Path, tmp_path: Path, speeds: dict) -> None:
+    speeds |= {"int8-smoothquant": (2.0, 2.0), "int4-gptq": (0.5, 3.0), "w8-rtn": (1.1, 1.1)}
+    bundle, rows = quantize_best(fp32_bundle, tmp_path / "out", _options())
+    assert bundle.manifest.lineage[-1].method == "int8:smoothquant,rtn"
+    assert [row["verdict"] for row in rows] == ["kept", "passed", "passed"]
+    assert rows[1]["speed_ratio"] == pytest.approx(1.5**0.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert all(path.is_file() for path in bundle.path.iterdir())
+
+    # With a gate on speed that only one keeps, that one.
+    with pytest.raises(OutputExistsError):
+        quantize_best(fp32_bundle, tmp_path / "out", _options())
+    bundle, _ = quantize_best(fp32_bundle, tmp_path / "two", _options(Gate("decode_tokens_per_s_ratio", 2.5, "min")))
+    assert bundle.manifest.lineage[-1].method == "int4:gptq"
+
+
+def test_fp32_is_kept_when_nothing_is_better(fp32_bundle: Path, tmp_path: Path, speeds: dict) -> None:
+    speeds |= {"int8-smoothquant": (0.9, 0.9), "int4-gptq": (2.0, 2.0), "w8-rtn": (1.0, 1.0)}
+    with pytest.raises(GateError, match=r"keep `fp32`.*`int8-smoothquant`: 0.90 x the speed.*`int4-gptq`: kld 0"):
+        quantize_best(fp32_bundle, tmp_path / "out", _options(Gate("kld", 0.01, "max")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_a_task_has_no_speed(fp32_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes((fp32_bundle / "model.onnx").read_bytes())
+    with pytest.raises(UnsupportedError, match="does not say what its model is for"):
+        quantize_best(tmp_path / "model.onnx", tmp_path / "out", _options())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--auto", "--scheme", "int8"],
+        ["--auto", "--target-bits", "5"],
+        ["--auto", "--no-measure"],
+        ["--scheme", "int8", "--min-speedup", "decode_tokens_per_s=1"],
+        ["--scheme", "int8", "--threads", "2"],
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(arguments: list[str], fp32_bundle: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["quantize", str(fp32_bundle), "-o", str(tmp_path / "out"), *arguments])
+    assert result.exit_code == 2, result.output
+    assert "--auto" in result.stderr
+
+
+def test_command_measures_for_real(fp32_bundle: Path, tmp_path: Path) -> None:
+    """A tiny model gains nothing for sure, so either end is right; which one depends on the machine."""
+    arguments = ["quantize", str(fp32_bundle), "-o", str(tmp_path / "out"), "--auto", "--num-samples", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--seq-len", "64"])
+    assert result.exit_code in (0, 7), result.output
+    assert ("kept" in result.stdout) == (tmp_path / "out").exists() == (result.exit_code == 0)
+    assert "trying" in result.stderr
