@@ -74,12 +74,16 @@ def spell(entry: Mapping[str, Any]) -> str:
     return f"{state}: `{entry['bundle']}` {figure} {spelled}, asked {sign} {limit:g}"
 
 
-def enforce(verdict: Sequence[Mapping[str, Any]]) -> None:
+def enforce(verdict: Sequence[Mapping[str, Any]], hint: str = "the figures are above") -> None:
     """Raise when a gate was missed.
+
+    Args:
+        verdict: what `judge` returned.
+        hint: what the user can do.
 
     Raises:
         GateError: names every gate missed.
     """
     missed = [spell(entry).removeprefix("MISSED: ") for entry in verdict if not entry["passed"]]
     if missed:
-        raise GateError(f"gate missed: {'; '.join(missed)}", "the figures are above")
+        raise GateError(f"gate missed: {'; '.join(missed)}", hint)

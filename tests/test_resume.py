@@ -67,6 +67,18 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert not pieces.exists()
 
 
+def test_damaged_pieces_are_made_again(
+    fp32_bundle: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pieces = _kill_in_the_middle(fp32_bundle, tmp_path / "out", text)
+    next(pieces.glob("*.npz")).write_bytes(b"PK not an archive")
+    resumed = quantize(fp32_bundle, tmp_path / "out", _options(text, resume=True))
+    assert "is damaged" in capsys.readouterr().err
+    whole = quantize(fp32_bundle, tmp_path / "whole", _options(text))
+    assert resumed.model.read_bytes() == whole.model.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt", "whole"]
+
+
 def test_pieces_of_another_run_are_not_used(
     fp32_bundle: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,7 +60,7 @@ def quantize(
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Compare with the float model.")] = True,
     max_kld: Annotated[
         float | None,
-        typer.Option(help="Gate: KL divergence in nats; without --scheme also the budget, for the smallest model."),
+        typer.Option(help="Gate: KL divergence in nats; without --scheme the budget (embeddings: 1 - cosine)."),
     ] = None,
     max_drop: Annotated[
         list[str] | None,
@@ -115,7 +115,8 @@ def quantize(
     from llmfast.quantize.summary import LAYER_COLUMNS
     from llmfast.verdict import Gate
 
-    gates = [Gate("kld", max_kld, "max")] if max_kld is not None else []
+    # A budget keeps its own limit, in whatever the model's answers are compared by.
+    gates = [Gate("kld", max_kld, "max")] if max_kld is not None and "max_kld" not in budget else []
     samples = {"path": calibration, "field": calibration_field, "seed": seed}
     options = QuantizeOptions(
         scheme=scheme or MIXED_SCHEME,
@@ -131,6 +132,8 @@ def quantize(
         **given({"method": method, "include": include, "exclude": exclude, "data_samples": data_samples}),
     )
     if dry_run:
+        if options.budget:
+            report.note("note: with a budget, bits are chosen once it is measured what each layer costs")
         report.print_rows(plan_layers(model, output, options), LAYER_COLUMNS, output_format)
         return
     if auto:

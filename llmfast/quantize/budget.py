@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmfast.bundle import ModelBundle
-from llmfast.errors import GateError, OptionError
+from llmfast.errors import GateError, OptionError, UnsupportedError
 from llmfast.graph.model import OnnxModel, count_parameters, count_weight_bytes, tensor_bytes
 from llmfast.graph.packed import Grid
 from llmfast.graph.weights import ALIGNMENT, SINGLE_FILE_BYTES
@@ -243,11 +243,16 @@ def start_fitting(
         round_weight: the method's, without transforms.
         checkpoint: holds damages that an interrupted run measured.
         folder: where the file goes.
+
+    Raises:
+        UnsupportedError: the graph runs on no inputs that can be made for it.
     """
     if known is not None:
         damages = sensitivity.load(known, layers, model)
     else:
         samples = hold_out(bundle, model, calibration.corpus, calibration, False, _DAMAGE_SAMPLES).samples
+        if not samples:
+            raise UnsupportedError(f"a budget can't be measured on `{model.path}`", "choose a --scheme")
         with progress("measuring what each layer costs", len(weights_of(layers))) as advance:
             damages = sensitivity.measure_damages(
                 model, layers, samples, bundle.manifest.task, round_weight, checkpoint, advance

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ class Checkpoint:
         elif resume and not known:
             note("note: nothing to resume: starting from the first layer")
         elif known:
+            for staged in output.parent.glob(f".{output.name}.llmfast-*"):
+                if staged != self._folder:  # what the interrupted run had begun to write
+                    shutil.rmtree(staged, ignore_errors=True)
             note(f"note: resuming with {len(list(self._folder.glob('*.npz')))} layers that are done")
         if not known:
             try:
@@ -57,9 +61,13 @@ class Checkpoint:
         path = self._path(name, grid)
         if not path.is_file():
             return None
-        with np.load(path) as held:
-            zero_points = None if grid.symmetric else held["zero_points"]
-            return QuantizedWeight(held["codes"], held["scales"], zero_points, grid, int(held["in_features"]))
+        try:
+            with np.load(path) as held:
+                zero_points = None if grid.symmetric else held["zero_points"]
+                return QuantizedWeight(held["codes"], held["scales"], zero_points, grid, int(held["in_features"]))
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            note(f"note: `{path}` is damaged: its layer is rounded again")
+            return None
 
     def keep_weight(self, name: str, weight: QuantizedWeight) -> None:
         """Keep a layer that was rounded."""

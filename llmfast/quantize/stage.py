@@ -85,7 +85,7 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
             for file in staged.glob("model.*"):
                 file.unlink()
         verdict = judge([{"bundle": output.name, **figures}], "", options.gates)
-        enforce(verdict)
+        enforce(verdict, "nothing was written; try --method gptq or a budget, or loosen the gate")
         for name in COMPANIONS:
             if companion := bundle.companion(name):
                 shutil.copyfile(companion, staged / name)
