@@ -170,12 +170,12 @@ def choose_layers(model: OnnxModel, plan: Plan, include: str, exclude: str) -> L
         if found:
             hint = "--include/--exclude leave none of its layers"
         raise UnsupportedError(f"nothing to quantize in `{model.path}`", hint)
-    return _assign_grids(linears, embeddings, plan)
+    return _assign_grids(linears, embeddings, tied, plan)
 
 
-def _assign_grids(linears: list[Linear], embeddings: list[Embedding], plan: Plan) -> Layers:
+def _assign_grids(linears: list[Linear], embeddings: list[Embedding], tied: set[str], plan: Plan) -> Layers:
     tables = {table.weight: table.shape[1] for table in embeddings}
-    heads = {one.weight: one.shape[1] for one in linears if one.role == HEAD_ROLE or one.weight in tables}
+    heads = {one.weight: one.shape[1] for one in linears if one.role == HEAD_ROLE or one.weight in tied}
     grids = {linear.weight: plan.scheme.plugin.grid(plan.scheme.options) for linear in linears}
     bits = plan.scheme.options.head_bits
     for weight, features in (tables | heads).items():

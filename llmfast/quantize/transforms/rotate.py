@@ -5,7 +5,7 @@ to the layers after them first. The values of attention heads are turned the sam
 Everything is folded into the weights, with one exception: a head that shares the embedding's table can't take in
 the last norm's weight, so a hidden x hidden layer in 8 bits is put before it (0.3 % of SmolLM2's size).
 Cost: a product of every weight with R, once; needs no calibration text.
-Choose it before smoothquant or gptq for int8; only for decoders with RMS norms.
+Choose it for decoders with RMS norms and outliers that smoothquant does not tame; compare, for it does not always pay.
 Sources: Ashkboos et al. 2024 (QuaRot), https://arxiv.org/abs/2404.00456;
 Liu et al. 2024 (SpinQuant, whose R1 and R2 these are), https://arxiv.org/abs/2405.16406
 """
