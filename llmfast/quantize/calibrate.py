@@ -70,39 +70,27 @@ class Statistics:
         num_tokens: how many were seen.
         abs_max: float32 [K], the largest magnitude of each channel.
         gram: float32 [K, K], the mean of x x^T over tokens; None unless asked for.
-        drift: float32 [K, K], the mean of (e - x) x^T, where e is what x is in the exact model; None where they
-            are the same.
     """
 
     num_tokens: int
     abs_max: np.ndarray
     gram: np.ndarray | None = None
-    drift: np.ndarray | None = None
 
 
-def summarize(
-    samples: Sequence[np.ndarray], gram: bool = False, exact: Sequence[np.ndarray] | None = None
-) -> Statistics:
+def summarize(samples: Sequence[np.ndarray], gram: bool = False) -> Statistics:
     """Return the statistics of activations.
 
     Args:
         samples: float32 [..., K] each.
         gram: also collect the [K, K] matrix.
-        exact: the same activations in the exact model; asks for the drift.
     """
     features = samples[0].shape[-1]
     num_tokens = sum(sample.size // features for sample in samples)
     abs_max = np.zeros(features, np.float32)
     sums = np.zeros((features, features), np.float32) if gram else None
-    drift = np.zeros((features, features), np.float32) if exact is not None else None
-    for number, sample in enumerate(samples):
+    for sample in samples:
         rows = sample.reshape(-1, features)
         np.maximum(abs_max, np.abs(rows).max(0), out=abs_max)
         if sums is not None:
             sums += rows.T @ rows
-        if drift is not None and exact is not None:
-            drift += (exact[number].reshape(-1, features) - rows).T @ rows
-    for matrix in (sums, drift):
-        if matrix is not None:
-            matrix /= np.float32(num_tokens)
-    return Statistics(num_tokens, abs_max, sums, drift)
+    return Statistics(num_tokens, abs_max, None if sums is None else sums / np.float32(num_tokens))

@@ -102,7 +102,7 @@ class InputStatistics:
 
     Args:
         workpiece: the model after its transforms.
-        sequential: measure the inputs that the layers quantized so far make, and how far they drifted.
+        sequential: measure the inputs that the layers quantized so far make.
     """
 
     def __init__(self, workpiece: Workpiece, sequential: bool) -> None:
@@ -113,21 +113,16 @@ class InputStatistics:
 
     def _start(self) -> None:
         self._quantized: dict[str, Callable[[], np.ndarray]] = {}
-        self._exact = self._workpiece.replay()
-        self._rounded = self._workpiece.replay(self._quantized) if self._sequential else None
+        self._replay = self._workpiece.replay(self._quantized)
 
     def __call__(self, linear: Linear) -> Statistics:
-        """Return the statistics of a layer's input: its [K, K] matrix, and its drift when sequential."""
+        """Return the statistics of a layer's input: its [K, K] matrix among them."""
         name = linear.input
         if self._last is not None and self._last[0] == name:
             return self._last[1]
-        if self._exact.is_past(name):
+        if self._replay.is_past(name):
             self._start()
-        exact = self._exact.until(name)
-        if self._rounded is None:
-            statistics = summarize(exact, gram=True)
-        else:
-            statistics = summarize(self._rounded.until(name), gram=True, exact=exact)
+        statistics = summarize(self._replay.until(name), gram=True)
         self._last = name, statistics
         return statistics
 

@@ -31,16 +31,13 @@ class Options:
 
     Attributes:
         damping: added to the diagonal of X^T X, as a share of its mean; ten times more when it is singular.
-        sequential: take the inputs that the layers quantized so far make, not the float model's;
-            takes about twice as long.
-        compensation: share of their drift from the float model's that the weight makes up for; needs sequential.
+        sequential: take the inputs that the layers quantized so far make, not the float model's.
         search_steps: candidate ranges per block.
         search_floor: the smallest candidate, as a share of the block's range.
     """
 
     damping: float = 0.01
     sequential: bool = False
-    compensation: float = 1.0
     search_steps: int = 12
     search_floor: float = 0.7
 
@@ -48,8 +45,6 @@ class Options:
         check_search(self.search_steps, self.search_floor)
         if not 0 < self.damping < 1:
             raise OptionError(f"damping {self.damping}: not between 0 and 1")
-        if not 0 <= self.compensation <= 1:
-            raise OptionError(f"compensation {self.compensation}: not from 0 to 1")
 
 
 def quantize_weight(
@@ -64,8 +59,6 @@ def quantize_weight(
     factor = _inverse_factor(gram[np.ix_(order, order)], options.damping)
     if factor is None:
         note(f"warning: layer `{name}`: its inputs have singular statistics: rounded to nearest")
-    elif statistics.drift is not None:
-        weight = _undrifted(weight, statistics.drift, factor, order, options.compensation)
     importance = (power + options.damping * power.mean()).astype(np.float32)
     codes, scales, zero_points = search_blocks(
         weight, grid, options.search_steps, options.search_floor, importance if power.any() else None
@@ -76,16 +69,6 @@ def quantize_weight(
         flat = codes.reshape(len(codes), -1)
         flat[:, order] = rounded.T
     return QuantizedWeight(codes, scales, None if grid.symmetric else zero_points, grid, features)
-
-
-def _undrifted(
-    weight: np.ndarray, drift: np.ndarray, factor: np.ndarray, order: np.ndarray, share: float
-) -> np.ndarray:
-    """Return the weight that makes the exact outputs from drifted inputs, as nearly as one can: W + W D H^-1."""
-    change = (weight @ drift)[:, order] @ factor.T @ factor
-    restored = np.empty_like(change)
-    restored[:, order] = change
-    return np.asarray(weight + np.float32(share) * restored)
 
 
 def _inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray | None:
