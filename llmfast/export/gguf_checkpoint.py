@@ -15,6 +15,7 @@ from llmfast.report import note
 
 # Tensors that become part of the config.
 _TABLES = {"rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"}
+_HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 class GgufCheckpoint:
@@ -68,31 +69,33 @@ class GgufCheckpoint:
         return {"id": self.path.name, "revision": None, "sha256": {self.path.name: sha256(self.path)}}
 
     def load_reference(self) -> Any:
-        """Build the PyTorch model from the config and fill it with the de-quantized weights.
+        """Build the PyTorch model from the config; its weights are de-quantized when they are needed.
 
         Raises:
             InputError: a weight of another shape than the metadata makes it.
             UnsupportedError: a tensor that the model has no use for.
         """
         import torch
-        from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="eager")
+        from llmfast.export.reference import build_streamed
+
+        def read(name: str) -> torch.Tensor:
+            return torch.from_numpy(np.array(self.read(name)))
+
+        model = build_streamed(self.config, read)
         unused = set(self._file.tensors) - _TABLES
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if self.shape(name) != tuple(parameter.shape):
-                    raise InputError(
-                        f"weight `{name}` of `{self.path}` is {list(self.shape(name))}, its metadata makes it "
-                        f"{list(parameter.shape)}"
-                    )
-                parameter.copy_(torch.from_numpy(np.array(self.read(name))))
-                unused.discard(self._stored_name(name))
+        for name, parameter in model.named_parameters():
+            if self.shape(name) != tuple(parameter.shape):
+                raise InputError(
+                    f"weight `{name}` of `{self.path}` is {list(self.shape(name))}, its metadata makes it "
+                    f"{list(parameter.shape)}"
+                )
+            unused.discard(self._stored_name(name))
         if unused:
             raise UnsupportedError(
                 f"tensor `{min(unused)}` of `{self.path}` has no place in a {self.config.model_type} model"
             )
-        return model.eval()
+        return model
 
     def write_companions(self, folder: Path) -> None:
         """Write config, tokenizer and chat template, rebuilt from the metadata."""
@@ -134,6 +137,8 @@ class GgufCheckpoint:
         return self._file.tensors[name].shape[0]
 
     def _stored_name(self, name: str) -> str:
+        if name in _HEADS and self.config.tie_word_embeddings:
+            return "token_embd.weight"
         stored = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None or stored not in self._file.tensors:
             raise InputError(f"weight `{name}` (`{stored}`) is missing from `{self.path}`", "the file is incomplete")

@@ -8,6 +8,8 @@ from unittest import mock
 
 from llmfast.errors import InputError
 
+_OPTIONS = {"attn_implementation": "eager", "trust_remote_code": False}
+
 
 def load_streamed(path: Path, config: Any) -> Any:
     """Load a causal language model as `transformers` does, but leave its weights in the files.
@@ -23,23 +25,29 @@ def load_streamed(path: Path, config: Any) -> Any:
     Raises:
         InputError: weights and config do not fit.
     """
-    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options = {"attn_implementation": "eager", "trust_remote_code": False}
     try:
-        stored = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **options)
+        stored = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **_OPTIONS)
     except Exception as error:  # damaged folders make it raise many kinds
         raise InputError(
             f"PyTorch can't load `{path}`: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
             "weights and config.json do not belong together",
         ) from error
     # A model of its own for the float32 buffers: those of `stored` are rounded to the type of its weights.
+    return build_streamed(config, stored.state_dict().__getitem__)
+
+
+def build_streamed(config: Any, read: Callable[[str], Any]) -> Any:
+    """Build the causal language model of a config, which takes its weights from `read(name)`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
-    stream_weights(model, stored.state_dict().__getitem__)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_OPTIONS)
+    stream_weights(model, read)
     return model.eval()
 
 
