@@ -26,6 +26,8 @@ class GgufCheckpoint:
         UnsupportedError: an architecture or tokenizer that is not known.
     """
 
+    quantization: dict[str, Any] | None = None  # all weights become floats
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = GgufFile(path)
@@ -54,8 +56,6 @@ class GgufCheckpoint:
         """Return the shape of a weight without reading it."""
         shape = self._file.tensors[self._stored_name(name)].shape
         return shape[::-1] if self._is_transposed(name) else shape
-
-    quantization: dict[str, Any] | None = None
 
     def packed(self, layer: str) -> None:
         """Return None: GGUF's codes become floats, as MatMulNBits lacks their super-blocks."""
