@@ -12,12 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from llmfast.bundle import ModelBundle
-from llmfast.errors import UnsupportedError
+from llmfast.errors import OptionError, UnsupportedError
 from llmfast.export.stage import export
 from llmfast.graph.model import OnnxModel
 from llmfast.infer.engine import Engine
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_cache
+from llmfast.quantize.options import QuantizeOptions
+from llmfast.quantize.stage import quantize
 from tests.tiny_encoder import save_encoder
 
 PROMPT = np.random.default_rng(3).integers(0, 259, 40)
@@ -48,7 +50,7 @@ def text(tmp_path: Path) -> Path:
 def _with_int8_cache(bundle: ModelBundle, text: Path) -> tuple[ModelBundle, dict[str, np.ndarray]]:
     model = OnnxModel.load(bundle.model)
     ranges = measure_ranges(model, Calibration(text, num_samples=2, seq_len=64).split(bundle)[0])
-    quantize_cache(model, ranges)
+    quantize_cache(model.proto, ranges)
     path = text.parent / "int8.onnx"
     onnx.save(model.proto, path)
     return replace(bundle, model=path), ranges
@@ -88,3 +90,22 @@ def test_an_encoder_has_no_cache(tmp_path: Path) -> None:
     bundle = export(str(tmp_path / "encoder"), tmp_path / "fp32")
     with pytest.raises(UnsupportedError, match="no KV cache"):
         cached_values(OnnxModel.load(bundle.model))
+
+
+def test_quantize_stores_the_cache_as_int8(fp32_bundle: Path, text: Path, tmp_path: Path) -> None:
+    options = QuantizeOptions("int8", calibration=Calibration(text, num_samples=2, seq_len=64), kv="int8")
+    bundle = quantize(fp32_bundle, tmp_path / "int8", options)
+    engine = Engine(bundle, threads=1, max_length=64)
+    past = [entry for entry in engine.session.get_inputs() if entry.name.startswith("past_key_values.")]
+    assert {entry.type for entry in past} == {"tensor(int8)"}
+    step = bundle.manifest.lineage[-1]
+    assert step.options["kv"] == "int8"
+    assert step.calibration is not None
+    assert bundle.manifest.measured["quantize"]["kld"] < 0.5
+    plain = Engine(ModelBundle.open(fp32_bundle), threads=1, max_length=64).score(PROMPT)
+    assert np.abs(engine.score(PROMPT) - plain).mean() < 0.05 * np.abs(plain).max()
+
+
+def test_an_unknown_cache_format_is_refused() -> None:
+    with pytest.raises(OptionError, match="unknown KV cache format `int4`"):
+        QuantizeOptions("int8", kv="int4")

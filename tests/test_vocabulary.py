@@ -13,6 +13,8 @@ from llmfast.bundle import ModelBundle
 from llmfast.errors import UnsupportedError
 from llmfast.export.stage import export
 from llmfast.infer.engine import Engine
+from llmfast.quantize.options import QuantizeOptions
+from llmfast.quantize.stage import quantize
 from llmfast.quantize.vocabulary import trim_vocabulary
 from llmfast.tokenizer import Tokenizer
 from llmfast.vocabulary import Vocabulary, choose_tokens, trim_settings, trim_tokenizer
@@ -110,6 +112,27 @@ def test_logits_are_rows_of_those_before(tied: bool, tmp_path: Path) -> None:
     np.testing.assert_array_equal(vocabulary.kept[new_ids], old_ids)
     np.testing.assert_allclose(after.score(new_ids), before.score(old_ids)[:, vocabulary.kept], rtol=1e-4, atol=1e-4)
     assert Tokenizer.load(trimmed.path).eos_ids == (vocabulary.new_id(2),)
+
+
+def test_quantize_trims_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint", "llama", {"vocab_size": 600, "tie_word_embeddings": True})
+    _byte_level().save(str(folder / "tokenizer.json"))
+    export(str(folder), tmp_path / "fp32")
+    (tmp_path / "corpus.txt").write_text(CORPUS, encoding="utf-8")
+    options = QuantizeOptions("int8", trim_vocabulary=tmp_path / "corpus.txt", measure=False)
+    bundle = quantize(tmp_path / "fp32", tmp_path / "int8", options)
+    assert "of 600 tokens stay" in capsys.readouterr().err
+    assert [step.stage for step in bundle.manifest.lineage] == ["export", "trim", "quantize"]
+    assert Engine(bundle, threads=1).vocab_size == bundle.manifest.architecture["vocab_size"] < 600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "corpus.txt", "fp32", "int8"]
+
+
+def test_a_lone_graph_is_not_trimmed(fp32_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text(CORPUS, encoding="utf-8")
+    (tmp_path / "model.onnx").write_bytes((fp32_bundle / "model.onnx").read_bytes())
+    options = QuantizeOptions("int8", trim_vocabulary=tmp_path / "corpus.txt")
+    with pytest.raises(UnsupportedError, match="no bundle of llmfast's"):
+        quantize(tmp_path / "model.onnx", tmp_path / "int8", options)
 
 
 def test_a_word_level_tokenizer_is_refused() -> None:

@@ -75,6 +75,12 @@ def quantize(
     ] = None,
     provider: Annotated[str | None, typer.Option(help="Execution provider that --auto measures on.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that --auto measures with.")] = None,
+    kv: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Store a decoder's KV cache as int8, calibrated.")
+    ] = None,
+    trim_vocabulary: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="First leave out the tokens that this text does not need.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -127,6 +133,8 @@ def quantize(
         measure=measure,
         data=data,
         gates=(*gates, *map(parse_drop, max_drop or [])),
+        kv=kv,
+        trim_vocabulary=trim_vocabulary,
         resume=resume,
         overwrite=overwrite,
         **given({"method": method, "include": include, "exclude": exclude, "data_samples": data_samples}),

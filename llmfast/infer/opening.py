@@ -41,7 +41,7 @@ def open_decoder(
 
     adopted, model = adopt(bundle, OnnxModel.load(bundle.model))
     graph = model.proto.SerializeToString()
-    engine = Engine(adopted, provider, threads, max_length, chunk_tokens, spin, graph)
+    engine = Engine(adopted, provider, threads, max_length, chunk_tokens, spin, graph=graph)
     with runs(bundle.model):
         engine.decode(0)
     engine.reset()

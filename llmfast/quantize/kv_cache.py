@@ -30,7 +30,7 @@ def cached_values(model: OnnxModel) -> list[str]:
     Raises:
         UnsupportedError: no decoder, or one whose cache GroupQueryAttention does not write.
     """
-    attention = _attention(model)
+    attention = _attention(model.proto.graph)
     written = {name for node in attention for name in node.output[1:3]}
     cached = [output.name for output in model.proto.graph.output if output.name.startswith(PRESENT)]
     if not attention or set(cached) != written:
@@ -64,15 +64,15 @@ def measure_ranges(model: OnnxModel, samples: Sequence[np.ndarray]) -> dict[str,
     return ranges
 
 
-def quantize_cache(model: OnnxModel, ranges: Mapping[str, np.ndarray]) -> None:
+def quantize_cache(proto: onnx.ModelProto, ranges: Mapping[str, np.ndarray]) -> None:
     """Make the attention nodes of a graph, in place, store int8 keys and values.
 
     Args:
-        model: a decoder's graph; its cached inputs and outputs become int8.
+        proto: a decoder's graph; its cached inputs and outputs become int8.
         ranges: as `measure_ranges` gives them. A channel that is always 0 gets scale 1.
     """
-    graph = model.proto.graph
-    for node in _attention(model):
+    graph = proto.graph
+    for node in _attention(graph):
         inputs = [*node.input, *[""] * (_SCALE_INPUTS - len(node.input))]
         for name in node.output[1:3]:
             scale = np.where(ranges[name] > 0, ranges[name] / np.float32(_LARGEST), np.float32(1))[None, :, None]
@@ -86,8 +86,7 @@ def quantize_cache(model: OnnxModel, ranges: Mapping[str, np.ndarray]) -> None:
     for entry in (*graph.input, *graph.output):
         if entry.name.startswith((PAST, PRESENT)):
             entry.type.tensor_type.elem_type = TensorProto.INT8
-    model.__dict__.pop("initializers", None)  # a cached property: there are more of them now
 
 
-def _attention(model: OnnxModel) -> list[onnx.NodeProto]:
-    return [node for node in model.proto.graph.node if node.op_type == "GroupQueryAttention"]
+def _attention(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    return [node for node in graph.node if node.op_type == "GroupQueryAttention"]

@@ -15,7 +15,7 @@ import numpy as np
 from llmfast.bundle import TEXT_GENERATION, ModelBundle
 from llmfast.divergence import cosines, kl_divergence, log_softmax, prediction_figures, prediction_sums
 from llmfast.errors import InputError, OptionError, UnsupportedError
-from llmfast.graph.feeds import sequence_feeds
+from llmfast.graph.feeds import DTYPES, PAST, sequence_feeds
 from llmfast.graph.linear import Linear
 from llmfast.graph.model import OnnxModel
 from llmfast.quantize.calibrate import Calibration
@@ -100,7 +100,7 @@ def hold_out(
     Raises:
         InputError: `data` or the calibration's file has too little text, or there is no tokenizer for it.
     """
-    session = open_session(model.path, spin=False)
+    session = open_session(model.path, spin=False, graph=model.proto.SerializeToString())
     inputs = session.get_inputs()
     try:
         if data is not None:
@@ -217,7 +217,9 @@ class Proof:
         num_samples: int,
     ) -> None:
         self._task = bundle.manifest.task
-        self._models = models
+        self._paths = {role: model.path for role, model in models.items()}
+        # As they are now: transforms change them, and the graph of another exporter was adapted in memory.
+        self._graphs = {role: model.proto.SerializeToString() for role, model in models.items()}
         self._held_out = {
             role: hold_out(bundle, model, data, calibration, calibrated, num_samples) for role, model in models.items()
         }
@@ -255,16 +257,22 @@ class Proof:
         return {key: min(values) if key in _HIGHER_IS_BETTER else max(values) for key, values in worst.items()}
 
     def _compare(self, role: str, candidate: OnnxModel) -> dict[str, float]:
-        theirs = open_session(self._models[role].path, spin=False)
+        theirs = open_session(self._paths[role], spin=False, graph=self._graphs[role])
         ours = open_session(candidate.path, spin=False)
         comparison = Comparison([output.name for output in ours.get_outputs()], self._task)
         samples = self._held_out[role].samples
         with progress("comparing with the float model", len(samples)) as advance:
             for values in samples:
                 reference = theirs.run(comparison.outputs, values)
-                comparison.add(values, ours.run(comparison.outputs, values), reference)
+                comparison.add(values, ours.run(comparison.outputs, _with_own_cache(values, ours)), reference)
                 advance()
         return comparison.figures()
+
+
+def _with_own_cache(values: Values, session: Any) -> dict[str, np.ndarray]:
+    """Return a sample whose empty cache is of the type that the graph stores, which may be int8."""
+    caches = {entry.name: DTYPES[entry.type] for entry in session.get_inputs() if entry.name.startswith(PAST)}
+    return {name: value.astype(caches.get(name, value.dtype), copy=False) for name, value in values.items()}
 
 
 def damage_of(figures: Mapping[str, float]) -> float | None:

@@ -10,6 +10,7 @@ from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.plan import DEFAULT_ROUNDING
 from llmfast.verdict import Gate
 
+CACHE_FORMATS = ("int8",)
 # The scheme of a budget: blocks, of any width.
 MIXED_SCHEME = "int4"
 
@@ -32,11 +33,13 @@ class QuantizeOptions:
         data: the text to compare on; None is what the calibration leaves over, or a text that llmfast ships.
         data_samples: windows, or an encoder's lines, to compare on.
         gates: limits on the figures of the comparison.
+        kv: how a decoder stores its KV cache, `int8`, calibrated; None leaves it float.
+        trim_vocabulary: UTF-8 text; tokens that it does not need are left out first.
         resume: go on with the layers that an interrupted run had done.
         overwrite: replace an existing bundle.
 
     Raises:
-        OptionError: gates or a budget without a comparison, or a count that is not positive.
+        OptionError: gates or a budget without a comparison, a count that is not positive, or an unknown cache format.
     """
 
     scheme: str
@@ -51,12 +54,16 @@ class QuantizeOptions:
     data: Path | None = None
     data_samples: int = 4
     gates: tuple[Gate, ...] = ()
+    kv: str | None = None
+    trim_vocabulary: Path | None = None
     resume: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         if self.data_samples < 1:
             raise OptionError(f"--data-samples {self.data_samples}: must be at least 1")
+        if self.kv not in (None, *CACHE_FORMATS):
+            raise OptionError(f"unknown KV cache format `{self.kv}`", f"choose from: {', '.join(CACHE_FORMATS)}")
         if not self.measure and (self.gates or self.data or (self.budget and self.budget.max_kld)):
             raise OptionError("--no-measure leaves nothing to judge", "leave out --no-measure, or --data and the gates")
         if self.sensitivity and not self.budget:

@@ -32,11 +32,13 @@ from llmfast.quantize.budget import Fitting, num_parameters, start_fitting
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.checkpoint import Checkpoint
 from llmfast.quantize.corpus import Corpus
+from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_cache
 from llmfast.quantize.measure import Proof, damage_of
 from llmfast.quantize.options import MIXED_SCHEME, QuantizeOptions
 from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Plan, choose_layers, list_layers
 from llmfast.quantize.rewrite import LayerReport, QuantizedGraph, RoundWeight
 from llmfast.quantize.summary import summarize
+from llmfast.quantize.vocabulary import trimmed
 from llmfast.quantize.workpiece import InputStatistics, Workpiece
 from llmfast.report import progress
 from llmfast.runtime import open_session, usable_cores
@@ -62,7 +64,12 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         GateError: a gate or the budget was missed; nothing is left at `output`.
         OutputExistsError: the output exists.
     """
+    if options.trim_vocabulary:
+        check_output(output, (source,), options.overwrite)
+        with trimmed(source, output, options.trim_vocabulary) as smaller:
+            return quantize(smaller, output, replace(options, trim_vocabulary=None))
     plan, bundle, graphs = _prepare(source, output, options)
+    cache = measure_ranges(graphs["model"][0], options.calibration.split(bundle)[0]) if options.kv else None
     proof = _prove(plan, bundle, {role: model for role, (model, _) in graphs.items()}, options)
     checkpoint = None
     if options.resume or options.budget or plan.rounding.plugin.NEEDS_STATISTICS:
@@ -76,7 +83,7 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         }
         while True:
             chosen = {"model": fitting.layers()} if fitting else {role: layers for role, (_, layers) in graphs.items()}
-            after, reports = _write_graphs(staged, writers, chosen)
+            after, reports = _write_graphs(staged, writers, chosen, cache)
             for written in after.values():
                 _check_loads(written.path, source)
             figures = proof.compare(after) if proof else {}
@@ -162,15 +169,27 @@ def _prepare_writer(
 
 
 def _write_graphs(
-    staged: Path, writers: Mapping[str, Callable[[Layers, WeightFile], QuantizedGraph]], layers: Mapping[str, Layers]
+    staged: Path,
+    writers: Mapping[str, Callable[[Layers, WeightFile], QuantizedGraph]],
+    layers: Mapping[str, Layers],
+    cache: Mapping[str, np.ndarray] | None,
 ) -> tuple[dict[str, OnnxModel], list[LayerReport]]:
-    """Write all graphs over one data file; return them with what was done to their layers."""
+    """Write all graphs over one data file; return them with what was done to their layers.
+
+    Args:
+        staged: where to.
+        writers: role -> what quantizes a graph.
+        layers: role -> its layers with their grids.
+        cache: ranges of keys and values that are stored as int8.
+    """
     weights = WeightFile(staged)
     protos, reports = {}, {}
     for role, write in writers.items():
         graph = write(layers[role], weights)
         with progress(f"quantizing {role}", graph.num_nodes) as advance:
             protos[role] = graph.write(advance)
+        if cache:
+            quantize_cache(protos[role], cache)
         # What graphs share was quantized alike.
         reports.update({(report.name, report.role): report for report in graph.reports})
     if len(protos) == 1:
@@ -233,6 +252,8 @@ def _prepare(
         )
     if can_adopt(bundle):
         bundle, models["model"] = adopt(bundle, models["model"])
+    if options.kv:
+        cached_values(next(iter(models.values())))  # refuses what has no such cache
     chosen = {role: choose_layers(model, plan, options.include, options.exclude) for role, model in models.items()}
     return plan, bundle, {role: (models[role], layers) for role, layers in chosen.items()}
 
@@ -291,14 +312,16 @@ def _manifest(
 ) -> Manifest:
     source = bundle.manifest.source or {"id": bundle.model.name, "revision": None, "sha256": sha256(bundle.model)}
     parameters = num_parameters(bundle, before)
-    budget = {} if options.budget is None else {"budget": asdict(options.budget)}
+    chosen = {"budget": options.budget and asdict(options.budget), "kv": options.kv}
     step = Step(
         stage="quantize",
         method=f"{plan.scheme.name}:{plan.method}",
-        options={"include": options.include, "exclude": options.exclude, **budget, **plan.options},
+        options={"include": options.include, "exclude": options.exclude}
+        | {name: value for name, value in chosen.items() if value}
+        | plan.options,
         versions=_versions(),
         seed=options.calibration.seed,
-        calibration=options.calibration.describe() if plan.needs_calibration or options.budget else None,
+        calibration=options.calibration.describe() if plan.needs_calibration or options.budget or options.kv else None,
     )
     return replace(
         bundle.manifest,

@@ -7,7 +7,8 @@ or written as one; text is still encoded, into smaller pieces. It pays for one l
 import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from llmfast.bundle import COMPANIONS, TEXT_GENERATION, ModelBundle, read_json, write_manifest
+import llmfast
+from llmfast import report
+from llmfast.bundle import COMPANIONS, TEXT_GENERATION, ModelBundle, Step, read_json, sha256, write_manifest
 from llmfast.errors import InputError, UnsupportedError
 from llmfast.graph.builder import GraphBuilder
 from llmfast.graph.linear import find_linears
@@ -36,6 +39,26 @@ _CONVERSATION = (
 )
 
 
+@contextlib.contextmanager
+def trimmed(source: Path, output: Path, corpus: Path) -> Iterator[Path]:
+    """Yield a bundle with a smaller vocabulary, in a directory beside `output` that goes away; say what was left out.
+
+    Raises:
+        InputError, UnsupportedError: as `trim_vocabulary`.
+    """
+    bundle = ModelBundle.open(source)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.trimmed-", dir=output.parent) as folder:
+        path = Path(folder)
+        _, vocabulary = trim_vocabulary(bundle, corpus, path)
+        kept, rows = len(vocabulary.kept), bundle.manifest.architecture.get("vocab_size")
+        report.note(
+            f"note: {kept:,} of {rows:,} tokens stay; of further text like `{corpus}` about {vocabulary.coverage:.1%} "
+            "of the tokens are among them, the rest is spelled in smaller pieces"
+        )
+        yield path
+
+
 def trim_vocabulary(bundle: ModelBundle, corpus: Path, folder: Path) -> tuple[ModelBundle, Vocabulary]:
     """Write a float bundle with a smaller vocabulary.
 
@@ -48,6 +71,8 @@ def trim_vocabulary(bundle: ModelBundle, corpus: Path, folder: Path) -> tuple[Mo
         InputError: no tokenizer, or an empty corpus.
         UnsupportedError: a tokenizer of a kind that can't be cut, or a graph whose tables are not found.
     """
+    if not bundle.manifest.files:
+        raise UnsupportedError(f"`{bundle.path}` is no bundle of llmfast's", "run `llmfast export` first")
     path = bundle.companion("tokenizer.json")
     if path is None:
         raise InputError(f"no tokenizer in `{bundle.path}`", "the vocabulary is trimmed by its tokenizer.json")
@@ -66,7 +91,15 @@ def trim_vocabulary(bundle: ModelBundle, corpus: Path, folder: Path) -> tuple[Mo
     _write_json(folder / "tokenizer.json", trim_tokenizer(document, vocabulary))
     architecture: dict[str, Any] = dict(trim_settings(dict(bundle.manifest.architecture), vocabulary))
     architecture["num_parameters"] = count_parameters([OnnxModel.load(folder / bundle.model.name)])
-    write_manifest(folder, replace(bundle.manifest, architecture=architecture))
+    step = Step(
+        stage="trim",
+        method="vocabulary",
+        options={"tokens": len(vocabulary.kept), "coverage": vocabulary.coverage},
+        versions={"llmfast": llmfast.__version__},
+        calibration={"name": corpus.name, "sha256": sha256(corpus)},
+    )
+    lineage = (*bundle.manifest.lineage, step)
+    write_manifest(folder, replace(bundle.manifest, architecture=architecture, lineage=lineage))
     return ModelBundle.open(folder), vocabulary
 
 
