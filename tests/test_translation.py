@@ -150,6 +150,12 @@ def test_decoders_do_not_translate(fp32_bundle: Path) -> None:
     assert "--source-lang is for translation" in result.stderr
 
 
+def test_a_decoder_graph_alone_is_refused(bundles: Callable[[str], Path]) -> None:
+    result = CliRunner().invoke(app, ["infer", str(bundles("m2m_100") / "decoder.onnx"), "--prompt", "hi"])
+    assert result.exit_code == 5
+    assert "is no decoder on its own: it wants the input `encoder_attention_mask`" in result.stderr
+
+
 def test_translate_on_the_command_line(bundles: Callable[[str], Path]) -> None:
     arguments = ["infer", str(bundles("m2m_100")), "--prompt", "the cat", "--source-lang", "en", "--target-lang", "de"]
     result = CliRunner().invoke(app, [*arguments, "--format", "json", "--max-tokens", "6"])
