@@ -11,9 +11,11 @@ from llmfast.auto import AutoOptions, candidates, quantize_best
 from llmfast.bundle import ModelBundle
 from llmfast.cli import app
 from llmfast.errors import GateError, OutputExistsError, UnsupportedError
+from llmfast.export.stage import export
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.stage import QuantizeOptions
 from llmfast.verdict import Gate
+from tests.tiny_encoder import save_encoder
 
 
 def _options(*gates: Gate) -> AutoOptions:
@@ -70,10 +72,11 @@ def test_fp32_is_kept_when_nothing_is_better(fp32_bundle: Path, tmp_path: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_without_a_task_has_no_speed(fp32_bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes((fp32_bundle / "model.onnx").read_bytes())
+def test_a_model_without_a_task_has_no_speed(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "encoder")
+    bundle = export(str(tmp_path / "encoder"), tmp_path / "fp32")
     with pytest.raises(UnsupportedError, match="does not say what its model is for"):
-        quantize_best(tmp_path / "model.onnx", tmp_path / "out", _options())
+        quantize_best(bundle.model, tmp_path / "out", _options())
 
 
 @pytest.mark.parametrize(

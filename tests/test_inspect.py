@@ -75,7 +75,7 @@ def test_number_formats_of_a_quantized_bundle(int4: Path) -> None:
     formats = ("weights", "bits", "block_size", "symmetric", "activations")
     assert [rows["down_proj"][key] for key in formats] == ["4 bit", 4, 16, True, "8 bit, in the kernel"]
     assert [rows["embedding"][key] for key in formats[:4]] == ["8 bit", 8, 64, True]
-    assert rows["down_proj"]["bytes"] == 2 * 64 * 96 // 2 + 2 * 64 * 96 // 16 * 4  # codes, and a scale a block
+    assert rows["down_proj"]["bytes"] == 2 * 64 * 96 // 2 + 2 * 64 * 96 // 16 * 2  # codes, and a float16 scale a block
     assert document["num_parameters"] == inspect_parameters(int4)
     assert document["bits_per_weight"] == pytest.approx(ModelBundle.open(int4).manifest.bits_per_weight)
     assert [(step["stage"], step["method"]) for step in document["lineage"]] == [

@@ -55,7 +55,7 @@ def _quality(baseline: Path, candidate: Path, data: Path, **options: int) -> dic
 def test_smollm2_is_exported_exactly_and_answers(bundle_of: Callable[..., Path]) -> None:
     bundle = bundle_of(SMOLLM2)
     parity = ModelBundle.open(bundle).manifest.measured["export"]["parity"]
-    assert parity["max_abs_diff"] <= 1e-3
+    assert parity["max_abs_diff"] <= 2e-3  # of logits up to 36; PyTorch itself is 0.7e-3 from float64
     assert parity["argmax_agreement"] == 1
     generation = infer(bundle, "What is the capital of France?", emit=lambda piece: None)
     assert "Paris" in generation.text

@@ -17,6 +17,8 @@ class Translator:
         max_length: positions of a target.
     """
 
+    note = ""  # nothing to say of how it runs
+
     def __init__(self, bundle: ModelBundle, provider: str, threads: int, max_length: int | None) -> None:
         self.engine = Seq2SeqEngine(bundle, provider, threads)
         rules = read_rules(bundle.path, self.engine.context_length, max_length)

@@ -12,7 +12,7 @@ from llmfast.errors import InputError
 from llmfast.export.architectures import Decoder
 from llmfast.export.checkpoint import Checkpoint
 from llmfast.graph.builder import GraphBuilder
-from llmfast.graph.packed import QuantizedWeight, pack
+from llmfast.graph.packed import HALF, QuantizedWeight, pack
 
 _LAYERS = "model.layers"
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -109,7 +109,8 @@ class DecoderWeights:
         """Add the codes, scales and zero points of a linear layer that the checkpoint holds as codes.
 
         Returns:
-            Their names and the attributes of MatMulNBits; None for a layer of floats.
+            Their names and the attributes of MatMulNBits; None for a layer of floats. The name of scales stored as
+            float16 ends in `.half`.
 
         Raises:
             InputError: only some of the stored layers that make up this one are codes.
@@ -134,9 +135,11 @@ class DecoderWeights:
             return self._rows(name, [part(weight) for weight in read()])
 
         bits = packing.bits
+        is_half = scale == 1.0 and all(layer.has_half_scales for layer in layers)
+        scales, dtype = (f"{name}.weight_scale{HALF}", np.float16) if is_half else (f"{name}.weight_scale", np.float32)
         stored = [
             self._add(f"{name}.weight_q{bits}", parts, lambda: pack(rows(lambda one: one.codes), bits), True),
-            self._add(f"{name}.weight_scale", (), lambda: _scaled(rows(lambda one: one.scales), scale), True),
+            self._add(scales, (), lambda: _scaled(rows(lambda one: one.scales), scale).astype(dtype), True),
         ]
         if not packing.symmetric:
             zeros = f"{name}.weight_zero_point"

@@ -12,6 +12,7 @@ from typing import Any
 from llmfast import registry
 from llmfast.bundle import (
     MODEL,
+    SEQ2SEQ_TASKS,
     TEXT_GENERATION,
     UNKNOWN_TASK,
     Manifest,
@@ -162,7 +163,7 @@ def _check_task(task: str, traced: TracedModule) -> None:
     wanted = registry.load("tasks", task).OUTPUTS
     missing = [name for name in wanted if name not in traced.outputs]
     foreign = [name for name in traced.inputs if name not in _TEXT_INPUTS]
-    if task == TEXT_GENERATION or missing or foreign:
+    if task in (TEXT_GENERATION, *SEQ2SEQ_TASKS) or missing or foreign:
         reason = f"it has no output `{missing[0]}`" if missing else "it keeps no cache"
         reason = f"it has an input `{foreign[0]}`" if foreign and not missing else reason
         raise UnsupportedError(

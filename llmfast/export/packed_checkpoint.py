@@ -123,6 +123,12 @@ class PackedLayer:
     packing: Packing
     tensor: Read
 
+    @property
+    def has_half_scales(self) -> bool:
+        """Whether float16 holds its scales exactly."""
+        name = "weight_scale" if self.packing.method == "compressed-tensors" else "scales"
+        return self.tensor(name).dtype == np.float16
+
     def read(self) -> QuantizedWeight:
         """Return its weight, in blocks of a size that MatMulNBits has.
 

@@ -21,6 +21,7 @@ from llmfast.bundle import (
 from llmfast.errors import OptionError
 from llmfast.export.requirements import require_export_extra
 from llmfast.graph.model import OnnxModel, count_parameters, count_weight_bytes
+from llmfast.graph.packed import allow_int8_kernels
 from llmfast.report import note, progress
 
 _VERSIONED = ("onnx", "onnxruntime", "torch", "transformers")
@@ -67,8 +68,9 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
         models = [OnnxModel.load(staged / graph["file"]) for graph in manifest.graphs.values()]
         parameters = count_parameters(models)
         architecture = {**manifest.architecture, "num_parameters": parameters}
-        bits = 8 * count_weight_bytes(models) / parameters
-        write_manifest(staged, replace(manifest, architecture=architecture, bits_per_weight=bits))
+        if "packing" in manifest.lineage[0].options:
+            manifest = replace(manifest, bits_per_weight=8 * count_weight_bytes(models) / parameters)
+        write_manifest(staged, replace(manifest, architecture=architecture))
     return ModelBundle.open(output)
 
 
@@ -120,7 +122,7 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
 def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions) -> Manifest:
     from llmfast.export.architectures import describe
     from llmfast.export.checkpoint import open_checkpoint
-    from llmfast.export.decoder import DecoderGraph, allow_int8_kernels
+    from llmfast.export.decoder import DecoderGraph
     from llmfast.export.parity import prove_decoder
 
     checkpoint = open_checkpoint(source)

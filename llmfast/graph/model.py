@@ -76,6 +76,7 @@ class OnnxModel:
 def count_parameters(models: Iterable[OnnxModel]) -> int:
     """Count the trained values of a bundle's graphs, as far as a graph tells them from tables; a code is one value."""
     models = list(models)
+    made_from = {node.output[0]: node.input[0] for model in models for node in model.proto.graph.node if node.input}
     packed = {
         node.input[1]: (node, math.prod(attribute.i for attribute in node.attribute if attribute.name in ("K", "N")))
         for model in models
@@ -83,6 +84,7 @@ def count_parameters(models: Iterable[OnnxModel]) -> int:
         if node.op_type == "MatMulNBits"
     }
     scales = {name for node, _ in packed.values() for name in node.input[2:4]}
+    scales |= {made_from[name] for name in scales if name in made_from}  # behind a Cast
     floats = [tensor for tensor in _weights(models) if tensor.data_type in FLOATS and tensor.name not in scales]
     counts = [*(math.prod(tensor.dims) for tensor in floats), *(count for _, count in packed.values())]
     return sum(map(int, counts))

@@ -184,7 +184,7 @@ def _check_contract(session: "onnxruntime.InferenceSession", bundle: ModelBundle
             f"`{bundle.model}` is not a decoder llmfast can run: it lacks `{missing[0]}`",
             "make it with `llmfast export`, or give a decoder that was exported with its cache (past_key_values)",
         )
-    if unknown := [name for name in inputs if name not in (*_INPUTS, *past)]:
+    if unknown := [name for name in inputs if name not in (*CONTRACT, *past)]:
         hint = "give the bundle's directory, not its decoder alone" if unknown[0] == "encoder_attention_mask" else ""
         raise UnsupportedError(f"`{bundle.model}` is no decoder on its own: it wants the input `{unknown[0]}`", hint)
     for name in past:

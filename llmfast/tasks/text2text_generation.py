@@ -7,6 +7,8 @@ from llmfast.bundle import ModelBundle
 from llmfast.tasks._seq2seq import SEARCH_OPTIONS, answer_sources, encode_sources
 from llmfast.tokenizer import Tokenizer
 
+AUTO_MODEL = "AutoModelForSeq2SeqLM"
+OUTPUTS = ("logits",)
 INFER_OPTIONS = SEARCH_OPTIONS
 
 

@@ -9,6 +9,8 @@ from llmfast.tasks._languages import Languages, resolve_pair
 from llmfast.tasks._seq2seq import SEARCH_OPTIONS, answer_sources, check_texts, encode_sources, task_settings
 from llmfast.tokenizer import Tokenizer
 
+AUTO_MODEL = "AutoModelForSeq2SeqLM"
+OUTPUTS = ("logits",)
 INFER_OPTIONS = ("source_lang", "target_lang", *SEARCH_OPTIONS)
 _PREFIX = "translation_"  # of T5's settings: translation_en_to_de
 
