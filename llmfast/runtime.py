@@ -86,7 +86,13 @@ def open_session(
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     providers = [(plugin.NAME, plugin.provider_options(0))]
     try:
-        session = ort.InferenceSession(graph or str(model), options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(
+            graph or str(model),
+            options,
+            providers=providers,
+            disabled_optimizers=list(plugin.DISABLED_OPTIMIZERS),
+            enable_fallback=0,
+        )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise _translate(error, model) from error
     if session.get_providers()[0] != plugin.NAME or not placement(session).get(plugin.NAME):

@@ -1,8 +1,8 @@
 """The direct route: a decoder's ONNX graph written from its config and weights, without tracing.
 
 The graph follows the decoder contract: GroupQueryAttention with the rotation inside, packed
-query-key-value projections, residual sums fused into the norms, logits for the last `num_logits`
-positions only. The nodes come first; weights are then read, converted and written one at a time.
+query-key-value projections, logits for the last `num_logits` positions only. The nodes come first;
+weights are then read, converted and written one at a time.
 """
 
 from collections.abc import Callable
@@ -181,14 +181,9 @@ class DecoderGraph:
         name = f"{parent}.{norm}"
         if not branch:
             return (self._norm(name, residual) if norm else residual), residual
-        if not norm:
-            total = self.graph.op("Add", [residual, branch], f"{branch}.residual")
-            return total, total
-        operator, vectors = self._norm_operator(name)
-        outputs = [name, "", "", f"{name}.residual"]
-        inputs = [residual, branch, *vectors]
-        self.graph.ops(f"Skip{operator}", inputs, outputs, CONTRIB, epsilon=self.decoder.norm_epsilon)
-        return outputs[0], outputs[3]
+        # Two nodes on purpose: on the CPU a SkipLayerNormalization takes ten times as long, the simplified one more too.
+        total = self.graph.op("Add", [residual, branch], f"{name if norm else branch}.residual")
+        return (self._norm(name, total) if norm else total), total
 
     def _norm_operator(self, name: str) -> tuple[str, list[str]]:
         """Return the operator of a norm, and its weight and bias."""

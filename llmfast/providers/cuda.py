@@ -2,6 +2,7 @@
 
 NAME = "CUDAExecutionProvider"
 INSTALL = "pip uninstall onnxruntime, then pip install 'llmfast[cuda]' on a machine with an NVIDIA GPU"
+DISABLED_OPTIMIZERS = ()
 
 
 def provider_options(device: int) -> dict[str, str]:

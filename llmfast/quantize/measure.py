@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llmfast.bundle import TEXT_GENERATION, ModelBundle
+from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, ModelBundle
 from llmfast.divergence import cosines, kl_divergence, log_softmax, prediction_figures, prediction_sums
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.graph.feeds import DTYPES, PAST, sequence_feeds
@@ -220,6 +220,9 @@ class Proof:
         self._paths = {role: model.path for role, model in models.items()}
         # As they are now: transforms change them, and the graph of another exporter was adapted in memory.
         self._graphs = {role: model.proto.SerializeToString() for role, model in models.items()}
+        if self._task in SEQ2SEQ_TASKS:
+            models = {"encoder": models["encoder"]}
+            note("note: encoders are compared here; `llmfast bench --data` compares whole answers, on pairs of texts")
         self._held_out = {
             role: hold_out(bundle, model, data, calibration, calibrated, num_samples) for role, model in models.items()
         }
@@ -227,7 +230,9 @@ class Proof:
 
     def inputs_of(self, role: str, workpiece: Workpiece) -> Callable[[Linear], np.ndarray | None]:
         """Return what gives some rows of each layer's input, asked for in the graph's order, on the first sample."""
-        samples = [values["input_ids"][0] for values in self._held_out[role].samples[:1] if "input_ids" in values]
+        held_out = self._held_out.get(role)
+        taken = held_out.samples[:1] if held_out else []
+        samples = [values["input_ids"][0] for values in taken if "input_ids" in values]
         replay = Replay(workpiece.model, samples, workpiece.edits.snapshot())
         last: dict[str, np.ndarray] = {}
 
@@ -246,7 +251,7 @@ class Proof:
     def compare(self, candidates: Mapping[str, OnnxModel]) -> dict[str, float]:
         """Run both on the same samples, and return the figures; of several graphs the worst."""
         start = time.perf_counter()
-        known = {role: one for role, one in candidates.items() if self._held_out[role].samples}
+        known = {role: candidates[role] for role, one in self._held_out.items() if one.samples}
         if not known:
             return {}
         parts = [self._compare(role, candidate) for role, candidate in known.items()]
