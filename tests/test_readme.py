@@ -8,8 +8,9 @@ import pytest
 from typer.main import get_command
 
 from llmfast import registry
+from llmfast.bundle import SEQ2SEQ_TASKS
 from llmfast.cli import app
-from llmfast.export import architectures, traced
+from llmfast.export import architectures, encoder_decoder, gguf_architectures, traced
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,3 +66,14 @@ def test_readme_names_every_encoder_and_its_tasks() -> None:
     assert encoders.split(", ") == traced.supported_model_types()
     named = set(re.sub(r" \(.*?\)", "", tasks).split(", "))
     assert named == set(registry.load("bench.metrics", "latency").TASKS)
+
+
+def test_readme_names_every_encoder_decoder_and_its_tasks() -> None:
+    ((names, tasks),) = re.findall(r"^\| direct, an encoder and a decoder graph \| (.*?) \| (.*) \|$", README, re.M)
+    assert re.sub(r" \(.*?\)", "", names).split(", ") == encoder_decoder.supported_model_types()
+    assert tuple(tasks.split(", ")) == SEQ2SEQ_TASKS
+
+
+def test_readme_names_every_architecture_of_gguf() -> None:
+    ((names,),) = [row.groups() for row in re.finditer(r"^\| direct, from GGUF \| (.*?) \| .*$", README, re.M)]
+    assert re.sub(r" \(.*?\)", "", names).split(", ") == sorted(gguf_architectures.ARCHITECTURES)

@@ -181,7 +181,7 @@ class DecoderGraph:
         name = f"{parent}.{norm}"
         if not branch:
             return (self._norm(name, residual) if norm else residual), residual
-        # Two nodes on purpose: on the CPU a SkipLayerNormalization takes ten times as long, the simplified one more too.
+        # Two nodes on purpose: on the CPU SkipLayerNormalization takes ten times as long, the simplified one more too.
         total = self.graph.op("Add", [residual, branch], f"{name if norm else branch}.residual")
         return (self._norm(name, total) if norm else total), total
 
