@@ -7,12 +7,11 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmfast import registry
 from llmfast.bench.machine import describe_machine
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.stage import bench
@@ -40,10 +39,11 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A scheme and a method worth trying."""
+    """A scheme and a method worth trying, with settings of theirs."""
 
     scheme: str
     method: str
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -77,8 +77,7 @@ def candidates(task: str, provider: str, isa: Sequence[str]) -> list[Candidate]:
         isa: the processor's instruction sets, as `describe_machine` names them.
     """
     if provider != "cpu":
-        floats = [Candidate("fp16", "rtn")] if "fp16" in registry.names("quantize.schemes") else []
-        return [*floats, Candidate("int4", "gptq")]
+        return [Candidate("fp16", "rtn", {"compute": "float16"}), Candidate("int4", "gptq")]
     found = [Candidate("int8", "smoothquant" if task == TEXT_GENERATION else "rtn")] if _INT8_DOT & set(isa) else []
     if task == TEXT_GENERATION:
         found += [Candidate("int4", "gptq"), Candidate("w8", "rtn")]
@@ -125,7 +124,8 @@ def quantize_best(source: Path, output: Path, options: AutoOptions) -> tuple[Mod
 
 def _quantize(source: Path, output: Path, candidate: Candidate, options: QuantizeOptions) -> ModelBundle:
     note(f"{candidate.name}:")
-    return quantize(source, output, replace(options, scheme=candidate.scheme, method=candidate.method, gates=()))
+    chosen = {"scheme": candidate.scheme, "method": candidate.method, "settings": candidate.settings}
+    return quantize(source, output, replace(options, **chosen, gates=()))
 
 
 def _row(row: dict[str, Any], made: dict[str, ModelBundle]) -> dict[str, Any]:

@@ -53,6 +53,11 @@ def unknown_name(kind: str, name: str, known: Sequence[str]) -> OptionError:
     return OptionError(f"unknown {kind} `{name}`", hint)
 
 
+def has_option(plugin: ModuleType, name: str) -> bool:
+    """Return whether a plug-in has an option of that name."""
+    return name in [field.name for field in dataclasses.fields(plugin.Options)]
+
+
 def make_options(plugin: ModuleType, settings: Mapping[str, str]) -> Any:
     """Build a plug-in's `Options` from `KEY=VALUE` settings.
 

@@ -25,6 +25,9 @@ def quantize(
     scheme: Annotated[
         str | None, typer.Option(help=f"Number format: {', '.join(registry.names('quantize.schemes'))}.")
     ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="Scales of 8-bit activations: dynamic, per token; or static, calibrated.")
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -108,7 +111,8 @@ def quantize(
         )
     _check_auto(
         auto,
-        excluded={"--scheme": scheme, "--method": method, "--target-bits": target_bits, "--target-size": target_size},
+        excluded={"--scheme": scheme, "--method": method, "--activations": activations}
+        | {"--target-bits": target_bits, "--target-size": target_size},
         needs={"--min-speedup": min_speedup, "--provider": provider, "--threads": threads},
         others={"--no-measure": not measure, "--resume": resume, "--dry-run": dry_run, "--set": settings},
     )
@@ -126,7 +130,7 @@ def quantize(
     samples = {"path": calibration, "field": calibration_field, "seed": seed}
     options = QuantizeOptions(
         scheme=scheme or MIXED_SCHEME,
-        settings=parse_settings(settings or []),
+        settings=_settings(settings or [], scheme or MIXED_SCHEME, activations),
         calibration=Calibration(**given({**samples, "num_samples": num_samples, "seq_len": seq_len})),
         budget=Budget(**given(budget)) if given(budget) else None,
         sensitivity=sensitivity,
@@ -149,6 +153,25 @@ def quantize(
         _quantize_best(model, output, options, bench, min_speedup or [], output_format)
         return
     _print(run(model, output, options), model, output_format)
+
+
+def _settings(typed: list[str], scheme: str, activations: str | None) -> dict[str, str]:
+    """Return the settings of --set, and --activations as one more.
+
+    Raises:
+        OptionError: the scheme has no such option, or --set says another value.
+    """
+    settings = parse_settings(typed)
+    if activations is None:
+        return settings
+    folder, option = "quantize.schemes", "activations"
+    fitting = [name for name in registry.names(folder) if registry.has_option(registry.load(folder, name), option)]
+    if scheme in registry.names(folder) and scheme not in fitting:
+        raise OptionError(f"--{option}: `{scheme}` has no such option", f"schemes that have it: {', '.join(fitting)}")
+    for key in (option, f"{scheme}.{option}"):
+        if settings.pop(key, activations) != activations:
+            raise OptionError(f"--{option} {activations} contradicts --set {key}", "leave one of the two out")
+    return settings | {option: activations}
 
 
 def _check_auto(auto: bool, excluded: dict[str, Any], needs: dict[str, Any], others: dict[str, Any]) -> None:

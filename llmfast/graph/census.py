@@ -14,7 +14,7 @@ from llmfast.graph.view import GraphView, attribute
 _NAMES: dict[int, str] = {value: name.lower() for name, value in TensorProto.DataType.items()}
 _BITS = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2, "int8": 8, "uint8": 8, "float16": 16, "bfloat16": 16}
 # What exporters and quantizers append to a layer's name for its weight, its scales and its node.
-_SUFFIX = re.compile(r"([._/]+(MatMul|Gemm|weights?|Q\d+\w*|quantized|q\d+|\d?bits?|Quant))+$", re.IGNORECASE)
+_SUFFIX = re.compile(r"([._/]+(MatMul|Gemm|weights?|Q\d+\w*|quantized|q\d+|\d?bits?|Quant|b?float16))+$", re.IGNORECASE)
 # Names that an exporter numbered say nothing; the node's says more.
 _NUMBERED = re.compile(r"^(onnx::|val_|_v_|/?v?)?\w*?_?\d+$|^onnx::")
 _MATMULS = ("MatMul", "Gemm", "FusedMatMul")
@@ -143,13 +143,14 @@ def _looked_up(view: GraphView, node: onnx.NodeProto) -> Iterator[Layer]:
     """Find a table of floats, or of codes that are turned into floats before or after the look-up."""
     after = next((reader for reader in view.readers[node.output[0]] if reader.op_type == "DequantizeLinear"), None)
     source = view.maker(node.input[0], "DequantizeLinear") or after
-    table = view.model.initializers.get(node.input[0])
+    name = view.origin(node.input[0])
+    table = view.model.initializers.get(name)
     if source is not None:
         codes = node.input[0] if source is after else view.origin(source.input[0])
         if codes in view.model.initializers:
             yield _dequantized(view, node, source, codes, "embedding", "-")
     elif table is not None and len(table.dims) == 2 and table.data_type in FLOATS:
-        yield _float(view, node, node.input[0], "embedding")
+        yield _float(view, node, name, "embedding")
 
 
 def _multiplied(view: GraphView, node: onnx.NodeProto, weight: str) -> Iterator[Layer]:
@@ -168,7 +169,10 @@ def _float(view: GraphView, node: onnx.NodeProto, weight: str, role: str = "") -
     name = layer_name(node, weight)
     dtype = dtype_name(tensor.data_type)
     bias = [name for name in node.input[2:3] if node.op_type in ("Gemm", "Conv") and name in view.model.initializers]
-    return Layer(name, role or role_of(name), _size(tensor), (weight, *bias), dtype, _BITS.get(dtype, 32))
+    cast = view.maker(node.input[0], "Cast") if not role else None
+    activations = dtype_name(attribute(cast, "to", TensorProto.FLOAT)) if cast is not None else FLOAT
+    size, bits = _size(tensor), _BITS.get(dtype, 32)
+    return Layer(name, role or role_of(name), size, (weight, *bias), dtype, bits, activations=activations)
 
 
 def _dequantized(

@@ -45,6 +45,12 @@ class Linear:
         return str(self.node.input[0])
 
     @property
+    def is_turned(self) -> bool:
+        """Whether a Transpose lies between the initializer and the node."""
+        matched = _match(self.node)
+        return matched is not None and matched[0] != self.stored_transposed
+
+    @property
     def output(self) -> str:
         """Name of the layer's result."""
         return str(self.node.output[0])

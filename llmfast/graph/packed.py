@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -103,7 +104,8 @@ def largest_block_size(features: int) -> int:
     return next((size for size in (128, 64, 32, 16) if features % size == 0), 32)
 
 
-WriteLinear = Callable[[GraphBuilder, Linear, QuantizedWeight], None]
+# The weight is of the kind that the scheme's grid makes.
+WriteLinear = Callable[[GraphBuilder, Linear, Any], None]
 
 
 def check_block_size(block_size: int) -> None:

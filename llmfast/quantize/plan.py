@@ -8,6 +8,7 @@ from typing import Any
 
 from llmfast import registry
 from llmfast.errors import OptionError, UnsupportedError
+from llmfast.graph.floats import FloatFormat
 from llmfast.graph.linear import Embedding, Linear, find_embeddings, find_linears
 from llmfast.graph.model import OnnxModel
 from llmfast.graph.packed import Grid, largest_block_size
@@ -53,6 +54,12 @@ class Plan:
         return ",".join(choice.name for choice in (*self.transforms, self.rounding))
 
     @property
+    def grid(self) -> Grid | FloatFormat:
+        """The values that a linear layer's weight may take."""
+        grid: Grid | FloatFormat = self.scheme.plugin.grid(self.scheme.options)
+        return grid
+
+    @property
     def needs_calibration(self) -> list[str]:
         """The plug-ins that ask for statistics of activations."""
         scheme = [self.scheme.name] if self.scheme.plugin.needs_statistics(self.scheme.options) else []
@@ -60,8 +67,9 @@ class Plan:
 
     @property
     def options(self) -> dict[str, dict[str, Any]]:
-        """Every plug-in's resolved options."""
-        return {choice.name: asdict(choice.options) for choice in (self.scheme, *self.transforms, self.rounding)}
+        """The resolved options of every plug-in that has work to do."""
+        rounding = () if isinstance(self.grid, FloatFormat) else (self.rounding,)
+        return {choice.name: asdict(choice.options) for choice in (self.scheme, *self.transforms, *rounding)}
 
     @classmethod
     def make(cls, scheme: str, method: str, settings: Mapping[str, str]) -> "Plan":
@@ -83,8 +91,9 @@ class Plan:
         first, *middle, last = [
             Choice(name, plugin, registry.make_options(plugin, chosen[name])) for name, plugin in plugins.items()
         ]
-        _check_scheme_options(first)
-        return cls(first, tuple(middle), last)
+        plan = cls(first, tuple(middle), last)
+        _check_scheme(plan, chosen[last.name])
+        return plan
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ class Layers:
 
     linears: list[Linear]
     embeddings: list[Embedding]
-    grids: dict[str, Grid]
+    grids: dict[str, Grid | FloatFormat]
     block_wise: frozenset[str]
 
     @property
@@ -174,9 +183,11 @@ def choose_layers(model: OnnxModel, plan: Plan, include: str, exclude: str) -> L
 
 
 def _assign_grids(linears: list[Linear], embeddings: list[Embedding], tied: set[str], plan: Plan) -> Layers:
+    grids = dict.fromkeys([linear.weight for linear in linears], plan.grid)
+    if isinstance(plan.grid, FloatFormat):  # of which tables and heads need no other one
+        return Layers(linears, embeddings, grids | {table.weight: plan.grid for table in embeddings}, frozenset())
     tables = {table.weight: table.shape[1] for table in embeddings}
     heads = {one.weight: one.shape[1] for one in linears if one.role == HEAD_ROLE or one.weight in tied}
-    grids = {linear.weight: plan.scheme.plugin.grid(plan.scheme.options) for linear in linears}
     bits = plan.scheme.options.head_bits
     for weight, features in (tables | heads).items():
         if bits == FLOAT_BITS:
@@ -220,7 +231,18 @@ def _share_out(settings: Mapping[str, str], plugins: Mapping[str, ModuleType]) -
     return chosen
 
 
-def _check_scheme_options(scheme: Choice) -> None:
-    head_bits = scheme.options.head_bits
+def _check_scheme(plan: Plan, rounding_settings: Mapping[str, str]) -> None:
+    """Refuse options of a scheme that can't be, and methods that have nothing to do."""
+    if isinstance(plan.grid, FloatFormat):
+        idle = [one.name for one in plan.transforms]
+        if plan.rounding.name != DEFAULT_ROUNDING or rounding_settings:
+            idle.append(", ".join([plan.rounding.name, *rounding_settings]))
+        if idle:
+            raise OptionError(
+                f"`{', '.join(idle)}` has nothing to do: {plan.scheme.name} rounds each value by itself to nearest",
+                "leave out --method and its options",
+            )
+        return
+    head_bits = plan.scheme.options.head_bits
     if head_bits not in (8, FLOAT_BITS):
         raise OptionError(f"head_bits {head_bits}: not 8 or {FLOAT_BITS}")

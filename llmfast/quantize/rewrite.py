@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -10,17 +10,21 @@ import onnx
 from llmfast.errors import InputError
 from llmfast.graph.builder import GraphBuilder
 from llmfast.graph.edits import Edits
+from llmfast.graph.floats import FloatFormat, FloatWeight, write_float_rows
 from llmfast.graph.linear import Embedding, Linear
 from llmfast.graph.model import OnnxModel, live_nodes, reads
 from llmfast.graph.packed import Grid, QuantizedWeight, WriteLinear, store_blocks, write_gather, write_matmul_nbits
 from llmfast.graph.weights import WeightFile
-from llmfast.quantize.plan import EMBEDDING_ROLE, HEAD_ROLE, Layers
+from llmfast.quantize.plan import EMBEDDING_ROLE, FLOAT_BITS, HEAD_ROLE, Layers
+from llmfast.report import note
+
+Weight = QuantizedWeight | FloatWeight
 
 
 class RoundWeight(Protocol):
     """How a weight is rounded."""
 
-    def __call__(self, weight: np.ndarray, grid: Grid, linear: Linear | None) -> QuantizedWeight:
+    def __call__(self, weight: np.ndarray, grid: Grid | FloatFormat, linear: Linear | None) -> Weight:
         """Quantize float32 [N, K]; `linear` is None for an embedding and a head in blocks."""
 
 
@@ -77,7 +81,8 @@ class QuantizedGraph:
         self._write_linear = write_linear
         self._round_weight = round_weight
         self._inputs_of = inputs_of
-        self._blocks: dict[str, tuple[QuantizedWeight, list[str]]] = {}
+        self._shared: dict[str, Weight] = {}
+        self._blocks: dict[str, list[str]] = {}
         self.reports: list[LayerReport] = []
 
     @property
@@ -107,6 +112,9 @@ class QuantizedGraph:
                 self._keep(graph, [name for name in reads(node) if name in self._model.initializers])
                 graph.keep(node)
         self._keep(graph, [one.bias for one in linear_of.values() if one.bias in self._model.initializers])
+        kept = [one.name for one in self.reports if one.bits == FLOAT_BITS]
+        if kept:
+            note(f"note: kept in float32, for the scheme's format does not hold their values: {', '.join(kept)}")
         return graph.rewrite(self._model)
 
     def _keep(self, graph: GraphBuilder, names: list[str]) -> None:
@@ -117,9 +125,11 @@ class QuantizedGraph:
         if linear.weight in self._layers.block_wise:
             weight, stored = self._store(graph, linear.weight, linear.name, HEAD_ROLE, lambda: self._edits.read(linear))
             write_matmul_nbits(graph, stored, weight, linear.input, linear.output, linear.bias)
-            return
-        weight = self._quantize(linear.weight, linear.name, linear.role, self._edits.read(linear), linear)
-        self._write_linear(graph, linear, weight)
+        elif linear.weight in self._shared:  # with a table of floats
+            self._write_linear(graph, linear, self._shared[linear.weight])
+        else:
+            rounded = self._quantize(linear.weight, linear.name, linear.role, self._edits.read(linear), linear)
+            self._write_linear(graph, linear, rounded)
 
     def _replace_embedding(self, graph: GraphBuilder, table: Embedding) -> None:
         name = table.weight.removesuffix(".weight")
@@ -128,19 +138,29 @@ class QuantizedGraph:
             stored = self._edits.read_stored(table.weight)
             return stored.T if table.stored_transposed else stored
 
-        weight, stored = self._store(graph, table.weight, name, EMBEDDING_ROLE, read)
-        write_gather(graph, stored, weight, table.node.input[1], table.node.output[0])
+        if isinstance(self._layers.grids[table.weight], FloatFormat):
+            weight = self._quantize_once(table.weight, name, EMBEDDING_ROLE, read)
+            write_float_rows(graph, table, weight)
+        else:
+            weight, stored = self._store(graph, table.weight, name, EMBEDDING_ROLE, read)
+            write_gather(graph, stored, weight, table.node.input[1], table.node.output[0])
+
+    def _quantize_once(self, weight: str, name: str, role: str, read: Callable[[], np.ndarray]) -> Any:
+        """Quantize a weight once, for the embedding and the head that share it."""
+        if weight not in self._shared:
+            self._shared[weight] = self._quantize(weight, name, role, read(), None)
+        return self._shared[weight]
 
     def _store(
         self, graph: GraphBuilder, weight: str, name: str, role: str, read: Callable[[], np.ndarray]
     ) -> tuple[QuantizedWeight, list[str]]:
-        """Quantize and store a block-wise weight once, for the embedding and the head that share it."""
+        """Quantize and store a block-wise weight once."""
+        quantized = self._quantize_once(weight, name, role, read)
         if weight not in self._blocks:
-            quantized = self._quantize(weight, name, role, read(), None)
-            self._blocks[weight] = quantized, store_blocks(graph, name, quantized)
-        return self._blocks[weight]
+            self._blocks[weight] = store_blocks(graph, name, quantized)
+        return quantized, self._blocks[weight]
 
-    def _quantize(self, weight: str, name: str, role: str, array: np.ndarray, linear: Linear | None) -> QuantizedWeight:
+    def _quantize(self, weight: str, name: str, role: str, array: np.ndarray, linear: Linear | None) -> Weight:
         array = np.asarray(array, np.float32)
         if not np.isfinite(array).all():
             bad = np.argwhere(~np.isfinite(array))

@@ -23,6 +23,7 @@ from llmfast.bundle import (
     write_manifest,
 )
 from llmfast.errors import InputError, OptionError, UnsupportedError
+from llmfast.graph.floats import FloatFormat
 from llmfast.graph.linear import Linear
 from llmfast.graph.model import OnnxModel, count_weight_bytes
 from llmfast.graph.packed import Grid, QuantizedWeight
@@ -36,7 +37,7 @@ from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_ca
 from llmfast.quantize.measure import Proof, damage_of
 from llmfast.quantize.options import MIXED_SCHEME, QuantizeOptions
 from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Plan, choose_layers, list_layers
-from llmfast.quantize.rewrite import LayerReport, QuantizedGraph, RoundWeight
+from llmfast.quantize.rewrite import LayerReport, QuantizedGraph, RoundWeight, Weight
 from llmfast.quantize.summary import summarize
 from llmfast.quantize.vocabulary import trimmed
 from llmfast.quantize.workpiece import InputStatistics, Workpiece
@@ -282,7 +283,9 @@ def _rounding(plan: Plan, workpiece: Workpiece, checkpoint: Checkpoint | None, k
     method = plan.rounding
     statistics_of = InputStatistics(workpiece, method.options.sequential) if method.plugin.NEEDS_STATISTICS else None
 
-    def round_weight(weight: np.ndarray, grid: Grid, linear: Linear | None) -> QuantizedWeight:
+    def round_weight(weight: np.ndarray, grid: Grid | FloatFormat, linear: Linear | None) -> Weight:
+        if isinstance(grid, FloatFormat):
+            return grid.round(weight)
         if linear is None:
             quantized: QuantizedWeight = nearest.quantize_weight(weight, grid, nearest.Options())
             return quantized

@@ -44,6 +44,12 @@ class Workpiece:
         """Return a layer's weight as it is now, float32 [N, K]."""
         return self.edits.read(linear)
 
+    def grid(self, linear: Linear) -> Grid:
+        """Return the values a layer's codes may stand for; formats of floats, which have none, take no method."""
+        grid = self.layers.grids[linear.weight]
+        assert isinstance(grid, Grid)
+        return grid
+
     def insert_linear(self, name: str, weight: np.ndarray, before: Linear, grid: Grid | None) -> None:
         """Put a linear layer in front of another one.
 

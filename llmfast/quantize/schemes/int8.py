@@ -3,7 +3,7 @@
 y[m, n] = r[m] * s[n] * sum_k a[m, k] * w[n, k], with a = round(x / r) and r[m] = max_k |x[m, k]| / 127.
 A scale per token keeps one token's outliers away from its neighbours, and a token's result does not
 depend on what it is batched with. Unsigned activations times signed weights is the fast kernel on CPU.
-With activations=static each layer's input has one range, measured on the calibration text, and the graph is made of
+With --activations static each layer's input has one range, measured on the calibration text, and the graph is made of
 QuantizeLinear and DequantizeLinear, for providers such as OpenVINO that want it so; it needs inputs without outliers.
 Choose it for prompts, encoders and batches; embedding and head become 8-bit blocks.
 Source: Yao et al. 2022, ZeroQuant (token-wise activation quantization), https://arxiv.org/abs/2206.01861

@@ -43,7 +43,7 @@ def transform(workpiece: Workpiece, options: Options) -> None:
     for name, statistics in workpiece.measure(list(sites), gram=True):
         assert statistics.gram is not None
         gram, site = statistics.gram, sites[name]
-        weights = [(workpiece.read(linear), workpiece.layers.grids[linear.weight]) for linear in site.linears]
+        weights = [(workpiece.read(linear), workpiece.grid(linear)) for linear in site.linears]
         size = np.sqrt(np.diagonal(gram))
         known = size > 0
         if not known.any():
