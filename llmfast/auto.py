@@ -124,8 +124,8 @@ def quantize_best(source: Path, output: Path, options: AutoOptions) -> tuple[Mod
 
 def _quantize(source: Path, output: Path, candidate: Candidate, options: QuantizeOptions) -> ModelBundle:
     note(f"{candidate.name}:")
-    chosen = {"scheme": candidate.scheme, "method": candidate.method, "settings": candidate.settings}
-    return quantize(source, output, replace(options, **chosen, gates=()))
+    scheme, method, settings = candidate.scheme, candidate.method, candidate.settings
+    return quantize(source, output, replace(options, scheme=scheme, method=method, settings=settings, gates=()))
 
 
 def _row(row: dict[str, Any], made: dict[str, ModelBundle]) -> dict[str, Any]:

@@ -49,6 +49,13 @@ def test_int8_is_tried_where_it_has_kernels() -> None:
     assert candidates("feature-extraction", "cpu", [])
 
 
+def test_candidates_of_gpus_multiply_in_half_precision() -> None:
+    chosen = candidates("text-generation", "cuda", [])
+    plans = [Plan.make(one.scheme, one.method, one.settings) for one in chosen]
+    assert [one.name for one in chosen] == ["fp16-rtn", "int4-gptq"]
+    assert plans[0].options == {"fp16": {"compute": "float16"}}
+
+
 def test_the_fastest_that_passes_is_kept(fp32_bundle: Path, tmp_path: Path, speeds: dict) -> None:
     speeds |= {"int8-smoothquant": (2.0, 2.0), "int4-gptq": (0.5, 3.0), "w8-rtn": (1.1, 1.1)}
     bundle, rows = quantize_best(fp32_bundle, tmp_path / "out", _options())

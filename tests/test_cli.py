@@ -96,6 +96,15 @@ def test_dry_run_writes_nothing(checkpoints: Callable[[str], Path], fp32_bundle:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("typed", [["--activations", "static"], ["--set", "activations=static"]])
+def test_activations_are_an_option_of_the_scheme(typed: list[str], fp32_bundle: Path, tmp_path: Path) -> None:
+    arguments = ["--scheme", "int8", "--num-samples", "1", "--seq-len", "16", "--no-measure"]
+    assert run("quantize", fp32_bundle, "-o", tmp_path / "out", *arguments, *typed).exit_code == 0
+    step = ModelBundle.open(tmp_path / "out").manifest.lineage[-1]
+    assert step.options["int8"]["activations"] == "static"
+    assert step.calibration is not None
+
+
 def test_list_names_schemes_and_methods() -> None:
     result = run("quantize", "--list")
     assert "int4" in result.stdout
@@ -111,6 +120,14 @@ def test_list_names_schemes_and_methods() -> None:
         (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int3"], 2, ["unknown scheme `int3`", "did you mean"]),
         (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int4", "--set", "x"], 2, ["not KEY=VALUE"]),
         (["quantize", "{fp32}"], 2, ["needs a MODEL"]),
+        (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "w8", "--activations", "static"], 2, ["`w8`", "int8"]),
+        (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int8", "--activations", "x"], 2, ["dynamic, static"]),
+        (
+            ["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int8", "--activations", "static"]
+            + ["--set", "int8.activations=dynamic"],
+            2,
+            ["contradicts --set int8.activations"],
+        ),
         (["quantize", "{fp32}", "-o", "{fp32}", "--scheme", "int4", "--overwrite"], 2, ["overlaps"]),
         (["quantize", "{fp32}", "-o", "{tmp}", "--scheme", "int4"], 8, ["output exists", "--overwrite"]),
         (["infer", "{tmp}/none", "--prompt", "x"], 3, ["not found"]),

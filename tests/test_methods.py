@@ -27,6 +27,7 @@ from llmfast.quantize.workpiece import InputStatistics, Workpiece
 from llmfast.tokenizer import Tokenizer
 from tests.tiny_encoder import save_encoder
 
+CODED = [name for name in registry.names("quantize.schemes") if name not in ("fp16", "bf16")]
 ROUNDINGS = registry.names("quantize.rounding")
 TRANSFORMS = registry.names("quantize.transforms")
 
@@ -301,7 +302,9 @@ def test_gptq_survives_channels_that_are_never_used(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("scheme", "method"),
     [
-        *((scheme, method) for scheme in registry.names("quantize.schemes") for method in (*TRANSFORMS, *ROUNDINGS)),
+        *((scheme, method) for scheme in CODED for method in (*TRANSFORMS, *ROUNDINGS)),
+        ("fp16", "rtn"),
+        ("bf16", "rtn"),
         *(("int4", f"{transform},gptq") for transform in TRANSFORMS),
         ("int8", "rotate,smoothquant,gptq"),
     ],
@@ -365,6 +368,19 @@ def test_impossible_methods_are_refused(
 ) -> None:
     with pytest.raises(OptionError, match=reason):
         quantize(fp32_bundle, tmp_path / "out", QuantizeOptions("int4", method, settings))
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [*((method, {}) for method in (*TRANSFORMS, "gptq", "smoothquant,gptq")), ("rtn", {"search_steps": "3"})],
+)
+def test_methods_that_floats_have_no_use_for_are_refused(
+    scheme: str, method: str, settings: dict, fp32_bundle: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=f"has nothing to do: {scheme} rounds each value by itself"):
+        quantize(fp32_bundle, tmp_path / "out", QuantizeOptions(scheme, method, settings))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_little_text_is_said(fp32_bundle: Path, tmp_path: Path) -> None:
