@@ -13,6 +13,7 @@ from llmfast.cli import app
 from llmfast.errors import GateError, OutputExistsError, UnsupportedError
 from llmfast.export.stage import export
 from llmfast.quantize.calibrate import Calibration
+from llmfast.quantize.plan import Plan
 from llmfast.quantize.stage import QuantizeOptions
 from llmfast.verdict import Gate
 from tests.tiny_encoder import save_encoder

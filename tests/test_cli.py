@@ -123,8 +123,15 @@ def test_list_names_schemes_and_methods() -> None:
         (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "w8", "--activations", "static"], 2, ["`w8`", "int8"]),
         (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int8", "--activations", "x"], 2, ["dynamic, static"]),
         (
-            ["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int8", "--activations", "static"]
-            + ["--set", "int8.activations=dynamic"],
+            [
+                "quantize",
+                "{fp32}",
+                "-o",
+                "{tmp}/x",
+                "--scheme=int8",
+                "--activations=static",
+                "--set=int8.activations=dynamic",
+            ],
             2,
             ["contradicts --set int8.activations"],
         ),
