@@ -81,6 +81,16 @@ def test_answers_are_those_of_the_rounded_weights(scheme: str, fp32_bundle: Path
     assert {row["relative_error"] for row in again.manifest.measured["quantize"]["layers"]} == {0.0}
 
 
+def test_a_table_may_stay_float_beside_its_head(fp32_bundle: Path, tmp_path: Path) -> None:
+    bundle = quantize(fp32_bundle, tmp_path / "out", QuantizeOptions("fp16", exclude=f"^{TABLE}$|_proj"))
+    stored = _weights(bundle.path)
+    assert f"{TABLE}.weight" in stored
+    assert f"{DOWN}.weight" in stored
+    ids = np.random.default_rng(0).integers(3, 259, 48)
+    expected = Engine(ModelBundle.open(fp32_bundle)).score(ids)
+    np.testing.assert_allclose(Engine(bundle).score(ids), expected, atol=0.01 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("scheme", FORMATS)
 def test_inspect_shows_the_format(scheme: str, fp32_bundle: Path, tmp_path: Path) -> None:
     bundle = quantize(fp32_bundle, tmp_path / "out", QuantizeOptions(scheme))

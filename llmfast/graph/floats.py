@@ -104,13 +104,14 @@ def write_float_rows(graph: GraphBuilder, table: Embedding, weight: FloatWeight)
 
 
 def _store(graph: GraphBuilder, name: str, values: np.ndarray, widen: bool) -> str:
-    """Store a weight under its name and format; return it, or the float32 that a Cast makes of it."""
+    """Store a weight once under its name and format; return it, or the float32 that a Cast makes of it."""
     if values.dtype == np.float32:
         return graph.weight(name, values)
     stored = graph.weight(f"{name}.{values.dtype.name}", values)
-    if widen and not graph.has(name):
-        graph.op("Cast", [stored], name, to=onnx.TensorProto.FLOAT)
-    return name if widen else stored
+    widened = f"{name}.widened"
+    if widen and not graph.has(widened):
+        graph.op("Cast", [stored], widened, to=onnx.TensorProto.FLOAT)
+    return widened if widen else stored
 
 
 def _multiply(graph: GraphBuilder, linear: Linear, hidden: str, matrix: str, output: str, narrow: str = "") -> None:

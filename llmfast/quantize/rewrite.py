@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -81,6 +81,7 @@ class QuantizedGraph:
         self._write_linear = write_linear
         self._round_weight = round_weight
         self._inputs_of = inputs_of
+        self._tables = {table.weight for table in layers.embeddings}
         self._shared: dict[str, Weight] = {}
         self._blocks: dict[str, list[str]] = {}
         self.reports: list[LayerReport] = []
@@ -125,8 +126,11 @@ class QuantizedGraph:
         if linear.weight in self._layers.block_wise:
             weight, stored = self._store(graph, linear.weight, linear.name, HEAD_ROLE, lambda: self._edits.read(linear))
             write_matmul_nbits(graph, stored, weight, linear.input, linear.output, linear.bias)
-        elif linear.weight in self._shared:  # with a table of floats
-            self._write_linear(graph, linear, self._shared[linear.weight])
+        elif linear.weight in self._tables:
+            read = self._edits.read
+            self._write_linear(
+                graph, linear, self._quantize_once(linear.weight, linear.name, HEAD_ROLE, lambda: read(linear))
+            )
         else:
             rounded = self._quantize(linear.weight, linear.name, linear.role, self._edits.read(linear), linear)
             self._write_linear(graph, linear, rounded)
@@ -139,13 +143,14 @@ class QuantizedGraph:
             return stored.T if table.stored_transposed else stored
 
         if isinstance(self._layers.grids[table.weight], FloatFormat):
-            weight = self._quantize_once(table.weight, name, EMBEDDING_ROLE, read)
-            write_float_rows(graph, table, weight)
+            floats = self._quantize_once(table.weight, name, EMBEDDING_ROLE, read)
+            assert isinstance(floats, FloatWeight)
+            write_float_rows(graph, table, floats)
         else:
             weight, stored = self._store(graph, table.weight, name, EMBEDDING_ROLE, read)
             write_gather(graph, stored, weight, table.node.input[1], table.node.output[0])
 
-    def _quantize_once(self, weight: str, name: str, role: str, read: Callable[[], np.ndarray]) -> Any:
+    def _quantize_once(self, weight: str, name: str, role: str, read: Callable[[], np.ndarray]) -> Weight:
         """Quantize a weight once, for the embedding and the head that share it."""
         if weight not in self._shared:
             self._shared[weight] = self._quantize(weight, name, role, read(), None)
@@ -156,6 +161,7 @@ class QuantizedGraph:
     ) -> tuple[QuantizedWeight, list[str]]:
         """Quantize and store a block-wise weight once."""
         quantized = self._quantize_once(weight, name, role, read)
+        assert isinstance(quantized, QuantizedWeight)
         if weight not in self._blocks:
             self._blocks[weight] = store_blocks(graph, name, quantized)
         return quantized, self._blocks[weight]
