@@ -124,6 +124,7 @@ def _multiply(graph: GraphBuilder, linear: Linear, hidden: str, matrix: str, out
     del node.input[:]
     node.input.extend([hidden, matrix, *bias])
     node.output[0] = narrow or output
+    node.name = narrow or node.name  # the Cast to `output` has the name of that
     graph.keep(node)
     if narrow and linear.bias:
         wide = graph.op("Cast", [narrow], f"{output}.unbiased", to=onnx.TensorProto.FLOAT)

@@ -1,11 +1,14 @@
 """Half precision: float16 weights, widened to float32 as the model loads, or multiplied as they are.
 
-Half the bytes on disk and in the download, answers that of all schemes are the nearest to the float model's. With
+Half the bytes on disk and in the download, and of all schemes the answers nearest to the float model's. With
 compute=float32 (the default) speed and memory at run time are the float model's: no x86 CPU kernel multiplies
-float16. With compute=float16 linear layers multiply in float16 between Casts, for GPUs; on a CPU that is slower.
+float16. With compute=float16 linear layers multiply in float16 between Casts, for GPUs. On a CPU ONNX Runtime
+multiplies those in float32 too and leaves the rounding of activations out; it widens the weights on every call, so
+that is slower, and figures measured there are those of the weights alone.
 Norms, attention, softmax, residual sums, biases and the KV cache stay float32. A weight with values beyond 65504, or
-of which most are too small, stays float32; with compute=float16 so do products that come near 65504 on the
-calibration text. Choose it to ship a model at half the size, or as what GPUs run.
+whose norm lies in values too small for float16, stays float32; with compute=float16 so does a product whose inputs or
+outputs come within a factor of two of 65504 on the calibration text.
+Choose it to ship a model at half the size without a loss that anybody sees.
 Source: Micikevicius et al. 2017, https://arxiv.org/abs/1710.03740
 """
 
