@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from llmfast.bundle import ModelBundle
-from llmfast.errors import InputError, OptionError
+from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.graph.builder import GraphBuilder
 from llmfast.graph.floats import FloatFormat, write_float_linear, write_half_linear
 from llmfast.graph.linear import find_linears
@@ -212,6 +212,7 @@ def test_products_in_float16_but_where_values_leave_its_range(
     assert f"{DOWN}.weight.float16" in _weights(bundle.path)  # the weight itself fits
     activations = {row["role"]: row["activations"] for row in inspect(bundle.path)["graphs"][0]["layers"]}
     assert activations["qkv_proj"] == activations["gate_proj"] == "float16"
+    assert inspect(bundle.path)["graphs"][0]["findings"] == []
     graph = OnnxModel.load(bundle.model).proto.graph
     casts = [node for node in graph.node if node.op_type == "Cast" and node.output[0].endswith("product.float16")]
     assert [node.input[0] for node in casts] == ["model.layers.0.mlp.product"]
@@ -222,6 +223,13 @@ def test_products_in_float16_but_where_values_leave_its_range(
     ids = np.random.default_rng(0).integers(97, 123, 48)
     expected, actual = Engine(ModelBundle.open(source)).score(ids), Engine(bundle).score(ids)
     np.testing.assert_allclose(actual, expected, atol=0.01 * np.abs(expected).max())
+
+
+def test_half_precision_is_not_quantized_again(fp32_bundle: Path, tmp_path: Path) -> None:
+    quantize(fp32_bundle, tmp_path / "fp16", QuantizeOptions("fp16"))
+    with pytest.raises(UnsupportedError, match="nothing to quantize") as refused:
+        quantize(tmp_path / "fp16", tmp_path / "out", QuantizeOptions("int8"))
+    assert "start from the float model" in refused.value.hint
 
 
 def test_an_unknown_format_of_products_is_refused(fp32_bundle: Path, tmp_path: Path) -> None:

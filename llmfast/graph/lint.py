@@ -14,7 +14,6 @@ from llmfast.graph.model import FLOATS, OnnxModel, count_weight_bytes, tensor_by
 from llmfast.graph.packed import ACCURACY_INT8, BLOCK_SIZES
 from llmfast.graph.view import GraphView, attribute
 
-_HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _INTEGER_MATMULS = {"MatMulInteger": (0, 1), "MatMulIntegerToFloat": (0, 1), "QLinearMatMul": (0, 3)}
 _MATMULS = ("MatMul", "Gemm", "FusedMatMul")
 
@@ -124,7 +123,12 @@ def _blocks_left_to_the_runtime(view: GraphView) -> Iterator[onnx.NodeProto]:
 
 def _lone_half(view: GraphView) -> Iterator[onnx.NodeProto]:
     for node in view.of_type(*_MATMULS):
-        if view.type_of(_input(node, 1)) in _HALVES:  # not behind a Cast, which is computed once
+        # A weight behind a Cast is widened once; float16 between Casts ONNX Runtime computes in float32 by itself.
+        between_casts = view.maker(_input(node, 0), "Cast") is not None and all(
+            reader.op_type == "Cast" for reader in view.readers[node.output[0]]
+        )
+        dtype = view.type_of(_input(node, 1))
+        if dtype == TensorProto.BFLOAT16 or (dtype == TensorProto.FLOAT16 and not between_casts):
             yield node
 
 

@@ -14,7 +14,8 @@ from onnx import TensorProto, helper
 from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
 
 OLDEST_OPSET = 13
-FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+FLOATS = (TensorProto.FLOAT, *HALVES)
 # Tables of positions are stored for speed; nobody trained them.
 COMPUTED_PREFIXES = ("rotary.", "computed.")
 GIT_LFS = b"version https://git-lfs.github.com/"

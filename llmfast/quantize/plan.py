@@ -10,7 +10,7 @@ from llmfast import registry
 from llmfast.errors import OptionError, UnsupportedError
 from llmfast.graph.floats import FloatFormat
 from llmfast.graph.linear import Embedding, Linear, find_embeddings, find_linears
-from llmfast.graph.model import OnnxModel
+from llmfast.graph.model import HALVES, OnnxModel
 from llmfast.graph.packed import Grid, largest_block_size
 
 HEAD_ROLE = "lm_head"
@@ -176,6 +176,8 @@ def choose_layers(model: OnnxModel, plan: Plan, include: str, exclude: str) -> L
         hint = "it has no MatMul or plain Gemm with a constant float32 matrix"
         if any(node.op_type == "If" for node in model.proto.graph.node):
             hint = "its layers are in the branches of an If, as in merged decoders: export it without merging"
+        if any(tensor.data_type in HALVES for tensor in model.initializers.values()):
+            hint = "its weights are in half precision: start from the float model"
         if found:
             hint = "--include/--exclude leave none of its layers"
         raise UnsupportedError(f"nothing to quantize in `{model.path}`", hint)

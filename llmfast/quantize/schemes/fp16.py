@@ -2,9 +2,9 @@
 
 Half the bytes on disk and in the download, and of all schemes the answers nearest to the float model's. With
 compute=float32 (the default) speed and memory at run time are the float model's: no x86 CPU kernel multiplies
-float16. With compute=float16 linear layers multiply in float16 between Casts, for GPUs. On a CPU ONNX Runtime
-multiplies those in float32 too and leaves the rounding of activations out; it widens the weights on every call, so
-that is slower, and figures measured there are those of the weights alone.
+float16. With compute=float16 linear layers multiply in float16 between Casts, for GPUs (not measured on one). On a
+CPU ONNX Runtime takes these Casts out as it loads the model, so that speed is the float model's there too, and figures
+measured there are those of the rounded weights alone.
 Norms, attention, softmax, residual sums, biases and the KV cache stay float32. A weight with values beyond 65504, or
 whose norm lies in values too small for float16, stays float32; with compute=float16 so does a product whose inputs or
 outputs come within a factor of two of 65504 on the calibration text.
