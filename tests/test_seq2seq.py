@@ -223,7 +223,7 @@ def test_a_past_that_rows_share_is_not_copied(exported: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
-@pytest.mark.parametrize(("scheme", "correlation"), [("int8", 0.999), ("int4", 0.97)])
+@pytest.mark.parametrize(("scheme", "correlation"), [("int8", 0.999), ("int4", 0.97), ("fp16", 0.99999)])
 def test_quantized_models_stay_near(exported: Any, tmp_path: Path, name: str, scheme: str, correlation: float) -> None:
     source, model = exported(name)
     bundle = quantize(source.path, tmp_path / scheme, QuantizeOptions(scheme))

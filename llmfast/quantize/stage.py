@@ -249,7 +249,8 @@ def _prepare(
     models = {role: OnnxModel.load(path) for role, path in bundle.graphs.items()}
     if plan.needs_calibration and len(models) > 1:
         raise UnsupportedError(
-            f"{' and '.join(plan.needs_calibration)} can't be calibrated on an encoder-decoder yet", "use --method rtn"
+            f"{' and '.join(plan.needs_calibration)} can't be calibrated on an encoder-decoder yet",
+            "choose what needs no text, e.g. --method rtn",
         )
     if can_adopt(bundle):
         bundle, models["model"] = adopt(bundle, models["model"])
