@@ -227,7 +227,8 @@ def test_a_past_that_rows_share_is_not_copied(exported: Any) -> None:
 def test_quantized_models_stay_near(exported: Any, tmp_path: Path, name: str, scheme: str, correlation: float) -> None:
     source, model = exported(name)
     bundle = quantize(source.path, tmp_path / scheme, QuantizeOptions(scheme))
-    assert bundle.manifest.bits_per_weight < 16  # scales and float32 norms weigh much in a model this small
+    # Scales, float32 norms and small tables weigh much in a model this small.
+    assert bundle.manifest.bits_per_weight < (24 if scheme == "fp16" else 16)
     targets = np.random.default_rng(2).integers(7, 90, (3, 15))
     scores = []
     for one in (source, bundle):
