@@ -25,7 +25,7 @@ from llmfast.verdict import Gate, judge, spell
 # Instruction sets whose kernels multiply int8 without saturating: one of them makes W8A8 safe.
 _INT8_DOT = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
-_SPEED = re.compile(r"(tokens|.*_tokens|samples)_per_s(_\d+x\d+)?_ratio")
+_SPEED = re.compile(r"forward_s_ratio|(tokens|.*_tokens|samples)_per_s(_\d+x\d+)?_ratio")
 
 COLUMNS = (
     Column("candidate", "bundle", align_right=False),

@@ -43,6 +43,7 @@ COMPANIONS = (
     "config.json",
     "generation_config.json",
     "chat_template.jinja",
+    "preprocessor_config.json",  # how an image or a recording becomes the model's input
 )
 
 

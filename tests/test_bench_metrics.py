@@ -9,13 +9,13 @@ import pytest
 
 from llmfast import registry, report
 from llmfast.bench import subject as subjects
-from llmfast.bench.inputs import random_inputs
 from llmfast.bench.machine import describe_machine, peak_rss_bytes
 from llmfast.bench.metrics import accuracy, decode, divergence, embedding, latency, output_error, prefill
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.subject import Generation, Trial
 from llmfast.bundle import UNKNOWN_TASK, Manifest, ModelBundle
 from llmfast.errors import InputError
+from llmfast.example_inputs import random_inputs
 
 VOCAB = 17
 METRICS = registry.names("bench.metrics")

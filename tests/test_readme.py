@@ -10,7 +10,7 @@ from typer.main import get_command
 from llmfast import registry
 from llmfast.bundle import SEQ2SEQ_TASKS
 from llmfast.cli import app
-from llmfast.export import architectures, encoder_decoder, gguf_architectures, traced
+from llmfast.export import architectures, encoder_decoder, gguf_architectures, traced, traced_signals
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -77,3 +77,12 @@ def test_readme_names_every_encoder_decoder_and_its_tasks() -> None:
 def test_readme_names_every_architecture_of_gguf() -> None:
     ((names,),) = [row.groups() for row in re.finditer(r"^\| direct, from GGUF \| (.*?) \| .*$", README, re.M)]
     assert re.sub(r" \(.*?\)", "", names).split(", ") == sorted(gguf_architectures.ARCHITECTURES)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("images", "pixel_values"), ("sound", "input_values")])
+def test_readme_names_every_encoder_of_signals(kind: str, name: str) -> None:
+    ((encoders, tasks),) = re.findall(rf"^\| traced, encoders of {kind} \| (.*?) \| (.*) \|$", README, re.M)
+    assert encoders.split(", ") == traced_signals.supported_signal_model_types(name)
+    plugins = {task: registry.load("tasks", task) for task in registry.names("tasks")}
+    named = set(re.sub(r" \(.*?\)", "", tasks).split(", "))
+    assert named == {task for task, plugin in plugins.items() if getattr(plugin, "INPUT", "") == name}

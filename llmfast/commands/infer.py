@@ -11,7 +11,7 @@ from llmfast import registry, report
 from llmfast.commands._options import Provider, Threads, given
 from llmfast.errors import OptionError
 
-SUMMARY = "A prompt to an answer, a text to its labels, vector, entities or rank."
+SUMMARY = "A prompt to an answer; a text to its labels, vector, entities or rank; an image to labels, speech to text."
 
 _FORMATS = ("text", "json", "jsonl")
 
@@ -24,7 +24,11 @@ def infer(
     ] = None,
     input_file: Annotated[
         Path | None,
-        typer.Option("--input", metavar="FILE", help="File with a text a line, in place of --prompt."),
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help="File with a text (or a path to image or audio) a line, in place of --prompt.",
+        ),
     ] = None,
     question: Annotated[str | None, typer.Option(metavar="TEXT", help="What is asked of the --context.")] = None,
     context: Annotated[
@@ -37,12 +41,17 @@ def infer(
     document: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Text to rank; give several, or --input.")
     ] = None,
+    image: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Image to classify; may be repeated.")] = None,
+    audio: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="WAV file to write down; may be repeated.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="What a chat model is told first.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt, without the chat template.")] = False,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate, or of an answer's span.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Randomness; 0 is greedy.")] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="Sample among the k likeliest tokens, 0 is all; words for a mask; documents.")
+        int | None,
+        typer.Option(help="Sample among the k likeliest tokens, 0 is all; words for a mask; documents; labels."),
     ] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens that make up p.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest.")] = None,
@@ -67,7 +76,7 @@ def infer(
         str, typer.Option("--format", help="text, json for one document, or jsonl for one a line.")
     ] = "text",
 ) -> None:
-    """Run a model on texts; what it answers depends on its task.
+    """Run a model on texts, images or sound; what it answers depends on its task.
 
     Example: llmfast infer int4 --prompt "What is the capital of France?"
 
@@ -77,6 +86,8 @@ def infer(
     fill-mask              infer bert --prompt "Rome is in [MASK]."
     text-ranking           infer reranker --query "Rome" --input documents.txt
     feature-extraction     infer minilm --prompt "a cat" --prompt "a dog"
+    image-classification   infer vit --image cat.jpg
+    automatic-speech-recognition   infer wav2vec2 --audio speech.wav
     """
     if output_format not in _FORMATS:
         raise OptionError(f"unknown format `{output_format}`", f"choose from: {', '.join(_FORMATS)}")
@@ -86,7 +97,7 @@ def infer(
     from llmfast.infer import stage
     from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
 
-    given_texts = given({"prompt": prompt, "context": context, "document": document})
+    given_texts = given({"prompt": prompt, "context": context, "document": document, "image": image, "audio": audio})
     options = given(
         {
             "question": question,
@@ -140,14 +151,22 @@ def infer(
 
 
 def _read_texts(texts: list[str] | None, input_file: Path | None, option: str) -> list[str]:
-    """Return the texts to run the model on, from the option of its task, standard input or a file."""
+    """Return the texts to run the model on, from the option of its task, standard input or a file.
+
+    Those of a task of images or sound are paths.
+    """
     from llmfast.text import read_lines
 
+    is_file = option in ("image", "audio")
+    kind, value = (option, "FILE") if is_file else ("text", "TEXT")
     if (texts is None) == (input_file is None):
-        what = "no text to run on" if texts is None else f"--{option} and --input exclude each other"
-        raise OptionError(what, f"give --{option} TEXT, or --input FILE with a text a line")
+        what = f"no {kind} to run on" if texts is None else f"--{option} and --input exclude each other"
+        listed = "a path" if is_file else "a text"
+        raise OptionError(what, f"give --{option} {value}, or --input FILE with {listed} a line")
     if input_file is not None:
         return read_lines(input_file)
+    if is_file:
+        return list(texts or ())
     return [sys.stdin.read() if text == "-" else text for text in texts or ()]
 
 

@@ -214,5 +214,7 @@ def _print(bundle: "ModelBundle", model: Path, output_format: str) -> None:
     if output_format != "csv":  # which holds one table
         report.print_rows([{**sizes, **measured}], figure_columns({**sizes, **measured}), output_format)
     report.note(spell_worst(measured["worst_layers"]))
-    data = "" if bundle.manifest.task == UNKNOWN_TASK else " --data FILE"
+    task = bundle.manifest.task
+    takes_data = task != UNKNOWN_TASK and not hasattr(registry.load("tasks", task), "INPUT")
+    data = " --data FILE" if takes_data else ""
     report.note(f"Next: llmfast bench {shlex.quote(str(model))} {shlex.quote(str(bundle.path))}{data}")

@@ -67,12 +67,16 @@ class Checkpoint(Protocol):
 class SafetensorsCheckpoint:
     """A Hugging Face folder: config.json, tokenizer, one or more .safetensors files.
 
+    Args:
+        path: the folder.
+        has_tokenizer: the model takes text, so there must be one.
+
     Raises:
         InputError: a part is missing or truncated.
         UnsafeInputError: weights come as a pickle, or a shard's name leaves the folder.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, has_tokenizer: bool = True) -> None:
         self.path = path
         self.config = load_config(path)
         settings = self.config.__dict__.pop("quantization_config", None)
@@ -80,7 +84,7 @@ class SafetensorsCheckpoint:
         self.quantization = self._packing.describe() if self._packing else None
         self._shards = [_Shard(file) for file in _weight_files(path)]
         self._owners = {name: shard for shard in self._shards for name in shard.entries}
-        if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        if has_tokenizer and not any((path / name).is_file() for name in _TOKENIZER_FILES):
             raise InputError(f"no tokenizer in `{path}`", f"looked for {', '.join(_TOKENIZER_FILES)}")
 
     def read(self, name: str) -> np.ndarray:
@@ -268,12 +272,12 @@ def code_fields(path: Path) -> list[str]:
     return [field for field in _CODE_FIELDS if field in read_json(path / "config.json")]
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer and config files; a tokenizer in an older form is converted to tokenizer.json."""
+def copy_companions(source: Path, folder: Path, has_tokenizer: bool = True) -> None:
+    """Copy tokenizer and config files; a tokenizer in an older form is converted to tokenizer.json, if there is one."""
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if not (folder / "tokenizer.json").is_file():
+    if has_tokenizer and not (folder / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 
         AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)

@@ -34,7 +34,12 @@ def load_encoder(source: Path, config: Any, auto_model: str) -> Any:
     except (RuntimeError, ValueError) as error:
         raise InputError(f"weights of `{source}` do not fit its config.json: {first_line(error)}") from error
     # The pooler of a base model feeds none of our outputs, and some checkpoints come without it.
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    # So it is with what training puts in place of sound that it masks.
+    missing = sorted(
+        name
+        for name in info["missing_keys"]
+        if not name.startswith("pooler.") and not name.endswith("masked_spec_embed")
+    )
     if missing:
         raise InputError(
             f"`{source}` lacks {len(missing)} weights of {type(model).__name__}, the first is `{missing[0]}`",

@@ -160,7 +160,10 @@ def _prepare(module: str, output: Path, options: ExportOptions) -> tuple[Path, s
 
 def _check_task(task: str, traced: TracedModule) -> None:
     """Refuse a task whose commands could not feed or read this graph."""
-    wanted = registry.load("tasks", task).OUTPUTS
+    plugin = registry.load("tasks", task)
+    if hasattr(plugin, "INPUT"):
+        raise UnsupportedError(f"a module can't be exported for {task}", "leave out --task")
+    wanted = plugin.OUTPUTS
     missing = [name for name in wanted if name not in traced.outputs]
     foreign = [name for name in traced.inputs if name not in _TEXT_INPUTS]
     if task in (TEXT_GENERATION, *SEQ2SEQ_TASKS) or missing or foreign:

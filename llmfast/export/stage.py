@@ -202,11 +202,14 @@ def _export_encoder_decoder(source: str, task: str, staged: Path, options: Expor
 def _export_traced(source: str, task: str, staged: Path, options: ExportOptions) -> Manifest:
     from llmfast.export.checkpoint import copy_companions, folder_source, resolve_folder
     from llmfast.export.traced import write_traced
+    from llmfast.export.traced_signals import write_traced_signals
 
     folder = resolve_folder(source)
+    takes_text = not hasattr(registry.load("tasks", task), "INPUT")
+    write = write_traced if takes_text else write_traced_signals
     with progress("tracing and comparing with PyTorch"):
-        traced = write_traced(folder, task, staged)
-    copy_companions(folder, staged)
+        traced = write(folder, task, staged)
+    copy_companions(folder, staged, has_tokenizer=takes_text)
     manifest = Manifest(
         task=task,
         source=folder_source(folder),

@@ -96,7 +96,7 @@ def detect_task(config: Mapping[str, Any], source: Path) -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise InputError(f"no `architectures` in `{source / 'config.json'}`", "say what the model is for with --task")
-    with _quiet():
+    with quiet():
         task = _task_of_class(names[0])
     if task == "text-classification" and is_ranker(source, config):
         task = "text-ranking"
@@ -132,7 +132,7 @@ def write_traced(source: Path, task: str, staged: Path) -> TracedExport:
         )
     pooling = read_pooling(source) if "sentence_embedding" in plugin.OUTPUTS else None
     activation = read_activation(source, checkpoint.config.to_dict()) if task == "text-ranking" else None
-    with _quiet():
+    with quiet():
         model = load_encoder(source, checkpoint.config, plugin.AUTO_MODEL)
         module = as_module(model, plugin.OUTPUTS, pooling)
         limit = context_length(model)
@@ -160,23 +160,37 @@ def _task_of_class(name: str) -> str:
         )
     try:
         return str(TasksManager.infer_task_from_model(model_class))
-    except ValueError:
-        return "unknown"
+    except ValueError:  # optimum doesn't see classes that share a place, as DeiT's two for images do
+        return "image-classification" if "ForImageClassification" in name else "unknown"
 
 
-def _trace(module: "torch.nn.Module", inputs: list[str], outputs: tuple[str, ...], limit: int) -> Any:
-    """Run PyTorch's exporter; batch and sequence stay free."""
+def run_exporter(
+    module: "torch.nn.Module",
+    examples: "Mapping[str, torch.Tensor]",
+    axes: Mapping[int, Any],
+    outputs: tuple[str, ...],
+) -> Any:
+    """Run PyTorch's exporter.
+
+    Args:
+        module: takes the examples in their order, returns the outputs as a tuple.
+        examples: of sizes that are not 0 or 1 where they are free.
+        axes: the free axes of every input, a `torch.export.Dim` each.
+        outputs: their names.
+
+    Raises:
+        UnsupportedError: the module can't be traced.
+    """
     import torch
 
-    shape = (_TRACED_SHAPE[0], min(_TRACED_SHAPE[1], limit))
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=limit)}
     try:
         with torch.inference_mode():
             return torch.onnx.export(
                 module,
-                kwargs={name: torch.ones(shape, dtype=torch.int64) for name in inputs},
+                tuple(examples.values()),
+                input_names=list(examples),
                 output_names=list(outputs),
-                dynamic_shapes=dict.fromkeys(inputs, axes),
+                dynamic_shapes=tuple(axes for _ in examples),
                 opset_version=_OPSET,
                 dynamo=True,
                 optimize=True,
@@ -184,6 +198,15 @@ def _trace(module: "torch.nn.Module", inputs: list[str], outputs: tuple[str, ...
             )
     except torch.onnx.OnnxExporterError as error:
         raise UnsupportedError(f"PyTorch can't trace this model: {first_line(error.__cause__ or error)}") from error
+
+
+def _trace(module: "torch.nn.Module", inputs: list[str], outputs: tuple[str, ...], limit: int) -> Any:
+    """Trace an encoder of text; batch and sequence stay free."""
+    import torch
+
+    shape = (_TRACED_SHAPE[0], min(_TRACED_SHAPE[1], limit))
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=limit)}
+    return run_exporter(module, {name: torch.ones(shape, dtype=torch.int64) for name in inputs}, axes, outputs)
 
 
 def _describe(config: Any, limit: int) -> dict[str, Any]:
@@ -205,9 +228,13 @@ def _describe_task(config: Any, task: str, pooling: Pooling | None, activation: 
         return {"activation": activation}
     if task not in ("text-classification", "token-classification"):
         return {}
+    described = describe_classes(config)
+    return described if task == "text-classification" else {"labels": described["labels"]}
+
+
+def describe_classes(config: Any) -> dict[str, Any]:
+    """Return a classifier's `labels` and its `problem_type`."""
     labels = [str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels)]
-    if task == "token-classification":
-        return {"labels": labels}
     # What transformers' own pipeline takes when the checkpoint doesn't say.
     default = "single_label_classification" if config.num_labels > 1 else "multi_label_classification"
     return {"labels": labels, "problem_type": config.problem_type or default}
@@ -223,7 +250,7 @@ def _describe_limit(source: Path, pooling: Pooling | None, limit: int) -> dict[s
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the libraries' bars, logs and warnings off both streams."""
     from transformers.utils import logging as transformers_logging
 

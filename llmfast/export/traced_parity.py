@@ -1,5 +1,6 @@
 """Proof that a traced encoder computes what PyTorch does, with the real weights, at shapes it was not traced at."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,13 @@ class Reference:
     pooling: Pooling | None
 
     def run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """Return the outputs for int64 inputs [batch, seq]."""
+        """Return the outputs for int64 inputs [batch, seq], or an image's or a sound's float32 input."""
         import torch
 
         tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
         with torch.inference_mode():
             result = self.model(**tensors)
-            mask = tensors["attention_mask"]
+            mask = tensors.get("attention_mask")
             return [read_output(result, name, mask, self.pooling).numpy() for name in self.outputs]
 
 
@@ -58,24 +59,50 @@ def prove_traced(reference: Reference, graph: Path, inputs: list[str], limit: in
     Raises:
         GateError: a difference over the tolerance, or a value that is not a number.
     """
-    session = open_session(graph)
     rng = np.random.default_rng(0)
     shapes = sorted({(batch, min(length, limit)) for batch, length in (*_SHAPES, (1, _LONGEST))})
-    max_abs, max_rel, agreed = 0.0, 0.0, []
-    for shape in shapes:
-        feeds = _feeds(rng, shape, reference.model.config, inputs)
+    return _prove(reference, graph, (_feeds(rng, shape, reference.model.config, inputs) for shape in shapes))
+
+
+def prove_signals(reference: Reference, graph: Path, name: str, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """Compare ONNX Runtime with PyTorch on noise with the mean and variance of normalized images and sound.
+
+    Args:
+        reference: the PyTorch side.
+        graph: the ONNX side.
+        name: the graph's input.
+        shapes: of the inputs, batch first.
+
+    Returns:
+        As `prove_traced` does.
+
+    Raises:
+        GateError: a difference over the tolerance, or a value that is not a number.
+    """
+    rng = np.random.default_rng(0)
+    return _prove(reference, graph, ({name: rng.standard_normal(shape, np.float32)} for shape in shapes))
+
+
+def _prove(reference: Reference, graph: Path, samples: Iterable[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Compare on the samples, whose inputs all have the shape of the first."""
+    session = open_session(graph)
+    max_abs, max_rel = 0.0, 0.0
+    agreed: list[bool] = []
+    shapes = []
+    for feeds in samples:
+        shape = next(iter(feeds.values())).shape
+        where = "x".join(map(str, shape))
+        shapes.append(list(shape))
         try:
             actual = session.run(list(reference.outputs), feeds)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise GateError(
-                f"ONNX Runtime can't run the exported model at {shape[0]}x{shape[1]}: {first_line(error)}"
-            ) from error
+            raise GateError(f"ONNX Runtime can't run the exported model at {where}: {first_line(error)}") from error
         for name, got, expected in zip(reference.outputs, actual, reference.run(feeds), strict=True):
-            absolute, relative = compare(name, f"{shape[0]}x{shape[1]}", got, expected)
+            absolute, relative = compare(name, where, got, expected)
             max_abs, max_rel = max(max_abs, absolute), max(max_rel, relative)
             if name == "logits":
                 agreed += list(got.argmax(-1).ravel() == expected.argmax(-1).ravel())
-    found = {"max_abs_diff": max_abs, "max_rel_diff": max_rel, "shapes": [list(shape) for shape in shapes]}
+    found = {"max_abs_diff": max_abs, "max_rel_diff": max_rel, "shapes": shapes}
     return found | ({"argmax_agreement": float(np.mean(agreed))} if agreed else {})
 
 

@@ -67,14 +67,14 @@ def answer(
 
     Args:
         model: bundle directory.
-        texts: prompts, texts to classify or embed, contexts of a question, documents to rank.
+        texts: prompts, texts to classify or embed, contexts of a question, documents to rank, paths of images or audio.
         provider: a name in `llmfast.providers`.
         threads: intra-op threads; None takes the cores this process may use.
         options: those of the task's `INFER_OPTIONS` that are given.
 
     Returns:
-        One dictionary a text, whose keys depend on the task; `text` is always there. In the order of the texts,
-        save for text-ranking.
+        One dictionary a text, whose keys depend on the task; an image has `image`, a recording
+        `audio` and in `text` what was said, all others the `text`. In the order of the texts, save for text-ranking.
 
     Raises:
         OptionError: an option that the task does not have.

@@ -15,6 +15,7 @@ import numpy as np
 from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, ModelBundle
 from llmfast.divergence import cosines, kl_divergence, log_softmax, prediction_figures, prediction_sums
 from llmfast.errors import InputError, OptionError, UnsupportedError
+from llmfast.example_inputs import random_inputs
 from llmfast.graph.feeds import DTYPES, PAST, sequence_feeds
 from llmfast.graph.linear import Linear
 from llmfast.graph.model import OnnxModel
@@ -113,7 +114,7 @@ def hold_out(
         if data is not None or calibration.path is not None:
             raise
         note(f"note: `{model.path.name}` is compared on random inputs: {error.message}")
-        return HeldOut(_random_samples(model, session, num_samples, calibration.seed or 0), None)
+        return HeldOut(_random_samples(bundle, model, session, num_samples, calibration.seed or 0), None)
     return HeldOut(samples, {**corpus.describe(), "num_samples": len(samples)})
 
 
@@ -289,11 +290,14 @@ def damage_of(figures: Mapping[str, float]) -> float | None:
     return figures["relative_error"] ** 2 if figures else None
 
 
-def _random_samples(model: OnnxModel, session: Any, count: int, seed: int) -> list[Values]:
+def _random_samples(bundle: ModelBundle, model: OnnxModel, session: Any, count: int, seed: int) -> list[Values]:
     """Return samples that the graph runs on, none when it refuses random inputs, with a note."""
     rng = np.random.default_rng(seed)
     try:
-        samples = [_random_values(model, session.get_inputs(), rng) for _ in range(count)]
+        if "example_inputs" in bundle.manifest.architecture:
+            samples = [random_inputs(bundle, (seed, number)) for number in range(count)]
+        else:
+            samples = [_random_values(model, session.get_inputs(), rng) for _ in range(count)]
         session.run(None, samples[0])
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         reason = error.message if isinstance(error, UnsupportedError) else str(error).strip().splitlines()[0][:200]

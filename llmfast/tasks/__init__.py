@@ -2,8 +2,11 @@
 
 Every file defines `AUTO_MODEL` (the class of transformers that loads a checkpoint), `OUTPUTS` (of its graph), and
 
-- `answer(bundle, texts, provider, threads, **options)`: one dictionary a text, with `text` in it.
+- `answer(bundle, texts, provider, threads, **options)`: one dictionary a text, with `text` in it (an image has `image`,
+  its path; a recording its path in `audio` and in `text` what was said).
 - `spell(answer)`: an answer for people.
 - `INFER_OPTIONS`: the options of `llmfast infer` that `answer` takes as keywords.
-- `TEXT_OPTION`: the option of `llmfast infer` that gives the texts, where it is not `prompt`.
+- `TEXT_OPTION`: the option of `llmfast infer` that gives the texts, where it is not `prompt`; `image` and
+  `audio` give paths of files.
+- `INPUT`: the graph's one input, where that is not made of text: `pixel_values`, `input_values`.
 """

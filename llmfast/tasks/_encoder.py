@@ -1,4 +1,4 @@
-"""What the tasks of encoders share: texts in batches of like length, and one pass through a session."""
+"""What the tasks of encoders share: texts in batches of like length, one pass through a session, labels and scores."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -111,7 +111,8 @@ def run_session(
     Args:
         session: an encoder's graph.
         outputs: their names.
-        batch: int64 [batch, seq] by input name; those that the graph does not take are left out.
+        batch: int64 [batch, seq] by input name, or a float32 image or sound; those that the graph does not take
+            are left out.
 
     Returns:
         float32, one array per output.
@@ -141,6 +142,19 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     """Turn logits into shares of 1, each on its own, float64; no logit overflows."""
     shares: np.ndarray = np.exp(-np.logaddexp(0, -logits.astype(np.float64)))
     return shares
+
+
+def label_scores(logits: np.ndarray, bundle: ModelBundle) -> np.ndarray:
+    """Turn a classifier's logits into scores, float64: shares of 1 when one label holds, else each on its own.
+
+    Args:
+        logits: float32 [classes].
+        bundle: its manifest says what kind of classifier it is.
+    """
+    problem = bundle.manifest.architecture.get("problem_type", "single_label_classification")
+    if problem == "multi_label_classification":
+        return sigmoid(logits)
+    return logits.astype(np.float64) if problem == "regression" else softmax(logits)
 
 
 def label_names(bundle: ModelBundle, count: int) -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from llmfast.bundle import ModelBundle
 from llmfast.runtime import open_session
-from llmfast.tasks._encoder import label_names, run_session, run_texts, sigmoid, softmax
+from llmfast.tasks._encoder import label_names, label_scores, run_session, run_texts
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -33,8 +33,7 @@ def answer(
     """
     session = open_session(bundle.model, provider, threads)
     rows = run_texts(bundle, texts, lambda batch: classify(session, batch))
-    problem = str(bundle.manifest.architecture.get("problem_type", "single_label_classification"))
-    return [_describe(text, _score(row, problem), bundle) for text, row in zip(texts, rows, strict=True)]
+    return [_describe(text, label_scores(row, bundle), bundle) for text, row in zip(texts, rows, strict=True)]
 
 
 def spell(answer: dict[str, Any]) -> str:
@@ -53,13 +52,6 @@ def classify(session: "onnxruntime.InferenceSession", batch: Mapping[str, np.nda
         float32 [batch, classes].
     """
     return run_session(session, OUTPUTS, batch)[0]
-
-
-def _score(logits: np.ndarray, problem: str) -> np.ndarray:
-    """Turn logits into scores: shares of 1 when one label holds, each on its own when several may."""
-    if problem == "multi_label_classification":
-        return sigmoid(logits)
-    return logits.astype(np.float64) if problem == "regression" else softmax(logits)
 
 
 def _describe(text: str, scores: np.ndarray, bundle: ModelBundle) -> dict[str, Any]:

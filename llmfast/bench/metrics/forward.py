@@ -1,19 +1,19 @@
-"""One pass of a module of no known task, on random inputs of the shapes and ranges of its example inputs.
+"""One pass of an encoder of images or sound, or of a module of no known task, on random inputs like its example inputs.
 
 forward_s = median seconds of a run. Every round runs several times and takes the median: the first run finds the
-caches as another model left them. The manifest of an exported module holds shapes, types and ranges.
+caches as another model left them. The manifest holds shapes, types and ranges: one image, a second of sound.
 """
 
 import numpy as np
 
-from llmfast.bench.inputs import random_inputs
 from llmfast.bench.subject import Subject, Trial
 from llmfast.bundle import UNKNOWN_TASK
+from llmfast.example_inputs import random_inputs
 from llmfast.report import Column
 
 ORDER = 55
 KIND = "speed"
-TASKS = (UNKNOWN_TASK,)
+TASKS = ("automatic-speech-recognition", "image-classification", UNKNOWN_TASK)
 NEEDS = ("example_inputs",)
 HIGHER_IS_BETTER = {"forward_s": False}
 COLUMNS = (

@@ -1,4 +1,4 @@
-"""How far the outputs of a module of no known task moved, on random inputs like its example inputs.
+"""How far the outputs of an encoder of images or sound, or of a module of no known task, moved, on random inputs.
 
 output_error = sqrt(sum (y - y')^2 / sum y'^2) over all floating-point outputs, y' the baseline's: 0 is the same.
 Integer outputs (a most likely class) count as they are. One forward pass per model and sample.
@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from llmfast.bench.inputs import random_inputs
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.subject import Subject
 from llmfast.bundle import UNKNOWN_TASK, ModelBundle
 from llmfast.errors import InputError
+from llmfast.example_inputs import random_inputs
 from llmfast.report import Column
 
 ORDER = 90
 KIND = "quality"
-TASKS = (UNKNOWN_TASK,)
+TASKS = ("automatic-speech-recognition", "image-classification", UNKNOWN_TASK)
 NEEDS = ("example_inputs",)
 UNIT = "samples"
 DATA = ""

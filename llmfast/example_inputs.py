@@ -1,4 +1,4 @@
-"""Random inputs for a module of no known task, from what its manifest says of its example inputs."""
+"""Random inputs for a model whose inputs no text makes, from what its manifest says of its example inputs."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,0 +1,108 @@
+"""Audio files as a model's inputs: what preprocessor_config.json says, done with the standard library and NumPy.
+
+Source: `Wav2Vec2FeatureExtractor` of transformers.
+"""
+
+import wave
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmfast.bundle import read_json
+from llmfast.errors import InputError, UnsupportedError
+
+_PREPROCESSOR = "preprocessor_config.json"
+_KIND = "Wav2Vec2FeatureExtractor"
+# Of padding, which one recording at a time never has, and names.
+_WITHOUT_EFFECT = (
+    "feature_extractor_type",
+    "padding_side",
+    "padding_value",
+    "processor_class",
+    "return_attention_mask",
+)
+_SAMPLE_BYTES = 2
+_FULL_SCALE = 2**15
+
+
+@dataclass(frozen=True)
+class AudioProcessor:
+    """The steps from a file to a model's input.
+
+    Attributes:
+        sampling_rate: samples a second that the model takes.
+        normalize: give every recording a mean of 0 and a variance of 1.
+    """
+
+    sampling_rate: int
+    normalize: bool
+
+    @classmethod
+    def load(cls, folder: Path) -> "AudioProcessor":
+        """Read preprocessor_config.json.
+
+        Raises:
+            InputError: missing or malformed.
+            UnsupportedError: another processor, or a field that is not understood.
+        """
+        path = folder / _PREPROCESSOR
+        if not path.is_file():
+            raise InputError(f"no {_PREPROCESSOR} in `{folder}`", "it says how sound becomes the model's input")
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise InputError(f"malformed `{path}`: not an object")
+        if config.get("feature_extractor_type") != _KIND:
+            raise UnsupportedError(
+                f"`{path}`: audio processor `{config.get('feature_extractor_type')}` is not supported",
+                f"supported: {_KIND}",
+            )
+        known = {"feature_size": 1, "sampling_rate": 16000, "do_normalize": True}
+        for key, value in config.items():
+            if key not in (*known, *_WITHOUT_EFFECT) and value not in (None, False):
+                raise UnsupportedError(f"`{path}`: `{key}` of {value!r} is not supported")
+        settings = known | {key: value for key, value in config.items() if key in known}
+        rate = settings["sampling_rate"]
+        if settings["feature_size"] != 1 or not isinstance(rate, int) or rate < 1:
+            raise InputError(
+                f"malformed `{path}`: `feature_size` {settings['feature_size']!r}, `sampling_rate` {rate!r}"
+            )
+        return cls(rate, bool(settings["do_normalize"]))
+
+    def read(self, path: Path) -> np.ndarray:
+        """Read a WAV file of 16-bit PCM, float32 [samples]; several channels become their mean.
+
+        Raises:
+            InputError: missing, no such file, empty, or recorded at another rate than the model's.
+            UnsupportedError: samples of another width.
+        """
+        if not path.is_file():
+            raise InputError(f"not found: `{path}`", "--audio takes a WAV file")
+        try:
+            with wave.open(str(path), "rb") as file:
+                rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
+                data = file.readframes(file.getnframes())
+        except (OSError, EOFError, wave.Error) as error:
+            reason = str(error) or "it ends too early"
+            raise InputError(
+                f"not a WAV file of PCM samples: `{path}`: {reason}", _convert(self.sampling_rate)
+            ) from error
+        if width != _SAMPLE_BYTES:
+            raise UnsupportedError(f"`{path}` has samples of {8 * width} bits, not 16", _convert(self.sampling_rate))
+        if rate != self.sampling_rate:
+            raise InputError(
+                f"`{path}` has {rate} samples a second, the model takes {self.sampling_rate}",
+                _convert(self.sampling_rate),
+            )
+        frame = channels * _SAMPLE_BYTES
+        samples = np.frombuffer(data[: len(data) // frame * frame], "<i2").reshape(-1, channels)
+        if len(samples) == 0:
+            raise InputError(f"no sound in `{path}`", "the recording is empty")
+        values: np.ndarray = samples.astype(np.float32).mean(1) / np.float32(_FULL_SCALE)
+        if self.normalize:
+            values = (values - values.mean()) / np.sqrt(values.var() + 1e-7)
+        return values
+
+
+def _convert(rate: int) -> str:
+    return f"convert it first: ffmpeg -i IN -ar {rate} -ac 1 -c:a pcm_s16le OUT.wav"

@@ -1,0 +1,94 @@
+"""A recording becomes text: what was said, by a CTC head that gives a character for every 20 ms or so."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmfast.audio import AudioProcessor
+from llmfast.bundle import ModelBundle
+from llmfast.errors import InputError
+from llmfast.report import progress
+from llmfast.runtime import open_session
+from llmfast.tasks._encoder import run_session
+
+AUTO_MODEL = "AutoModelForCTC"
+OUTPUTS = ("logits",)
+INPUT = "input_values"
+INFER_OPTIONS = ()
+TEXT_OPTION = "audio"
+
+# What tokenizers put together again, when they say that they clean up spaces; in this order, as transformers does.
+_CONTRACTIONS = ("n't", "'m", "'s", "'ve", "'re")
+
+
+def answer(
+    bundle: ModelBundle, texts: Sequence[str], provider: str = "cpu", threads: int | None = None
+) -> list[dict[str, Any]]:
+    """Write down what is said in each recording.
+
+    Recordings run one at a time: padding would change what models without a mask hear.
+
+    Args:
+        bundle: the model; its preprocessor_config.json says how sound becomes its input, its manifest how characters
+            are joined.
+        texts: paths of WAV files, 16-bit PCM at the model's sampling rate.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads; None takes the cores this process may use.
+
+    Returns:
+        `audio` (the path) and `text` of each recording, in their order.
+
+    Raises:
+        InputError: a file that is missing, of another sampling rate, or too short; or no preprocessor_config.json.
+        UnsupportedError: samples that are not 16 bits wide, or the graph is none of this task.
+
+    Source: Graves et al. 2006, Connectionist Temporal Classification, https://doi.org/10.1145/1143844.1143891,
+    and `AutomaticSpeechRecognitionPipeline` of transformers.
+    """
+    facts = bundle.manifest.architecture
+    if "ctc" not in facts:
+        raise InputError(f"`{bundle.path}` does not say what its characters are", "export it with llmfast")
+    processor = AudioProcessor.load(bundle.path)
+    session = open_session(bundle.model, provider, threads)
+    answers = []
+    with progress("running", len(texts)) as advance:
+        for path in texts:
+            values = processor.read(Path(path))
+            if len(values) < facts["min_samples"]:
+                raise InputError(
+                    f"`{path}` has {len(values)} samples, the model takes {facts['min_samples']} or more",
+                    "give a longer recording",
+                )
+            logits = run_session(session, OUTPUTS, {INPUT: values[None]})[0][0]
+            answers.append({"audio": path, "text": decode(logits.argmax(-1), facts["labels"], facts["ctc"])})
+            advance(1)
+    return answers
+
+
+def spell(answer: dict[str, Any]) -> str:
+    """Return an answer as a line for people."""
+    return str(answer["text"])
+
+
+def decode(ids: np.ndarray, labels: Sequence[str], ctc: Mapping[str, Any]) -> str:
+    """Join the likeliest characters: repetitions are one, blanks none, delimiters spaces.
+
+    Args:
+        ids: int64 [frames].
+        labels: the character of each id.
+        ctc: `blank`, `word_delimiter`, `space`, `lower_case` and `clean_up_spaces`.
+    """
+    characters = [character for character, _ in groupby(labels[index] for index in ids) if character != ctc["blank"]]
+    text = "".join(ctc["space"] if one == ctc["word_delimiter"] else one for one in characters).strip()
+    if ctc["lower_case"]:
+        text = text.lower()
+    if ctc["clean_up_spaces"]:
+        for mark in ".?!,":
+            text = text.replace(f" {mark}", mark)
+        text = text.replace(" ' ", "'")
+        for contraction in _CONTRACTIONS:
+            text = text.replace(f" {contraction}", contraction)
+    return text
