@@ -216,5 +216,7 @@ def _print(bundle: "ModelBundle", model: Path, output_format: str) -> None:
     report.note(spell_worst(measured["worst_layers"]))
     task = bundle.manifest.task
     takes_data = task != UNKNOWN_TASK and not hasattr(registry.load("tasks", task), "INPUT")
-    data = " --data FILE" if takes_data else ""
+    # Predictions over a trimmed vocabulary compare with no other's.
+    is_trimmed = any(step.stage == "trim" for step in bundle.manifest.lineage)
+    data = " --data FILE" if takes_data and not is_trimmed else ""
     report.note(f"Next: llmfast bench {shlex.quote(str(model))} {shlex.quote(str(bundle.path))}{data}")

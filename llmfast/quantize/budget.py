@@ -169,8 +169,8 @@ class Fitting:
         if layers is None:
             smallest = self._choice.smallest_bytes + self._limit - self._max_bytes
             raise GateError(
-                f"budget missed: at least {smallest / 1e6:.1f} MB are needed, asked at most {self._limit / 1e6:.1f} MB",
-                "raise the target, or prune the model first",
+                f"budget missed: at least {smallest / 1e6:.4g} MB are needed, asked at most {self._limit / 1e6:.4g} MB",
+                "raise the target, or leave out more with --trim-vocabulary",
             )
         return layers
 

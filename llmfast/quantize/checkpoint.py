@@ -4,17 +4,19 @@ Each piece is written aside and renamed, so that a killed process leaves whole p
 to one run: its key is a hash of everything that the result depends on.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmfast.errors import ResourceError
+from llmfast.errors import GateError, ResourceError
 from llmfast.graph.packed import Grid, QuantizedWeight
 from llmfast.report import note
 
@@ -112,3 +114,20 @@ class Checkpoint:
 
 def _short(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:24]
+
+
+@contextlib.contextmanager
+def kept_for_resuming(checkpoint: Checkpoint | None) -> Iterator[None]:
+    """Discard a checkpoint at the end, and after a missed gate; say so when an interrupt leaves it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint:
+            note("note: the same command with --resume goes on where this one stopped")
+        raise
+    except GateError:
+        if checkpoint:
+            checkpoint.discard()
+        raise
+    if checkpoint:
+        checkpoint.discard()

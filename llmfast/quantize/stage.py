@@ -31,7 +31,7 @@ from llmfast.graph.weights import WeightFile
 from llmfast.quantize import sensitivity
 from llmfast.quantize.budget import Fitting, num_parameters, start_fitting
 from llmfast.quantize.calibrate import Calibration
-from llmfast.quantize.checkpoint import Checkpoint
+from llmfast.quantize.checkpoint import Checkpoint, kept_for_resuming
 from llmfast.quantize.corpus import Corpus
 from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_cache
 from llmfast.quantize.measure import Proof, damage_of
@@ -41,8 +41,9 @@ from llmfast.quantize.rewrite import LayerReport, QuantizedGraph, RoundWeight, W
 from llmfast.quantize.summary import summarize
 from llmfast.quantize.vocabulary import trimmed
 from llmfast.quantize.workpiece import InputStatistics, Workpiece
-from llmfast.report import progress
+from llmfast.report import note, progress
 from llmfast.runtime import open_session, usable_cores
+from llmfast.text import read_text
 from llmfast.thirdparty import adopt, can_adopt
 from llmfast.verdict import enforce, judge
 
@@ -76,7 +77,7 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
     if options.resume or options.budget or plan.rounding.plugin.NEEDS_STATISTICS:
         models = [model for model, _ in graphs.values()]
         checkpoint = Checkpoint(output, _facts(bundle, models, plan, options), options.resume)
-    with stage_output(output, options.overwrite) as staged:
+    with kept_for_resuming(checkpoint), stage_output(output, options.overwrite) as staged:
         fitting = _start_fitting(plan, bundle, graphs, options, checkpoint, staged)
         writers = {
             role: _prepare_writer(role, plan, bundle, model, layers, options, checkpoint, proof)
@@ -100,8 +101,6 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         measured = {**summarize(reports), **figures, "gates": verdict, "text": proof and proof.text}
         before = [model for model, _ in graphs.values()]
         write_manifest(staged, _manifest(bundle, before, after, plan, options, measured))
-    if checkpoint:
-        checkpoint.discard()
     return ModelBundle.open(output)
 
 
@@ -232,6 +231,11 @@ def _check_loads(model: Path, source: Path) -> None:
 
 def plan_layers(source: Path, output: Path, options: QuantizeOptions) -> list[dict[str, Any]]:
     """Check everything `quantize` checks before it works, and return one row per role of what it would do."""
+    for file in (options.calibration.path, options.data, options.trim_vocabulary):
+        if file is not None:
+            read_text(file)
+    if options.trim_vocabulary:
+        note("note: embedding and head are listed as they are before the vocabulary is trimmed")
     return list_layers([layers for _, layers in _prepare(source, output, options)[2].values()])
 
 
