@@ -93,7 +93,13 @@ def compile_peer(model: Any, threads: int) -> Any:
 def open_ours(bundle: Path, threads: int) -> Any:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
-    session = onnxruntime.InferenceSession(str(bundle / "model.onnx"), settings, ["CPUExecutionProvider"])
+    # As llmfast opens it: see llmfast/providers/cpu.py.
+    session = onnxruntime.InferenceSession(
+        str(bundle / "model.onnx"),
+        settings,
+        ["CPUExecutionProvider"],
+        disabled_optimizers=["SkipLayerNormFusion"],
+    )
     names = [value.name for value in session.get_inputs()]
     return lambda batch: session.run(["sentence_embedding"], {name: batch[name] for name in names})[0]
 
