@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llmfast.bundle import read_json
 from llmfast.errors import InputError, UnsupportedError
+from llmfast.preprocessor import read_preprocessor
 
-_PREPROCESSOR = "preprocessor_config.json"
 _KIND = "Wav2Vec2FeatureExtractor"
 # Of padding, which one recording at a time never has, and names.
 _WITHOUT_EFFECT = (
@@ -46,12 +45,7 @@ class AudioProcessor:
             InputError: missing or malformed.
             UnsupportedError: another processor, or a field that is not understood.
         """
-        path = folder / _PREPROCESSOR
-        if not path.is_file():
-            raise InputError(f"no {_PREPROCESSOR} in `{folder}`", "it says how sound becomes the model's input")
-        config = read_json(path)
-        if not isinstance(config, dict):
-            raise InputError(f"malformed `{path}`: not an object")
+        path, config = read_preprocessor(folder, "sound becomes")
         if config.get("feature_extractor_type") != _KIND:
             raise UnsupportedError(
                 f"`{path}`: audio processor `{config.get('feature_extractor_type')}` is not supported",

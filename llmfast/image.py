@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from llmfast.bundle import read_json
 from llmfast.errors import InputError, UnsupportedError
-
-PREPROCESSOR = "preprocessor_config.json"
+from llmfast.preprocessor import read_preprocessor
 
 _HALVES = [0.5, 0.5, 0.5]
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -93,12 +91,7 @@ class ImageProcessor:
             InputError: missing or malformed.
             UnsupportedError: another processor, or a field that is not understood.
         """
-        path = folder / PREPROCESSOR
-        if not path.is_file():
-            raise InputError(f"no {PREPROCESSOR} in `{folder}`", "it says how images become the model's input")
-        config = read_json(path)
-        if not isinstance(config, dict):
-            raise InputError(f"malformed `{path}`: not an object")
+        path, config = read_preprocessor(folder, "images become")
         defaults = _DEFAULTS.get(kind := _kind(config))
         if defaults is None:
             raise UnsupportedError(

@@ -19,7 +19,8 @@ from llmfast.export.requirements import require_export_extra
 from llmfast.export.traced import TracedExport, describe_classes, quiet, run_exporter
 from llmfast.export.traced_graph import write_graph
 from llmfast.export.traced_parity import Reference, prove_signals
-from llmfast.image import PREPROCESSOR, ImageProcessor
+from llmfast.image import ImageProcessor
+from llmfast.preprocessor import PREPROCESSOR
 
 if TYPE_CHECKING:
     import torch
