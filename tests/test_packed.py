@@ -145,7 +145,7 @@ def _int8_layer(tmp_path, weight: np.ndarray, opset: int = 21) -> tuple[Quantize
     weights = WeightFile(tmp_path)
     graph = GraphBuilder(weights, opset)
     node = helper.make_node("MatMul", ["x", "w"], ["y"])
-    int8.write_dynamic(graph, Linear("layer", node, "w", True, "", weight.shape), quantized)
+    int8.write_per_token(graph, Linear("layer", node, "w", True, "", weight.shape), quantized)
     feeds = [helper.make_tensor_value_info("x", FLOAT, ["batch", "seq", weight.shape[1]])]
     return quantized, _session(graph, weights, feeds, tmp_path)
 

@@ -1,14 +1,15 @@
 """Finding the linear layers and embeddings of a graph, whoever exported it."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
-from llmfast.graph.model import OnnxModel
+from llmfast.graph.model import OnnxModel, reads
 
 # Smaller tables (token types, positions of a small encoder) save nothing worth an operator.
 MIN_EMBEDDING_ELEMENTS = 1 << 20
@@ -104,6 +105,32 @@ def find_linears(model: OnnxModel) -> list[Linear]:
         shape = (rows, columns) if stored_transposed else (columns, rows)
         found.append(Linear(_layer_name(node, weight.name), node, weight.name, stored_transposed, bias, shape))
     return found
+
+
+def with_bias(model: OnnxModel, linear: Linear, adds: dict[str, onnx.NodeProto]) -> Linear:
+    """Return the layer that also does the Add of a constant vector to its result; the same layer where there is none.
+
+    Args:
+        adds: what `lone_adds` found in the model.
+    """
+    add = adds.get(linear.output)
+    if linear.bias or add is None:
+        return linear
+    vector = next(name for name in (*add.input, "") if name != linear.output)
+    bias = model.initializers.get(vector)
+    if bias is None or list(bias.dims) != [linear.shape[0]]:
+        return linear
+    node = onnx.NodeProto()
+    node.CopyFrom(linear.node)
+    node.output[0] = add.output[0]
+    return replace(linear, node=node, bias=vector)
+
+
+def lone_adds(model: OnnxModel) -> dict[str, onnx.NodeProto]:
+    """Return the Add that reads a value, by the value, where nothing else does."""
+    graph = model.proto.graph
+    uses = Counter(name for node in graph.node for name in reads(node)) + Counter(one.name for one in graph.output)
+    return {name: node for node in graph.node if node.op_type == "Add" for name in node.input if uses[name] == 1}
 
 
 def find_embeddings(

@@ -3,8 +3,9 @@
 NAME = "CPUExecutionProvider"
 INSTALL = "pip install 'llmfast[cpu]'"
 # Its SkipLayerNormalization takes ten times as long as Add and LayerNormalization: without the fusion an int8
-# MiniLM is 1.27 times as fast, a float one 1.14 times (8 x 128 tokens, onnxruntime 1.32, AVX512).
-DISABLED_OPTIMIZERS = ("SkipLayerNormFusion",)
+# MiniLM is 1.27 times as fast, a float one 1.14 times (8 x 128 tokens, onnxruntime 1.32, AVX512). BiasGelu takes longer
+# than Add and Gelu.
+DISABLED_OPTIMIZERS = ("SkipLayerNormFusion", "BiasGeluFusion")
 
 
 def provider_options(device: int) -> dict[str, str]:

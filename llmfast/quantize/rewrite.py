@@ -1,6 +1,6 @@
 """Writing the quantized graph: linear layers and embeddings replaced, everything else kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from llmfast.errors import InputError
 from llmfast.graph.builder import GraphBuilder
 from llmfast.graph.edits import Edits
 from llmfast.graph.floats import FloatFormat, FloatWeight, write_float_rows
-from llmfast.graph.linear import Embedding, Linear
+from llmfast.graph.linear import Embedding, Linear, lone_adds, with_bias
 from llmfast.graph.model import OnnxModel, live_nodes, reads
 from llmfast.graph.packed import Grid, QuantizedWeight, WriteLinear, store_blocks, write_gather, write_matmul_nbits
 from llmfast.graph.weights import WeightFile
@@ -95,13 +95,12 @@ class QuantizedGraph:
         """Write the weights, and return the graph that goes with them."""
         graph = GraphBuilder(self._weights, self._model.opset)
         grids = self._layers.grids
-        linear_of = {linear.output: linear for linear in self._layers.linears if linear.weight in grids}
+        linear_of = {linear.output: linear for linear in self._quantized_linears()}
         embedding_of = {table.node.output[0]: table for table in self._layers.embeddings if table.weight in grids}
-        replaced = {*linear_of, *embedding_of}
+        inputs_of = {output: [linear.input] for output, linear in linear_of.items()}
+        inputs_of |= {output: [table.node.input[1]] for output, table in embedding_of.items()}
         # Nodes that only prepared a replaced weight, such as a Transpose before a MatMul, are not needed.
-        for node in live_nodes(
-            self._model.proto.graph, lambda node: _activations(node) if node.output[0] in replaced else reads(node)
-        ):
+        for node in live_nodes(self._model.proto.graph, lambda node: inputs_of.get(node.output[0]) or reads(node)):
             output = node.output[0]
             if output in linear_of:
                 self._replace_linear(graph, linear_of[output])
@@ -117,6 +116,14 @@ class QuantizedGraph:
         if kept:
             note(f"note: kept in float32, for the scheme's format does not hold their values: {', '.join(kept)}")
         return graph.rewrite(self._model)
+
+    def _quantized_linears(self) -> Iterator[Linear]:
+        """Yield the layers to replace; a kernel of integers adds the bias as it scales its sums."""
+        adds = lone_adds(self._model)
+        for linear in self._layers.linears:
+            grid = self._layers.grids.get(linear.weight)
+            if grid is not None:
+                yield linear if isinstance(grid, FloatFormat) else with_bias(self._model, linear, adds)
 
     def _keep(self, graph: GraphBuilder, names: list[str]) -> None:
         for name in names:
@@ -202,9 +209,3 @@ class QuantizedGraph:
 
 def _power(array: np.ndarray) -> float:
     return float(np.square(array).sum(dtype=np.float64))
-
-
-def _activations(node: onnx.NodeProto) -> list[str]:
-    """Return what a linear layer or an embedding reads apart from its weight."""
-    first = 1 if node.op_type == "Gather" else 0
-    return [node.input[first], *node.input[2:]]

@@ -10,6 +10,7 @@ Source: Yao et al. 2022, ZeroQuant (token-wise activation quantization), https:/
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -26,6 +27,16 @@ _BLOCKED_QUANTIZATION_OPSET = 21
 
 
 DYNAMIC, STATIC = "dynamic", "static"
+TOKEN, TENSOR = "token", "tensor"
+QDQ, OPERATOR = "qdq", "operator"
+
+_CHOICES = {
+    "activations": (DYNAMIC, STATIC),
+    "granularity": (TOKEN, TENSOR),
+    "activation_range": RANGES,
+    "form": (QDQ, OPERATOR),
+}
+Ranges = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -34,16 +45,28 @@ class Options:
 
     Attributes:
         activations: dynamic, a scale per token found at run time; or static, a calibrated scale per layer.
+        granularity: what shares a dynamic scale: token, one row of a layer's input; or tensor, the whole input, which
+            is faster, but lets one token's outliers coarsen all others, and a batch change its members' results.
         activation_range: what a static scale covers: minmax, percentile or entropy.
+        form: how a static graph is written: qdq, for any provider; or operator, ONNX Runtime's own integer product,
+            which is faster on CPU.
         head_bits: bits of the embedding and of a head that is tied to it or named lm_head; 32 keeps floats.
     """
 
     activations: str = DYNAMIC
+    granularity: str = TOKEN
     activation_range: str = "minmax"
+    form: str = QDQ
     head_bits: int = 8
 
     def __post_init__(self) -> None:
-        for name, known in (("activations", (DYNAMIC, STATIC)), ("activation_range", RANGES)):
+        choices = {
+            "activations": (DYNAMIC, STATIC),
+            "granularity": (TOKEN, TENSOR),
+            "activation_range": RANGES,
+            "form": (QDQ, OPERATOR),
+        }
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise OptionError(f"{name} `{getattr(self, name)}`: unknown", f"choose from: {', '.join(known)}")
 
@@ -60,8 +83,23 @@ def needs_statistics(options: Options) -> bool:
 
 def make_writer(workpiece: Workpiece, options: Options) -> WriteLinear:
     """Return what adds the nodes of a linear layer."""
-    if options.activations == DYNAMIC:
-        return write_dynamic
+    write: WriteLinear
+    if options.activations == STATIC:
+        write = partial(_write_qdq if options.form == QDQ else _write_static, _measure_ranges(workpiece, options))
+    else:
+        write = write_per_token if options.granularity == TOKEN else _write_per_tensor
+
+    def write_linear(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -> None:
+        if weight.grid.block_size:  # one that a plan gave a finer grid
+            write_blocks(graph, linear, weight)
+        else:
+            write(graph, linear, weight)
+
+    return write_linear
+
+
+def _measure_ranges(workpiece: Workpiece, options: Options) -> Ranges:
+    """Return the lowest and highest value of each layer's input on the calibration text."""
     ranges = {}
     replay = workpiece.replay()
     names = list(dict.fromkeys(linear.input for linear in workpiece.linears))
@@ -69,33 +107,16 @@ def make_writer(workpiece: Workpiece, options: Options) -> WriteLinear:
         for name in names:
             ranges[name] = find_range(replay.until(name), options.activation_range)
             advance()
-
-    def write_static(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -> None:
-        if weight.grid.block_size:
-            write_blocks(graph, linear, weight)
-        else:
-            _write_static(graph, linear, weight, *ranges[linear.input])
-
-    return write_static
+    return ranges
 
 
-def _write_static(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight, low: float, high: float) -> None:
+def _write_qdq(ranges: Ranges, graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -> None:
     """Add QuantizeLinear, DequantizeLinear and MatMul, which providers fuse into an integer product."""
     name, hidden = linear.name, linear.input
     if not graph.has(f"{hidden}.dequantized"):
-        scale = max((high - low) / 255, 1e-12)
-        inputs = [
-            graph.constant(f"{hidden}.scale", scale, np.float32),
-            graph.constant(f"{hidden}.zero_point", np.clip(np.rint(-low / scale), 0, 255), np.uint8),
-        ]
-        codes = graph.op("QuantizeLinear", [hidden, *inputs], f"{hidden}.q8")
-        graph.op("DequantizeLinear", [codes, *inputs], f"{hidden}.dequantized")
-    stored = [
-        graph.weight(f"{name}.weight_q8", _signed(weight).T),
-        graph.weight(f"{name}.weight_scale", weight.scales[:, 0]),
-        graph.weight(f"{name}.weight_zero_point", np.zeros(len(weight.codes), np.int8)),
-    ]
-    matrix = graph.op("DequantizeLinear", stored, f"{name}.weight_dequantized", axis=1)
+        codes, *static = _quantize_statically(graph, hidden, *ranges[hidden])
+        graph.op("DequantizeLinear", [codes, *static], f"{hidden}.dequantized")
+    matrix = graph.op("DequantizeLinear", _store(graph, name, weight), f"{name}.weight_dequantized", axis=1)
     inputs = [f"{hidden}.dequantized", matrix]
     if linear.bias:
         graph.op("Add", [graph.op("MatMul", inputs, f"{name}.unbiased"), linear.bias], linear.output)
@@ -103,15 +124,57 @@ def _write_static(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight, 
         graph.op("MatMul", inputs, linear.output)
 
 
+def _write_static(ranges: Ranges, graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -> None:
+    """Add the integer product itself, which takes in the bias; ONNX Runtime leaves that out when it fuses QDQ."""
+    quantized = _quantize_statically(graph, linear.input, *ranges[linear.input])
+    _multiply(graph, linear, weight, *quantized)
+
+
+def _write_per_tensor(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -> None:
+    """Add the nodes of one linear layer whose whole input has one scale, found at run time."""
+    quantized = [f"{linear.input}.{part}" for part in ("q8", "scale", "zero_point")]
+    if not graph.has(quantized[0]):
+        graph.ops("DynamicQuantizeLinear", [linear.input], quantized)
+    _multiply(graph, linear, weight, *quantized)
+
+
+def _quantize_statically(graph: GraphBuilder, hidden: str, low: float, high: float) -> list[str]:
+    """Return the codes of a layer's input, their scale and their zero point."""
+    scale = max((high - low) / 255, 1e-12)
+    static = [
+        graph.constant(f"{hidden}.scale", scale, np.float32),
+        graph.constant(f"{hidden}.zero_point", np.clip(np.rint(-low / scale), 0, 255), np.uint8),
+    ]
+    codes = f"{hidden}.q8"
+    if not graph.has(codes):
+        graph.op("QuantizeLinear", [hidden, *static], codes)
+    return [codes, *static]
+
+
+def _store(graph: GraphBuilder, name: str, weight: QuantizedWeight) -> list[str]:
+    """Store the codes int8 [K, N], scales float32 [N] and zero points int8 [N] of a layer."""
+    return [
+        graph.weight(f"{name}.weight_q8", _signed(weight).T),
+        graph.weight(f"{name}.weight_scale", weight.scales[:, 0]),
+        graph.weight(f"{name}.weight_zero_point", np.zeros(len(weight.codes), np.int8)),
+    ]
+
+
+def _multiply(
+    graph: GraphBuilder, linear: Linear, weight: QuantizedWeight, codes: str, scale: str, zero_point: str
+) -> None:
+    stored, scales, zero_points = _store(graph, linear.name, weight)
+    bias = [linear.bias] if linear.bias else []
+    inputs = [codes, stored, scale, scales, zero_point, zero_points, *bias]
+    graph.op("MatMulIntegerToFloat", inputs, linear.output, CONTRIB)
+
+
 def _signed(weight: QuantizedWeight) -> np.ndarray:
     return (weight.codes[:, 0].astype(np.int16) - weight.grid.middle).astype(np.int8)
 
 
-def write_dynamic(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -> None:
+def write_per_token(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -> None:
     """Add the nodes of one linear layer; layers that share an input share its quantization."""
-    if weight.grid.block_size:  # one that a plan gave a finer grid
-        write_blocks(graph, linear, weight)
-        return
     name = linear.name
     codes, row_scale = f"{linear.input}.q8", f"{linear.input}.row_scale"
     if not graph.has(codes):
