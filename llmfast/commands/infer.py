@@ -41,9 +41,17 @@ def infer(
     document: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Text to rank; give several, or --input.")
     ] = None,
-    image: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Image to classify; may be repeated.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Image to classify or embed; may be repeated.")
+    ] = None,
     audio: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="WAV file to write down; may be repeated.")
+        list[str] | None, typer.Option(metavar="FILE", help="WAV file to write down or classify; may be repeated.")
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="What an --image may show; give several.")
+    ] = None,
+    hypothesis_template: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The text that a --label makes, in place of {}.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="What a chat model is told first.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt, without the chat template.")] = False,
@@ -87,7 +95,10 @@ def infer(
     text-ranking           infer reranker --query "Rome" --input documents.txt
     feature-extraction     infer minilm --prompt "a cat" --prompt "a dog"
     image-classification   infer vit --image cat.jpg
-    automatic-speech-recognition   infer wav2vec2 --audio speech.wav
+    image-feature-extraction         infer dinov2 --image a.jpg --image b.jpg
+    zero-shot-image-classification   infer clip --image a.jpg --label cat --label dog
+    audio-classification             infer hubert --audio speech.wav
+    automatic-speech-recognition     infer wav2vec2 --audio speech.wav
     """
     if output_format not in _FORMATS:
         raise OptionError(f"unknown format `{output_format}`", f"choose from: {', '.join(_FORMATS)}")
@@ -103,6 +114,8 @@ def infer(
             "question": question,
             "allow_no_answer": allow_no_answer or None,
             "query": query,
+            "label": label,
+            "hypothesis_template": hypothesis_template,
             "system": system,
             "raw": raw or None,
             "max_tokens": max_tokens,

@@ -200,16 +200,18 @@ def _export_encoder_decoder(source: str, task: str, staged: Path, options: Expor
 
 
 def _export_traced(source: str, task: str, staged: Path, options: ExportOptions) -> Manifest:
-    from llmfast.export.checkpoint import copy_companions, folder_source, resolve_folder
+    from llmfast.export.checkpoint import copy_companions, folder_source, load_config, resolve_folder
     from llmfast.export.traced import write_traced
+    from llmfast.export.traced_contrastive import supported_contrastive_model_types, write_traced_contrastive
     from llmfast.export.traced_signals import write_traced_signals
 
     folder = resolve_folder(source)
-    takes_text = not hasattr(registry.load("tasks", task), "INPUT")
-    write = write_traced if takes_text else write_traced_signals
+    write = write_traced_signals if hasattr(registry.load("tasks", task), "INPUT") else write_traced
+    if load_config(folder).model_type in supported_contrastive_model_types():
+        write = write_traced_contrastive
     with progress("tracing and comparing with PyTorch"):
         traced = write(folder, task, staged)
-    copy_companions(folder, staged, has_tokenizer=takes_text)
+    copy_companions(folder, staged, has_tokenizer="input_ids" in traced.graphs["model"]["inputs"])
     manifest = Manifest(
         task=task,
         source=folder_source(folder),

@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmfast.audio import AudioProcessor
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError
-from llmfast.report import progress
 from llmfast.runtime import open_session
 from llmfast.tasks._encoder import run_session
+from llmfast.tasks._recordings import run_recordings
 
 AUTO_MODEL = "AutoModelForCTC"
 OUTPUTS = ("logits",)
@@ -28,8 +26,6 @@ def answer(
     bundle: ModelBundle, texts: Sequence[str], provider: str = "cpu", threads: int | None = None
 ) -> list[dict[str, Any]]:
     """Write down what is said in each recording.
-
-    Recordings run one at a time: padding would change what models without a mask hear.
 
     Args:
         bundle: the model; its preprocessor_config.json says how sound becomes its input, its manifest how characters
@@ -51,21 +47,12 @@ def answer(
     facts = bundle.manifest.architecture
     if "ctc" not in facts:
         raise InputError(f"`{bundle.path}` does not say what its characters are", "export it with llmfast")
-    processor = AudioProcessor.load(bundle.path)
     session = open_session(bundle.model, provider, threads)
-    answers = []
-    with progress("running", len(texts)) as advance:
-        for path in texts:
-            values = processor.read(Path(path))
-            if len(values) < facts["min_samples"]:
-                raise InputError(
-                    f"`{path}` has {len(values)} samples, the model takes {facts['min_samples']} or more",
-                    "give a longer recording",
-                )
-            logits = run_session(session, OUTPUTS, {INPUT: values[None]})[0][0]
-            answers.append({"audio": path, "text": decode(logits.argmax(-1), facts["labels"], facts["ctc"])})
-            advance(1)
-    return answers
+    rows = run_recordings(bundle, texts, lambda values: run_session(session, OUTPUTS, {INPUT: values})[0])
+    return [
+        {"audio": path, "text": decode(row.argmax(-1), facts["labels"], facts["ctc"])}
+        for path, row in zip(texts, rows, strict=True)
+    ]
 
 
 def spell(answer: dict[str, Any]) -> str:
