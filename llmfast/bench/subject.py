@@ -202,6 +202,10 @@ def _opener(bundle: ModelBundle, provider: str, threads: int, max_length: int | 
             return translator, translator.session
 
         return open_translator
+    if "decoder" in bundle.graphs:  # which hears: random sound passes its encoder
+        from llmfast.infer.seq2seq import Seq2SeqEngine
+
+        return lambda: (None, Seq2SeqEngine(bundle, provider, threads).encoder)
     if bundle.manifest.task == TEXT_GENERATION:
         from llmfast.infer.opening import open_decoder
 
