@@ -30,6 +30,10 @@ def infer(
             help="File with a text (or a path to image or audio) a line, in place of --prompt.",
         ),
     ] = None,
+    text_pair: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Second text of a pair to classify; one for each --prompt, or for all."),
+    ] = None,
     question: Annotated[str | None, typer.Option(metavar="TEXT", help="What is asked of the --context.")] = None,
     context: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Text that holds the answer; - reads stdin.")
@@ -89,6 +93,7 @@ def infer(
     Example: llmfast infer int4 --prompt "What is the capital of France?"
 
     \b
+    text-classification    infer nli --prompt "It rains." --text-pair "It is wet."
     token-classification   infer ner --prompt "Ada lives in Rome"
     question-answering     infer qa --question "Who lives?" --context "Ada lives"
     fill-mask              infer bert --prompt "Rome is in [MASK]."
@@ -111,6 +116,7 @@ def infer(
     given_texts = given({"prompt": prompt, "context": context, "document": document, "image": image, "audio": audio})
     options = given(
         {
+            "text_pair": text_pair,
             "question": question,
             "allow_no_answer": allow_no_answer or None,
             "query": query,

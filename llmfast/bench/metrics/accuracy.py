@@ -6,6 +6,7 @@ flipped_labels = share of texts with another label than the baseline's. O(texts)
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,12 +16,15 @@ from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError
 from llmfast.report import Column
 
+if TYPE_CHECKING:
+    from llmfast.tokenizer import Text
+
 ORDER = 80
 KIND = "quality"
 TASKS = ("text-classification",)
 NEEDS = ("tokenizer",)
 UNIT = "lines"
-DATA = "lines of `label text`, the label by number or name, for accuracy and flipped labels"
+DATA = "lines of `label text` or `label text<TAB>text`, the label by number or name, for accuracy and flipped labels"
 HIGHER_IS_BETTER = {"accuracy": True, "flipped_labels": False}
 COLUMNS = (
     Column("accuracy %", "accuracy", lambda value: f"{value * 100:.1f}"),
@@ -32,17 +36,17 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Examples:
-    """Some texts and the labels they should get."""
+    """Some texts, or pairs of texts, and the labels they should get."""
 
     labels: tuple[str, ...]
-    texts: tuple[str, ...]
+    texts: "tuple[Text, ...]"
 
 
 def prepare(bundle: ModelBundle, data: Path, options: BenchOptions) -> list[Examples]:
     """Read labelled lines in batches; every line is used."""
     from llmfast.text import read_labelled
 
-    lines = read_labelled(data)
+    lines: list[tuple[str, Text]] = [(label, _as_pair(text)) for label, text in read_labelled(data)]
     names = [name.casefold() for name in bundle.manifest.architecture.get("labels") or []]
     known = {*names, *map(str, range(len(names)))}
     unknown = next((label for label, _ in lines if names and label.casefold() not in known), None)
@@ -68,6 +72,11 @@ def compare(item: Examples, labels: np.ndarray, reference: np.ndarray) -> np.nda
         for want, (number, name), theirs in zip(expected, labels.tolist(), reference[:, 1].tolist(), strict=True)
     ]
     return np.array(rows, np.float64)
+
+
+def _as_pair(text: str) -> "Text":
+    first, tab, second = text.partition("\t")
+    return (first, second) if tab else text
 
 
 def figures(rows: np.ndarray) -> dict[str, float | None]:
