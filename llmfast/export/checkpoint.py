@@ -109,7 +109,7 @@ class SafetensorsCheckpoint:
 
     def has(self, name: str) -> bool:
         """Return whether a weight of that Hugging Face name is stored."""
-        return name in self._owners or name.removeprefix("model.") in self._owners
+        return self._stored_name(name) is not None
 
     def packed(self, layer: str) -> PackedLayer | None:
         """Return a linear layer that is stored as integer codes, None when its weight is floating point."""
@@ -155,11 +155,15 @@ class SafetensorsCheckpoint:
         copy_companions(self.path, folder)
 
     def _find(self, name: str) -> tuple["_Shard", str]:
+        stored = self._stored_name(name)
+        if stored is None:
+            raise InputError(f"weight `{name}` is missing from `{self.path}`", "the checkpoint is incomplete")
+        return self._owners[stored], stored
+
+    def _stored_name(self, name: str) -> str | None:
         # A base model saved without its head lacks the prefix, `model.` or `transformer.` for instance.
-        for candidate in (name, name.partition(".")[2]):
-            if candidate in self._owners:
-                return self._owners[candidate], candidate
-        raise InputError(f"weight `{name}` is missing from `{self.path}`", "the checkpoint is incomplete")
+        candidates = (name, name.partition(".")[2])
+        return next((candidate for candidate in candidates if candidate in self._owners), None)
 
 
 class _Shard:
@@ -235,6 +239,17 @@ def resolve_folder(source: str) -> Path:
         hint = f"give the file: {files[0]}" if files else "give the folder that `save_pretrained` wrote"
         raise InputError(f"no config.json in `{source}`", hint)
     return path
+
+
+def check_weights(path: Path) -> None:
+    """Look for the weight files of a folder and read their headers, without PyTorch.
+
+    Raises:
+        InputError: one is missing, truncated or corrupt.
+        UnsafeInputError: weights come as a pickle, or a shard's name leaves the folder.
+    """
+    for file in _weight_files(path):
+        _Shard(file)
 
 
 def load_config(path: Path) -> Any:

@@ -104,7 +104,7 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
     """Check output, packages and options; return the task."""
     check_output(output, (Path(source),), options.overwrite)
     require_export_extra()
-    from llmfast.export.checkpoint import code_fields, load_config, resolve_folder
+    from llmfast.export.checkpoint import check_weights, code_fields, load_config, resolve_folder
     from llmfast.export.encoder_decoder import detect_seq2seq_task
     from llmfast.export.traced import detect_task
 
@@ -114,6 +114,7 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
             raise OptionError(f"--task {task}: a .gguf file is exported for {TEXT_GENERATION}")
     else:
         folder = resolve_folder(source)
+        check_weights(folder)
         config = load_config(folder).to_dict()
         if ignored := code_fields(folder):
             note(f"note: ignoring {', '.join(ignored)} of `{source}`: code in a model's folder is never run")
