@@ -104,7 +104,7 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
     """Check output, packages and options; return the task."""
     check_output(output, (Path(source),), options.overwrite)
     require_export_extra()
-    from llmfast.export.checkpoint import check_weights, code_fields, load_config, resolve_folder
+    from llmfast.export.checkpoint import TEXT_PARTS, check_weights, code_fields, load_config, resolve_folder
     from llmfast.export.encoder_decoder import detect_seq2seq_task
     from llmfast.export.traced import detect_task
 
@@ -118,7 +118,11 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
         config = load_config(folder).to_dict()
         if ignored := code_fields(folder):
             note(f"note: ignoring {', '.join(ignored)} of `{source}`: code in a model's folder is never run")
-        task = options.task or detect_seq2seq_task(config) or detect_task(config, folder)
+        is_part = config["model_type"] in TEXT_PARTS
+        known = options.task or detect_seq2seq_task(config) or (TEXT_GENERATION if is_part else None)
+        task = known or detect_task(config, folder)
+        if is_part and task == TEXT_GENERATION:
+            note(f"note: of `{source}` the part for texts is exported, which takes no images")
     if task not in registry.names("tasks"):
         raise OptionError(f"unknown task `{task}`", f"choose from: {', '.join(registry.names('tasks'))}")
     if options.context_length is not None and task != TEXT_GENERATION:
