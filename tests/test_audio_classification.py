@@ -89,7 +89,11 @@ def test_recordings_and_options_that_do_not_fit(fp32: ModelBundle, tmp_path: Pat
 def test_quantized_classifier_is_measured(fp32: ModelBundle, sounds: list[str], tmp_path: Path) -> None:
     int8 = quantize(fp32.path, tmp_path / "int8", QuantizeOptions("int8"))
     assert 0 < int8.manifest.measured["quantize"]["kld"] < 0.05
-    first, second = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0))["rows"]
+    answers = audio_classification.answer(fp32, sounds)
+    data = tmp_path / "labels.txt"
+    data.write_text("".join(f"{one['label']}\t{one['audio']}\n" for one in answers))
+    first, second = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0, data=data))["rows"]
+    assert (first["accuracy"], first["flipped_labels"]) == (1, 0)
     assert first["forward_s"] > 0
     assert first["output_error"] == 0 < second["output_error"] < 0.2
     ours, theirs = (audio_classification.answer(one, sounds, top_k=1) for one in (int8, fp32))

@@ -98,7 +98,14 @@ class Subject:
         return self._tokenizer
 
     def encode(self, texts: "Sequence[Text]") -> dict[str, np.ndarray]:
-        """Return the inputs that the tokenizer makes of texts or pairs: name -> int64 [batch, seq]."""
+        """Return the inputs that the tokenizer makes of texts or pairs: name -> int64 [batch, seq].
+
+        Of a task of images or sound, what the processor makes of one file: name -> float32 [1, ...].
+        """
+        if hasattr(self.task, "read_input"):
+            [path] = texts
+            values: dict[str, np.ndarray] = self.task.read_input(self.bundle, path)
+            return values
         encoded: dict[str, np.ndarray] = self.tokenizer.encode_batch(texts, self.bundle.longest_text())
         return encoded
 

@@ -27,16 +27,20 @@ def run_recordings(
         InputError: a file that is missing, of another sampling rate, or too short; or no preprocessor_config.json.
         UnsupportedError: samples that are not 16 bits wide.
     """
-    processor = AudioProcessor.load(bundle.path)
-    shortest = bundle.manifest.architecture.get("min_samples", 1)
     rows = []
     with progress("running", len(paths)) as advance:
         for path in paths:
-            values = processor.read(Path(path))
-            if len(values) < shortest:
-                raise InputError(
-                    f"`{path}` has {len(values)} samples, the model takes {shortest} or more", "give a longer recording"
-                )
-            rows.append(compute(values[None])[0])
+            rows.append(compute(read_recording(bundle, path)[None])[0])
             advance(1)
     return rows
+
+
+def read_recording(bundle: ModelBundle, path: str) -> np.ndarray:
+    """Return a WAV file as the model's input, float32 [samples]; raises what `run_recordings` does."""
+    values = AudioProcessor.load(bundle.path).read(Path(path))
+    shortest = bundle.manifest.architecture.get("min_samples", 1)
+    if len(values) < shortest:
+        raise InputError(
+            f"`{path}` has {len(values)} samples, the model takes {shortest} or more", "give a longer recording"
+        )
+    return values

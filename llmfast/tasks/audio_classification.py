@@ -1,6 +1,6 @@
 """A recording gets a label: the word that is said, the language, the mood, who speaks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from llmfast.bundle import ModelBundle
 from llmfast.runtime import open_session
 from llmfast.tasks._encoder import run_session
 from llmfast.tasks._labels import check_top_k, rank_labels, spell_labels
-from llmfast.tasks._recordings import run_recordings
+from llmfast.tasks._recordings import read_recording, run_recordings
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -46,7 +46,7 @@ def answer(
     """
     check_top_k(top_k)
     session = open_session(bundle.model, provider, threads)
-    rows = run_recordings(bundle, texts, lambda values: classify(session, values))
+    rows = run_recordings(bundle, texts, lambda values: classify(session, {INPUT: values}))
     return [{"audio": path} | rank_labels(row, bundle, top_k) for path, row in zip(texts, rows, strict=True)]
 
 
@@ -55,6 +55,11 @@ def spell(answer: dict[str, Any]) -> str:
     return spell_labels(answer)
 
 
-def classify(session: "onnxruntime.InferenceSession", values: np.ndarray) -> np.ndarray:
-    """Compute the logits of recordings, float32 [batch, samples]: float32 [batch, classes]."""
-    return run_session(session, OUTPUTS, {INPUT: values})[0]
+def classify(session: "onnxruntime.InferenceSession", batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Compute the logits of recordings, float32 [batch, samples] by the input's name: float32 [batch, classes]."""
+    return run_session(session, OUTPUTS, batch)[0]
+
+
+def read_input(bundle: ModelBundle, path: str) -> dict[str, np.ndarray]:
+    """Return the graph's input for a WAV file, a batch of one."""
+    return {INPUT: read_recording(bundle, path)[None]}

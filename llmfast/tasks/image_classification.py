@@ -1,11 +1,13 @@
 """An image gets a label: what it shows, of the classes that the model knows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmfast.bundle import ModelBundle
+from llmfast.image import ImageProcessor
 from llmfast.runtime import open_session
 from llmfast.tasks._encoder import run_session
 from llmfast.tasks._images import run_images
@@ -46,7 +48,7 @@ def answer(
     """
     check_top_k(top_k)
     session = open_session(bundle.model, provider, threads)
-    rows = run_images(bundle, texts, lambda pixels: classify(session, pixels))
+    rows = run_images(bundle, texts, lambda pixels: classify(session, {INPUT: pixels}))
     return [{"image": path} | rank_labels(row, bundle, top_k) for path, row in zip(texts, rows, strict=True)]
 
 
@@ -55,6 +57,11 @@ def spell(answer: dict[str, Any]) -> str:
     return spell_labels(answer)
 
 
-def classify(session: "onnxruntime.InferenceSession", pixels: np.ndarray) -> np.ndarray:
-    """Compute the logits of images, float32 [batch, 3, height, width]: float32 [batch, classes]."""
-    return run_session(session, OUTPUTS, {INPUT: pixels})[0]
+def classify(session: "onnxruntime.InferenceSession", batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Compute the logits of images, float32 [batch, 3, height, width] by the input's name: float32 [batch, classes]."""
+    return run_session(session, OUTPUTS, batch)[0]
+
+
+def read_input(bundle: ModelBundle, path: str) -> dict[str, np.ndarray]:
+    """Return the graph's input for an image file, a batch of one."""
+    return {INPUT: ImageProcessor.load(bundle.path).read(Path(path))[None]}
