@@ -70,32 +70,45 @@ class AudioProcessor:
             InputError: missing, no such file, empty, or recorded at another rate than the model's.
             UnsupportedError: samples of another width.
         """
-        if not path.is_file():
-            raise InputError(f"not found: `{path}`", "--audio takes a WAV file")
-        try:
-            with wave.open(str(path), "rb") as file:
-                rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
-                data = file.readframes(file.getnframes())
-        except (OSError, EOFError, wave.Error) as error:
-            reason = str(error) or "it ends too early"
-            raise InputError(
-                f"not a WAV file of PCM samples: `{path}`: {reason}", _convert(self.sampling_rate)
-            ) from error
-        if width != _SAMPLE_BYTES:
-            raise UnsupportedError(f"`{path}` has samples of {8 * width} bits, not 16", _convert(self.sampling_rate))
-        if rate != self.sampling_rate:
-            raise InputError(
-                f"`{path}` has {rate} samples a second, the model takes {self.sampling_rate}",
-                _convert(self.sampling_rate),
-            )
-        frame = channels * _SAMPLE_BYTES
-        samples = np.frombuffer(data[: len(data) // frame * frame], "<i2").reshape(-1, channels)
-        if len(samples) == 0:
-            raise InputError(f"no sound in `{path}`", "the recording is empty")
-        values: np.ndarray = samples.astype(np.float32).mean(1) / np.float32(_FULL_SCALE)
+        values = read_wav(path, self.sampling_rate)
         if self.normalize:
             values = (values - values.mean()) / np.sqrt(values.var() + 1e-7)
         return values
+
+
+def read_wav(path: Path, sampling_rate: int) -> np.ndarray:
+    """Read a WAV file of 16-bit PCM, float32 [samples] between -1 and 1; several channels become their mean.
+
+    Args:
+        path: the file.
+        sampling_rate: samples a second that there must be.
+
+    Raises:
+        InputError: missing, no such file, empty, or recorded at another rate.
+        UnsupportedError: samples of another width.
+    """
+    if not path.is_file():
+        raise InputError(f"not found: `{path}`", "--audio takes a WAV file")
+    try:
+        with wave.open(str(path), "rb") as file:
+            rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
+            data = file.readframes(file.getnframes())
+    except (OSError, EOFError, wave.Error) as error:
+        reason = str(error) or "it ends too early"
+        raise InputError(f"not a WAV file of PCM samples: `{path}`: {reason}", _convert(sampling_rate)) from error
+    if width != _SAMPLE_BYTES:
+        raise UnsupportedError(f"`{path}` has samples of {8 * width} bits, not 16", _convert(sampling_rate))
+    if rate != sampling_rate:
+        raise InputError(
+            f"`{path}` has {rate} samples a second, the model takes {sampling_rate}",
+            _convert(sampling_rate),
+        )
+    frame = channels * _SAMPLE_BYTES
+    samples = np.frombuffer(data[: len(data) // frame * frame], "<i2").reshape(-1, channels)
+    if len(samples) == 0:
+        raise InputError(f"no sound in `{path}`", "the recording is empty")
+    values: np.ndarray = samples.astype(np.float32).mean(1) / np.float32(_FULL_SCALE)
+    return values
 
 
 def _convert(rate: int) -> str:

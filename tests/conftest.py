@@ -1,5 +1,6 @@
 """Tiny real models, built once per test run with fixed seeds."""
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -158,6 +159,18 @@ def fp32_bundle(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.Tem
     output = tmp_path_factory.mktemp("bundles") / "fp32"
     export(str(checkpoints("llama-tied")), output)
     return output
+
+
+@pytest.fixture(scope="session")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Return a function that exports a family's head for a task, once; do not change the files."""
+    from tests.tiny_tasks import export_head
+
+    @functools.cache
+    def get(task: str, model_type: str = "bert") -> Any:
+        return export_head(tmp_path_factory.mktemp("head"), task, model_type)
+
+    return get
 
 
 @pytest.fixture

@@ -135,6 +135,13 @@ def test_labels_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
             accuracy.prepare(bundle, data, BenchOptions())
 
 
+def test_accuracy_reads_pairs(tmp_path: Path) -> None:
+    (tmp_path / "pairs").write_text("1 it rains\tit is wet\n0 dull\n")
+    bundle = ModelBundle(tmp_path, Manifest("text-classification"), tmp_path)
+    [item] = accuracy.prepare(bundle, tmp_path / "pairs", BenchOptions())
+    assert item == accuracy.Examples(("1", "0"), (("it rains", "it is wet"), "dull"))
+
+
 def test_accuracy_takes_labels_by_number_and_by_name() -> None:
     item = accuracy.Examples(("1", "GOOD", "bad", "0"), ("",) * 4)
     ours = np.array([("1", "good"), ("1", "good"), ("1", "good"), ("0", "bad")])

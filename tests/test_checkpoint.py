@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,25 @@ def test_weights_are_those_of_pytorch_in_one_file_and_in_shards(own_checkpoint: 
         checkpoint = SafetensorsCheckpoint(folder)
         for name, parameter in model.named_parameters():
             np.testing.assert_array_equal(checkpoint.read(name), parameter.detach().numpy())
+
+
+def test_a_damaged_file_is_refused_before_pytorch_loads(own_checkpoint: Path, tmp_path: Path) -> None:
+    path = own_checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from llmfast.errors import InputError\n"
+        "from llmfast.export.stage import export\n"
+        "try:\n"
+        "    export(sys.argv[1], Path(sys.argv[2]))\n"
+        "except InputError as error:\n"
+        "    print(error.message, sorted({'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    arguments = [sys.executable, "-c", code, str(own_checkpoint), str(tmp_path / "out")]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith(f"truncated or corrupt safetensors: `{path}`")
+    assert result.stdout.endswith(" []\n")
 
 
 def test_tokenizer_in_an_older_form_is_converted(own_checkpoint: Path, tmp_path: Path) -> None:

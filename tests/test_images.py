@@ -308,5 +308,19 @@ def test_quantized_bundle_is_measured_on_random_images(
     assert all(abs(one["score"] - named[one["label"]]) < 0.1 for one in ours["labels"])
     document = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0))
     first, second = document["rows"]
+    assert "accuracy" not in first
+    answers = image_classification.answer(fp32, [str(path) for path in images[:3]])
+    labels = [answers[0]["label"], str(fp32.manifest.architecture["labels"].index(answers[1]["label"])), "cat"]
+    right = 2 + (answers[2]["label"] == "cat")
+    data = images[0].parent / "labels.txt"
+    names = [images[0].name, str(images[1]), images[2].name]  # beside the file, or absolute
+    data.write_text("".join(f"{label}\t{name}\n" for label, name in zip(labels, names, strict=True)))
+    judged, other = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0, data=data))["rows"]
+    np.testing.assert_allclose(judged["accuracy"], right / 3)
+    assert judged["flipped_labels"] == 0 <= other["flipped_labels"]
+    for line, message in (("cat none.png", "malformed"), ("cat\tnone.png", "not found"), ("cow\twide.png", "no label")):
+        data.write_text(line)
+        with pytest.raises(InputError, match=message):
+            bench([fp32.path], BenchOptions(rounds=1, warmup=0, data=data))
     assert first["forward_s"] > 0
     assert first["output_error"] == 0 < second["output_error"] < 0.2

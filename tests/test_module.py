@@ -1,25 +1,16 @@
 """`export --module`: a module of the user's own, its inputs and axes, and the mistakes one makes."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import textwrap
-import time
 from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
-from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from llmfast.bundle import ModelBundle
-from llmfast.cli import app
-from llmfast.errors import GateError, InputError, LlmfastError, UnsafeInputError, UnsupportedError
+from llmfast.errors import GateError, InputError, LlmfastError, UnsupportedError
 from llmfast.export import module_parity
 from llmfast.export.dynamic_axes import Dimension, parse_dynamic_axes
 from llmfast.export.module_parity import choose_sizes, prove_module
@@ -27,55 +18,13 @@ from llmfast.export.module_trace import trace_module
 from llmfast.export.user_module import UserModule, flatten_outputs, load_user_module
 from llmfast.graph.linear import find_embeddings, find_linears
 from llmfast.graph.model import OnnxModel, count_parameters
-
-RECIPE = Path(__file__).parent.parent / "recipes" / "transformer.py"
-HEADER = """
-import torch
-from torch import nn
-from torch.nn import functional as F
-
-"""
+from tests.tiny_module import RECIPE, export, load, module, run_cli, run_graph
 
 
 @pytest.fixture(autouse=True)
 def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-
-
-def write(folder: Path, code: str) -> Path:
-    file = folder / "own.py"
-    file.write_text(HEADER + textwrap.dedent(code))
-    return file
-
-
-def load(folder: Path, code: str, weights: Path | None = None) -> UserModule:
-    return load_user_module(write(folder, code), "factory", weights)
-
-
-def export(folder: Path, user: UserModule) -> tuple[OnnxModel, dict]:
-    axes, _ = trace_module(user, folder)
-    return OnnxModel.load(folder / "model.onnx"), prove_module(user, folder / "model.onnx", axes, 1)
-
-
-def module(forward: str, examples: str, axes: str = "None", init: str = "pass") -> str:
-    """Return a file with a module of one linear layer and whatever `init` adds."""
-    lines = textwrap.indent(textwrap.dedent(forward).strip(), " " * 8)
-    return (
-        "class Own(nn.Module):\n"
-        "    def __init__(self):\n        super().__init__()\n        self.linear = nn.Linear(8, 8)\n"
-        f"        {init}\n\n"
-        f"    def forward(self, x):\n{lines}\n\n\n"
-        f"def factory():\n    torch.manual_seed(0)\n    return Own(), {examples}, {axes}\n"
-    )
-
-
-def run_cli(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def run_graph(file: Path, **feeds: np.ndarray) -> list[np.ndarray]:
-    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, feeds)
 
 
 @pytest.fixture(scope="module")
@@ -433,153 +382,3 @@ def test_sizes_that_pytorch_does_not_take_are_no_fault_of_the_export(tmp_path: P
     with pytest.raises(InputError, match=r"fails at batch 6, a size that the .* allow: AssertionError: six") as caught:
         prove_module(user, tmp_path / "model.onnx", user.axes, 1)
     assert "torch.export.Dim" in caught.value.hint
-
-
-@pytest.fixture
-def linear_code() -> str:
-    return "def factory():\n    return nn.Sequential(nn.Linear(4, 3)), (torch.ones(2, 4),)"
-
-
-def test_weights_replace_those_of_the_factory(tmp_path: Path, linear_code: str) -> None:
-    weights = {"0.weight": torch.randn(3, 4), "0.bias": torch.randn(3, dtype=torch.float16)}
-    save_file(weights, tmp_path / "w.safetensors")
-    user = load(tmp_path, linear_code, tmp_path / "w.safetensors")
-    torch.testing.assert_close(user.module[0].weight, weights["0.weight"], rtol=0, atol=0)
-    torch.testing.assert_close(user.module[0].bias, weights["0.bias"].float(), rtol=0, atol=0)
-
-
-def test_weights_that_are_shared_are_stored_once(tmp_path: Path) -> None:
-    code = """
-        class Tied(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
-                self.head.weight = self.table.weight
-
-            def forward(self, ids):
-                return self.head(self.table(ids))
-
-        def factory():
-            return Tied(), (torch.arange(3),)
-    """
-    save_file({"head.weight": torch.full((5, 4), 2.0)}, tmp_path / "w.safetensors")
-    assert load(tmp_path, code, tmp_path / "w.safetensors").module.table.weight.mean() == 2
-
-
-@pytest.mark.parametrize(
-    ("weights", "words"),
-    [
-        ({"0.weight": torch.ones(3, 4)}, r"1 missing \(0.bias\)"),
-        ({"0.weight": torch.ones(3, 5), "0.bias": torch.ones(3)}, r"`0.weight` has shape \[3, 5\].* wants \[3, 4\]"),
-        ({"0.weight": torch.ones(3, 4), "0.bias": torch.ones(3), "1.bias": torch.ones(3)}, r"1 unexpected \(1.bias\)"),
-        ({"0.weight": torch.full((3, 4), torch.nan), "0.bias": torch.ones(3)}, r"`0.weight` of .*w.safetensors` has N"),
-    ],
-)
-def test_weights_that_do_not_fit(tmp_path: Path, linear_code: str, weights: dict, words: str) -> None:
-    save_file(weights, tmp_path / "w.safetensors")
-    with pytest.raises(InputError, match=words):
-        load(tmp_path, linear_code, tmp_path / "w.safetensors")
-
-
-def test_weights_of_a_wrapper_damaged_ones_and_pickles(tmp_path: Path, linear_code: str) -> None:
-    file = tmp_path / "w.safetensors"
-    save_file({"module.0.weight": torch.ones(3, 4), "module.0.bias": torch.ones(3)}, file)
-    with pytest.raises(InputError) as caught:
-        load(tmp_path, linear_code, file)
-    assert "begin with `module.`" in caught.value.hint
-    file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(InputError, match="truncated or corrupt safetensors"):
-        load(tmp_path, linear_code, file)
-    with pytest.raises(InputError, match="not found"):
-        load(tmp_path, linear_code, tmp_path / "none.safetensors")
-    for name in ("w.pt", "w.safetensors"):
-        torch.save({"0.weight": torch.ones(3, 4)}, tmp_path / name)
-        with pytest.raises(UnsafeInputError, match="is a pickle"):
-            load(tmp_path, linear_code, tmp_path / name)
-
-
-def test_task_gives_the_bundle_to_the_commands_that_know_it(tmp_path: Path) -> None:
-    code = """
-        print("a line that must not reach stdout")
-
-        class Classifier(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.table, self.head = nn.Embedding(300, 16), nn.Linear(16, 3)
-
-            def forward(self, input_ids, attention_mask):
-                print("another one")
-                mask = attention_mask[..., None].float()
-                return {"logits": self.head((self.table(input_ids) * mask).sum(1) / mask.sum(1))}
-
-        def factory():
-            ids = torch.arange(12).reshape(2, 6)
-            axes = {0: "batch", 1: torch.export.Dim("length", max=64)}
-            return Classifier(), (ids, torch.ones_like(ids)), {"input_ids": axes, "attention_mask": axes}
-    """
-    file, output = write(tmp_path, code), tmp_path / "out"
-    result = run_cli("export", "--module", f"{file}:factory", "-o", output, "--task", "text-classification")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.count("\n") == 1
-    architecture = ModelBundle.open(output).manifest.architecture
-    assert (architecture["vocab_size"], architecture["context_length"]) == (300, 64)
-    result = run_cli("bench", output, "--shapes", "2x5", "--rounds", 1, "--warmup", 0, "--format", "json")
-    assert json.loads(result.stdout)["rows"][0]["latency_s_2x5"] > 0
-    result = run_cli("export", "--module", f"{file}:factory", "-o", tmp_path / "x", "--task", "feature-extraction")
-    assert result.exit_code == 5
-    assert "no output `last_hidden_state`" in result.stderr
-    assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        ([], 2, "one of them"),
-        (["somewhere", "--module", "own.py:factory"], 2, "one of them"),
-        (["somewhere", "--weights", "w.safetensors"], 2, "--weights belongs to --module"),
-        (["--module", "own.py"], 2, "not FILE.py:FUNCTION"),
-        (["--module", "{tmp}/none.py:factory"], 3, "not found"),
-        (["--module", "{tmp}/none.py:factory", "--dry-run"], 3, "not found"),
-        (["--module", "{tmp}/own.py:factory", "--task", "text-generaton"], 2, "did you mean `text-generation`"),
-        (["--module", "{tmp}/own.py:factori"], 3, "did you mean `factory`"),
-    ],
-)
-def test_mistakes_on_the_command_line(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
-    write(tmp_path, "def factory():\n    return 1")
-    result = run_cli("export", *[part.format(tmp=tmp_path) for part in arguments], "-o", tmp_path / "out")
-    assert result.exit_code == code, result.output
-    assert words in result.stderr
-    assert "Traceback" not in result.output
-    assert sorted(file.name for file in tmp_path.iterdir() if file.name != "__pycache__") == ["own.py"]
-
-
-def test_dry_run_does_not_run_the_file(tmp_path: Path) -> None:
-    file = write(tmp_path, "raise SystemExit")
-    result = run_cli("export", "--module", f"{file}:factory", "-o", tmp_path / "out", "--dry-run")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.startswith(f"would run `{file}`")
-
-
-def test_interrupt_ends_the_users_code_too(tmp_path: Path) -> None:
-    begun = tmp_path / "begun"
-    file = write(
-        tmp_path,
-        f"""
-        def factory():
-            import os, pathlib, time
-            pathlib.Path({str(begun)!r}).write_text(str(os.getpid()))
-            time.sleep(300)
-        """,
-    )
-    command = [sys.executable, "-m", "llmfast", "export", "--module", f"{file}:factory", "-o", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while not (begun.exists() and begun.read_text()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output, errors) == (130, "", "interrupted\n")
-    assert not os.path.exists(f"/proc/{begun.read_text()}")
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["begun", "own.py"]

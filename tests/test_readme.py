@@ -8,9 +8,15 @@ import pytest
 from typer.main import get_command
 
 from llmfast import registry
-from llmfast.bundle import SEQ2SEQ_TASKS
 from llmfast.cli import app
-from llmfast.export import architectures, encoder_decoder, gguf_architectures, traced, traced_signals
+from llmfast.export import (
+    architectures,
+    encoder_decoder,
+    gguf_architectures,
+    traced,
+    traced_contrastive,
+    traced_signals,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,7 +77,7 @@ def test_readme_names_every_encoder_and_its_tasks() -> None:
 def test_readme_names_every_encoder_decoder_and_its_tasks() -> None:
     ((names, tasks),) = re.findall(r"^\| direct, an encoder and a decoder graph \| (.*?) \| (.*) \|$", README, re.M)
     assert re.sub(r" \(.*?\)", "", names).split(", ") == encoder_decoder.supported_model_types()
-    assert tuple(tasks.split(", ")) == SEQ2SEQ_TASKS
+    assert set(re.sub(r" \(.*?\)", "", tasks).split(", ")) == encoder_decoder.supported_tasks()
 
 
 def test_readme_names_every_architecture_of_gguf() -> None:
@@ -84,5 +90,13 @@ def test_readme_names_every_encoder_of_signals(kind: str, name: str) -> None:
     ((encoders, tasks),) = re.findall(rf"^\| traced, encoders of {kind} \| (.*?) \| (.*) \|$", README, re.M)
     assert encoders.split(", ") == traced_signals.supported_signal_model_types(name)
     plugins = {task: registry.load("tasks", task) for task in registry.names("tasks")}
-    named = set(re.sub(r" \(.*?\)", "", tasks).split(", "))
-    assert named == {task for task, plugin in plugins.items() if getattr(plugin, "INPUT", "") == name}
+    named = re.sub(r" \(.*?\)", "", tasks).split(", ")
+    assert named == traced_signals.signal_tasks(name)
+    takes_signals = {task for task, plugin in plugins.items() if getattr(plugin, "INPUT", "") == name}
+    assert takes_signals - {*traced_contrastive.contrastive_tasks()} <= {*named} <= takes_signals
+
+
+def test_readme_names_every_model_of_texts_and_images_and_its_tasks() -> None:
+    ((models, tasks),) = re.findall(r"^\| traced, texts and images \| (.*?) \| (.*) \|$", README, re.M)
+    assert models.split(", ") == traced_contrastive.supported_contrastive_model_types()
+    assert tasks.split(", ") == traced_contrastive.contrastive_tasks()

@@ -1,11 +1,9 @@
 """Tasks of text encoders: the graphs against PyTorch, the answers against transformers' pipelines and plain loops."""
 
-import functools
-import inspect
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,70 +13,18 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from typer.main import get_command
-from typer.testing import CliRunner
 
 from llmfast import registry
-from llmfast.bench.metrics import answers, token_labels
-from llmfast.bench.options import BenchOptions
-from llmfast.bench.subject import Subject, Trial
-from llmfast.bundle import ModelBundle
-from llmfast.cli import app
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.export.ranking import read_activation
 from llmfast.export.stage import ExportOptions, export
 from llmfast.export.traced import detect_task
-from llmfast.infer.stage import text_option
 from llmfast.quantize.stage import QuantizeOptions, quantize
 from llmfast.tasks import fill_mask, question_answering, text_ranking, token_classification
 from llmfast.tokenizer import Tokenizer
-from tests.tiny_tasks import LABELS, PIECES, SENTENCES, save_head, save_word_pieces
+from tests.tiny_tasks import CONTEXT, LABELS, PIECES, QUESTION, SENTENCES, TASKS, Head, save_head, save_word_pieces
 
 FAMILIES = ("albert", "bert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta")
-HEADS = {
-    "token-classification": {"id2label": dict(enumerate(LABELS))},
-    "question-answering": {},
-    "fill-mask": {},
-    "text-ranking": {"num_labels": 1},
-}
-TASKS = tuple(HEADS)
-QUESTION = "Where is the cat?"
-CONTEXT = " ".join(SENTENCES) + " The dog sat in Berlin."
-
-
-@dataclass(frozen=True)
-class Head:
-    """A checkpoint as PyTorch has it, and its bundle."""
-
-    model: Any
-    source: Path
-    bundle: ModelBundle
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer as transformers reads it."""
-        return transformers.AutoTokenizer.from_pretrained(self.source)
-
-    def logits(self, *texts: str, name: str = "logits") -> np.ndarray:
-        """PyTorch's output for a text or a pair, float64."""
-        encoded = self.tokenizer(*texts, return_tensors="pt", truncation=True)
-        inputs = self.bundle.manifest.graphs["model"]["inputs"]  # RoBERTa's kin knows one type of token
-        with torch.no_grad():
-            return self.model(**{key: encoded[key] for key in inputs})[name][0].double().numpy()
-
-
-@pytest.fixture(scope="module")
-def heads(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Head]:
-    """Return a function that exports a family's head for a task, once; do not change the files."""
-
-    @functools.cache
-    def get(task: str, model_type: str = "bert") -> Head:
-        folder = tmp_path_factory.mktemp("head")
-        auto_model = registry.load("tasks", task).AUTO_MODEL
-        model = save_head(folder / "source", model_type, auto_model, vocab_size=len(PIECES), **HEADS[task])
-        return Head(model, folder / "source", export(str(folder / "source"), folder / "bundle"))
-
-    return get
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -242,6 +188,19 @@ def test_filled_masks_equal_the_pipeline(heads: Callable[..., Head], model_type:
         if text.count("[MASK]") == 1:
             assert [one["sequence"] for one in ours] == [one["sequence"] for one in theirs]
         np.testing.assert_allclose([one["score"] for one in ours], [one["score"] for one in theirs], rtol=1e-4)
+
+
+def test_rows_beyond_the_tokenizer_fill_no_gap(tmp_path: Path) -> None:
+    model = save_head(tmp_path / "source", "bert", "AutoModelForMaskedLM", vocab_size=len(PIECES) + 8)
+    with torch.no_grad():
+        model.cls.predictions.bias[len(PIECES) :] = 30  # likelier than any token
+        model.cls.predictions.decoder.bias[len(PIECES) :] = 30
+    model.save_pretrained(tmp_path / "source")
+    bundle = export(str(tmp_path / "source"), tmp_path / "bundle")
+    [found] = fill_mask.answer(bundle, ["the [MASK] sat"], top_k=len(PIECES) + 8)
+    (candidates,) = found["masks"]
+    assert sorted(one["token_id"] for one in candidates) == list(range(len(PIECES)))
+    assert sum(one["score"] for one in candidates) < 1e-6
 
 
 def test_gaps_are_filled_each_on_its_own(heads: Callable[..., Head]) -> None:
@@ -408,171 +367,3 @@ def test_windows_of_tokens_repeat_as_asked(heads: Callable[..., Head]) -> None:
     with pytest.raises(InputError, match="does not fit 8 tokens"):
         tokenizer.encode_windows([("cat " * 9, "dog")], 8, strategy="only_second")
     assert len(tokenizer.encode_windows(["cat dog cat"], 3, stride=5)[0]) == 3
-
-
-DATA = {
-    "token-classification": SENTENCES,
-    "fill-mask": [f"[MASK] {text}" for text in SENTENCES],
-    "question-answering": [f"{QUESTION}\t{text}\tBerlin" for text in SENTENCES],
-    "text-ranking": [f"{QUESTION}\t{text}" for text in SENTENCES],
-}
-
-
-@pytest.mark.parametrize(
-    ("task", "name", "same"),
-    [
-        ("token-classification", "token_labels", {"flipped_tokens": 0.0}),
-        ("fill-mask", "token_labels", {"flipped_tokens": 0.0}),
-        ("question-answering", "answers", {"changed_answers": 0.0}),
-        ("text-ranking", "ranking", {"rank_correlation": pytest.approx(1.0)}),
-    ],
-)
-def test_metric_of_a_task(
-    heads: Callable[..., Head], tmp_path: Path, task: str, name: str, same: dict[str, Any]
-) -> None:
-    metric = registry.load("bench.metrics", name.replace("_", "-"))
-    assert task in metric.TASKS
-    fp32 = heads(task).bundle
-    data = tmp_path / "data.txt"
-    data.write_text("\n".join(DATA[task]))
-    subject = Subject(fp32.path, threads=1)
-    other = Subject(heads(task, "electra").bundle.path, threads=1)
-    same_rows, other_rows = [], []
-    for item in metric.prepare(fp32, data, BenchOptions()):
-        reference = metric.answer(subject, item)
-        same_rows.append(metric.compare(item, reference, reference))
-        other_rows.append(metric.compare(item, metric.answer(other, item), reference))
-    found, moved = (metric.figures(np.concatenate(rows)) for rows in (same_rows, other_rows))
-    assert sum(map(len, same_rows)) == len(SENTENCES)
-    assert {key: found[key] for key in same} == same
-    assert all(moved[key] != value for key, value in same.items())
-    trial = Trial((0, 0), len(PIECES), 1, 2, {"1x4": (1, 4)})
-    assert registry.load("bench.metrics", "latency").measure(subject, trial)["latency_s_1x4"] > 0
-
-
-def test_flipped_tokens_are_counted_per_text() -> None:
-    ours, theirs = np.array([[0, 1], [0, 2], [1, 1]]), np.array([[0, 1], [0, 3], [1, 1]])
-    rows = token_labels.compare(("", "", ""), ours, theirs)
-    assert rows.tolist() == [[2, 1], [1, 0], [0, 0]]
-    assert token_labels.figures(rows) == {"flipped_tokens": pytest.approx(1 / 3)}
-    assert np.isnan(token_labels.figures(token_labels.compare(("", ""), ours[:1], theirs))["flipped_tokens"])
-
-
-def test_answers_count_as_squad_counts_them() -> None:
-    item = answers.Question("", "", ("The cat.", "a dog"))
-    rows = [answers.compare(item, np.array([found]), np.array(["cat"])) for found in ("Cat", "dog", "the", "")]
-    assert np.concatenate(rows).tolist() == [[1, 0], [1, 1], [0, 1], [0, 1]]
-    assert answers.figures(np.concatenate(rows)) == {"exact_match": 0.5, "changed_answers": 0.75}
-    unknown = answers.compare(answers.Question("", "", ()), np.array(["cat"]), np.array(["cat"]))
-    assert answers.figures(unknown) == {"exact_match": None, "changed_answers": 0.0}
-
-
-def test_data_of_another_form(heads: Callable[..., Head], tmp_path: Path) -> None:
-    data = tmp_path / "data.txt"
-    data.write_text("no tab and no mask\n")
-    for name, task, words in (
-        ("token-labels", "fill-mask", r"no `\[MASK\]` in the line"),
-        ("answers", "question-answering", "no context in"),
-        ("ranking", "text-ranking", "no document in"),
-    ):
-        with pytest.raises(InputError, match=words):
-            registry.load("bench.metrics", name).prepare(heads(task).bundle, data, BenchOptions())
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def test_infer_of_every_task_on_the_command_line(heads: Callable[..., Head], tmp_path: Path) -> None:
-    file = tmp_path / "texts.txt"
-    file.write_text("\n".join(SENTENCES))
-    ner, qa, bert, ranker = (heads(task).bundle.path for task in TASKS)
-    for arguments, keys in (
-        ([ner, "-p", SENTENCES[0]], {"entities"}),
-        (
-            [qa, "--question", QUESTION, "--context", CONTEXT, "--allow-no-answer", "--max-tokens", 3],
-            {"answer", "score"},
-        ),
-        ([bert, "-p", "the [MASK] sat", "--top-k", 2], {"masks"}),
-        ([ranker, "--query", QUESTION, "--document", SENTENCES[0]], {"index", "score"}),
-    ):
-        result = run("infer", *arguments, "--format", "json")
-        assert result.exit_code == 0, result.output
-        assert keys <= set(json.loads(result.stdout))
-        assert run("infer", *arguments).stdout.strip()
-    result = run("infer", ranker, "--query", QUESTION, "--input", file, "--format", "jsonl")
-    ranks = [json.loads(line) for line in result.stdout.splitlines()]
-    assert sorted(one["text"] for one in ranks) == sorted(SENTENCES)
-    assert [one["score"] for one in ranks] == sorted((one["score"] for one in ranks), reverse=True)
-    assert len(run("infer", ranker, "--query", QUESTION, "--input", file, "--top-k", 2).stdout.splitlines()) == 2
-    result = run("infer", ner, "-p", SENTENCES[0], "-p", SENTENCES[2], "--format", "json")
-    assert [one["text"] for one in json.loads(result.stdout)] == [SENTENCES[0], SENTENCES[2]]
-
-
-def test_embeddings_on_the_command_line(tmp_path: Path) -> None:
-    save_head(tmp_path / "source", "bert", "AutoModel", vocab_size=len(PIECES))
-    bundle, vectors = export(str(tmp_path / "source"), tmp_path / "bundle").path, tmp_path / "vectors.npy"
-    file = tmp_path / "texts.txt"
-    file.write_text("\n".join(SENTENCES))
-    result = run("infer", bundle, "--input", file, "--format", "jsonl")
-    found = [json.loads(line) for line in result.stdout.splitlines()]
-    embeddings = np.array([one["embedding"] for one in found])
-    cosines = embeddings @ embeddings[0] / np.linalg.norm(embeddings, axis=1) / np.linalg.norm(embeddings[0])
-    np.testing.assert_allclose([one["cosine"] for one in found], cosines, rtol=1e-6)
-    lines = run("infer", bundle, "-p", SENTENCES[0], "-p", SENTENCES[1]).stdout.splitlines()
-    assert [line.split(" ", 1)[0] for line in lines] == ["1.0000", f"{cosines[1]:.4f}"]
-    result = run("infer", bundle, "--input", file, "-o", vectors)
-    assert result.exit_code == 0, result.output
-    assert "vectors.npy: 4 embeddings of 32 numbers" in result.stderr
-    saved = np.load(vectors)
-    assert saved.dtype == np.float32
-    np.testing.assert_allclose(saved, embeddings, rtol=1e-6)
-    before = vectors.read_bytes()
-    for more, code, words in (
-        (["-o", vectors], 8, "output exists"),
-        (["-o", tmp_path / "vectors.txt"], 2, "not a .npy file"),
-        (["-o", tmp_path / "none" / "vectors.npy"], 6, "cannot write"),
-        (["-o", tmp_path, "--overwrite"], 2, "not a .npy file"),
-        (["--overwrite"], 2, "--overwrite without --output"),
-    ):
-        result = run("infer", bundle, "-p", "cat", *more)
-        assert (result.exit_code, words in result.stderr) == (code, True), result.output
-    assert vectors.read_bytes() == before
-    assert run("infer", bundle, "-p", "cat", "-o", vectors, "--overwrite").exit_code == 0
-    assert np.load(vectors).shape == (1, 32)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "source", "texts.txt", "vectors.npy"]
-
-
-@pytest.mark.parametrize(
-    ("task", "arguments", "words"),
-    [
-        ("fill-mask", ["-p", "[MASK]", "--question", "who"], ["--question is for question-answering", "for fill-mask"]),
-        ("question-answering", ["-p", "the cat"], ["--prompt is for ", "is for question-answering"]),
-        ("question-answering", ["--question", "who"], ["no text to run on", "--context TEXT"]),
-        ("question-answering", ["--context", "the cat"], ["no question"]),
-        ("text-ranking", ["--document", "the cat"], ["no query"]),
-        ("text-ranking", ["--query", "cat"], ["--document TEXT"]),
-        ("text-ranking", ["--query", "cat", "--document", "a", "--input", "x"], ["exclude each other"]),
-        ("token-classification", ["-p", "cat", "-o", "x.npy"], ["--output is for feature-extraction"]),
-        ("token-classification", ["-p", "cat", "--temperature", "1"], ["--temperature is for text-generation"]),
-    ],
-)
-def test_options_that_do_not_fit(heads: Callable[..., Head], task: str, arguments: list[str], words: list[str]) -> None:
-    result = run("infer", heads(task).bundle.path, *arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    for word in words:
-        assert word in result.stderr
-
-
-@pytest.mark.parametrize("name", registry.names("tasks"))
-def test_task_honours_the_contract(name: str) -> None:
-    plugin = registry.load("tasks", name)
-    assert plugin.__doc__
-    assert plugin.OUTPUTS
-    assert hasattr(transformers, plugin.AUTO_MODEL)
-    parameters = inspect.signature(plugin.answer).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    assert takes_any or set(plugin.INFER_OPTIONS) <= set(parameters)
-    known = {parameter.name for parameter in get_command(app).commands["infer"].params}
-    assert {*plugin.INFER_OPTIONS, text_option(name)} <= known

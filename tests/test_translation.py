@@ -147,7 +147,7 @@ def test_decoders_do_not_translate(fp32_bundle: Path) -> None:
     arguments = ["infer", str(fp32_bundle), "--prompt", "hi", "--source-lang", "en"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
-    assert "--source-lang is for translation" in result.stderr
+    assert "--source-lang is for automatic-speech-recognition, translation;" in result.stderr
 
 
 def test_a_decoder_graph_alone_is_refused(bundles: Callable[[str], Path]) -> None:

@@ -39,16 +39,43 @@ _OWN_PROCESSORS: dict[str, Any] = {
 }
 
 
-def save_image_encoder(folder: Path, model_type: str = "vit", **settings: Any) -> Any:
-    """Save a classifier with random weights, biases and norms included, and its processor; return it."""
+def save_image_encoder(
+    folder: Path, model_type: str = "vit", auto_model: str = "AutoModelForImageClassification", **settings: Any
+) -> Any:
+    """Save a classifier, or another model, with random weights, biases and norms included, and its processor."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **_SIZES | _ARCHITECTURES.get(model_type, {}) | settings)
-    model = transformers.AutoModelForImageClassification.from_config(config, attn_implementation="eager").eval()
+    model = getattr(transformers, auto_model).from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     _OWN_PROCESSORS[model_type]().save_pretrained(folder)
+    return model
+
+
+def save_clip(folder: Path, **settings: Any) -> Any:
+    """Save a CLIP with random weights, its processor, and a tokenizer of characters and one word; return it."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    tokens = {"bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 99, "vocab_size": 100}
+    config = transformers.CLIPConfig(
+        text_config=sizes | {"hidden_size": 32, "max_position_embeddings": 40} | tokens | settings,
+        vision_config=sizes | {"hidden_size": 48, "image_size": _SIDE, "patch_size": 4},
+        projection_dim=24,
+    )
+    model = transformers.CLIPModel._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    characters = "abcdefghijklmnopqrstuvwxyz.,!?"
+    pieces = [*characters, *(f"{one}</w>" for one in characters), "ph", "oto</w>", "ot", "o</w>o", "photo</w>"]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    vocabulary |= {"<|startoftext|>": 98, "<|endoftext|>": 99}
+    merges = [("o", "t"), ("ot", "o</w>"), ("p", "h"), ("ph", "oto</w>")]
+    transformers.CLIPTokenizer(vocab=vocabulary, merges=merges).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 18}, crop_size=_SQUARE).save_pretrained(folder)
     return model
 
 

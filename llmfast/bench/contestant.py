@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from llmfast import report
+from llmfast import registry, report
 from llmfast.bench.options import BenchOptions
 from llmfast.bundle import UNKNOWN_TASK, ModelBundle
 from llmfast.errors import InputError, LlmfastError, OptionError
@@ -81,7 +81,8 @@ class Contestant:
             return "its task"
         if "example_inputs" in metric.NEEDS and "example_inputs" not in self.bundle.manifest.architecture:
             return "what its inputs are like"
-        if "tokenizer" in metric.NEEDS and self.bundle.companion("tokenizer.json") is None:
+        reads_files = self.task != UNKNOWN_TASK and hasattr(registry.load("tasks", self.task), "read_input")
+        if "tokenizer" in metric.NEEDS and not reads_files and self.bundle.companion("tokenizer.json") is None:
             return "its tokenizer"
         if "vocab_size" in metric.NEEDS and self.worker is not None and self.vocab_size is None:
             return "its vocabulary size"

@@ -132,7 +132,9 @@ def _lengths(task: str, options: BenchOptions) -> dict[str, int]:
         # The start token takes a position of the target.
         return {"--prompt-tokens": options.prompt_tokens, "--output-tokens + 1": options.output_tokens + 1}
     if task != TEXT_GENERATION:
-        return {f"--shapes {shape}": length for shape, (_, length) in options.shape_sizes.items()}
+        speeds = [key for metric in _metrics_for(task).values() for key in metric.HIGHER_IS_BETTER]
+        shapes = options.shape_sizes if any("{shape}" in key for key in speeds) else {}
+        return {f"--shapes {shape}": length for shape, (_, length) in shapes.items()}
     lengths = {"--prompt-tokens + --output-tokens": options.prompt_tokens + options.output_tokens}
     return lengths | ({"--seq-len": options.seq_len} if options.data else {})
 

@@ -98,7 +98,14 @@ class Subject:
         return self._tokenizer
 
     def encode(self, texts: "Sequence[Text]") -> dict[str, np.ndarray]:
-        """Return the inputs that the tokenizer makes of texts or pairs: name -> int64 [batch, seq]."""
+        """Return the inputs that the tokenizer makes of texts or pairs: name -> int64 [batch, seq].
+
+        Of a task of images or sound, what the processor makes of one file: name -> float32 [1, ...].
+        """
+        if hasattr(self.task, "read_input"):
+            [path] = texts
+            values: dict[str, np.ndarray] = self.task.read_input(self.bundle, path)
+            return values
         encoded: dict[str, np.ndarray] = self.tokenizer.encode_batch(texts, self.bundle.longest_text())
         return encoded
 
@@ -202,6 +209,10 @@ def _opener(bundle: ModelBundle, provider: str, threads: int, max_length: int | 
             return translator, translator.session
 
         return open_translator
+    if "decoder" in bundle.graphs:  # which hears: random sound passes its encoder
+        from llmfast.infer.seq2seq import Seq2SeqEngine
+
+        return lambda: (None, Seq2SeqEngine(bundle, provider, threads).encoder)
     if bundle.manifest.task == TEXT_GENERATION:
         from llmfast.infer.opening import open_decoder
 

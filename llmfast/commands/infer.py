@@ -30,6 +30,10 @@ def infer(
             help="File with a text (or a path to image or audio) a line, in place of --prompt.",
         ),
     ] = None,
+    text_pair: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Second text of a pair to classify; one for each --prompt, or for all."),
+    ] = None,
     question: Annotated[str | None, typer.Option(metavar="TEXT", help="What is asked of the --context.")] = None,
     context: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Text that holds the answer; - reads stdin.")
@@ -41,9 +45,17 @@ def infer(
     document: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Text to rank; give several, or --input.")
     ] = None,
-    image: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Image to classify; may be repeated.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Image to classify or embed; may be repeated.")
+    ] = None,
     audio: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="WAV file to write down; may be repeated.")
+        list[str] | None, typer.Option(metavar="FILE", help="WAV file to write down or classify; may be repeated.")
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="What an --image may show; give several.")
+    ] = None,
+    hypothesis_template: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The text that a --label makes, in place of {}.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="What a chat model is told first.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt, without the chat template.")] = False,
@@ -81,13 +93,17 @@ def infer(
     Example: llmfast infer int4 --prompt "What is the capital of France?"
 
     \b
+    text-classification    infer nli --prompt "It rains." --text-pair "It is wet."
     token-classification   infer ner --prompt "Ada lives in Rome"
     question-answering     infer qa --question "Who lives?" --context "Ada lives"
     fill-mask              infer bert --prompt "Rome is in [MASK]."
     text-ranking           infer reranker --query "Rome" --input documents.txt
     feature-extraction     infer minilm --prompt "a cat" --prompt "a dog"
     image-classification   infer vit --image cat.jpg
-    automatic-speech-recognition   infer wav2vec2 --audio speech.wav
+    image-feature-extraction         infer dinov2 --image a.jpg --image b.jpg
+    zero-shot-image-classification   infer clip --image a.jpg --label cat --label dog
+    audio-classification             infer hubert --audio speech.wav
+    automatic-speech-recognition     infer wav2vec2 --audio speech.wav
     """
     if output_format not in _FORMATS:
         raise OptionError(f"unknown format `{output_format}`", f"choose from: {', '.join(_FORMATS)}")
@@ -100,9 +116,12 @@ def infer(
     given_texts = given({"prompt": prompt, "context": context, "document": document, "image": image, "audio": audio})
     options = given(
         {
+            "text_pair": text_pair,
             "question": question,
             "allow_no_answer": allow_no_answer or None,
             "query": query,
+            "label": label,
+            "hypothesis_template": hypothesis_template,
             "system": system,
             "raw": raw or None,
             "max_tokens": max_tokens,

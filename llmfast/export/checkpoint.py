@@ -1,19 +1,19 @@
 """A PyTorch checkpoint on disk: config, tokenizer files, and weights read one at a time, without PyTorch."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 
 from llmfast.bundle import COMPANIONS, read_json, sha256
 from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
 from llmfast.export.architectures import supported_model_types
 from llmfast.export.packed_checkpoint import PackedLayer, read_packing
+from llmfast.export.safetensors_file import Shard
+from llmfast.preprocessor import PREPROCESSOR
 
 # Fields that make transformers import code from the model's folder.
 _CODE_FIELDS = (
@@ -22,15 +22,11 @@ _CODE_FIELDS = (
     "_attn_implementation_internal",
     "_experts_implementation_internal",
 )
+# Models of texts and images whose part for texts is a decoder of the direct route, stored under one of these names.
+TEXT_PARTS = ("gemma3",)
+_TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_FLOATS = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-_INTEGERS = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
 
 
 class Checkpoint(Protocol):
@@ -82,7 +78,10 @@ class SafetensorsCheckpoint:
         settings = self.config.__dict__.pop("quantization_config", None)
         self._packing = None if settings is None else read_packing(settings, str(path))
         self.quantization = self._packing.describe() if self._packing else None
-        self._shards = [_Shard(file) for file in _weight_files(path)]
+        self._is_part = self.config.model_type in TEXT_PARTS
+        if self._is_part:
+            self.config = _text_part(self.config)
+        self._shards = [Shard(file) for file in _weight_files(path)]
         self._owners = {name: shard for shard in self._shards for name in shard.entries}
         if has_tokenizer and not any((path / name).is_file() for name in _TOKENIZER_FILES):
             raise InputError(f"no tokenizer in `{path}`", f"looked for {', '.join(_TOKENIZER_FILES)}")
@@ -109,7 +108,7 @@ class SafetensorsCheckpoint:
 
     def has(self, name: str) -> bool:
         """Return whether a weight of that Hugging Face name is stored."""
-        return name in self._owners or name.removeprefix("model.") in self._owners
+        return self._stored_name(name) is not None
 
     def packed(self, layer: str) -> PackedLayer | None:
         """Return a linear layer that is stored as integer codes, None when its weight is floating point."""
@@ -124,8 +123,11 @@ class SafetensorsCheckpoint:
         return PackedLayer(layer, packing, read)
 
     def names(self) -> Iterable[str]:
-        """Return the names of all weights."""
-        return self._owners
+        """Return the names of all weights, of a model of texts and images those of its part for texts."""
+        if not self._is_part:
+            return self._owners
+        pairs = [(name, prefix) for prefix in _TEXT_PREFIXES for name in self._owners if name.startswith(prefix)]
+        return [f"model.{name.removeprefix(prefix)}" for name, prefix in pairs]
 
     def source(self) -> dict[str, Any]:
         """Return the folder's name and the hash of each weight file."""
@@ -137,7 +139,7 @@ class SafetensorsCheckpoint:
 
         if self._packing is not None:
             return self._load_dequantized()
-        return load_streamed(self.path, self.config)
+        return load_streamed(self.path, self.config, _TEXT_PREFIXES[-1] if self._is_part else "model.")
 
     def _load_dequantized(self) -> Any:
         """Load a checkpoint of codes as floats, without the libraries that made it."""
@@ -153,54 +155,23 @@ class SafetensorsCheckpoint:
     def write_companions(self, folder: Path) -> None:
         """Copy config and tokenizer; a tokenizer that is not in tokenizer.json form is converted to it."""
         copy_companions(self.path, folder)
+        if self._is_part:
+            self.config.save_pretrained(folder)
+            (folder / PREPROCESSOR).unlink(missing_ok=True)
 
-    def _find(self, name: str) -> tuple["_Shard", str]:
+    def _find(self, name: str) -> tuple["Shard", str]:
+        stored = self._stored_name(name)
+        if stored is None:
+            raise InputError(f"weight `{name}` is missing from `{self.path}`", "the checkpoint is incomplete")
+        return self._owners[stored], stored
+
+    def _stored_name(self, name: str) -> str | None:
         # A base model saved without its head lacks the prefix, `model.` or `transformer.` for instance.
-        for candidate in (name, name.partition(".")[2]):
-            if candidate in self._owners:
-                return self._owners[candidate], candidate
-        raise InputError(f"weight `{name}` is missing from `{self.path}`", "the checkpoint is incomplete")
-
-
-class _Shard:
-    """One .safetensors file. Format: https://github.com/huggingface/safetensors#format"""
-
-    def __init__(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self.path = path
-        try:
-            with safe_open(path, framework="numpy"):
-                pass  # checks the header, and that the tensors fill the file without holes
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                self.entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
-        except SafetensorError as error:
-            raise InputError(f"truncated or corrupt safetensors: `{path}`: {error}", "download it again") from error
-        except OSError as error:
-            raise InputError(f"cannot read `{path}`: {error.strerror or error}") from error
-        self.entries.pop("__metadata__", None)
-        self._data = 8 + length
-
-    def read(self, name: str) -> np.ndarray:
-        entry = self.entries[name]
-        if entry["dtype"] not in _FLOATS:
-            raise UnsupportedError(
-                f"weight `{name}` of `{self.path}` has type {entry['dtype']}, not floating point",
-                "export the checkpoint it was quantized from",
-            )
-        return self.read_stored(name).astype(np.float32, copy=False)
-
-    def read_stored(self, name: str) -> np.ndarray:
-        """Return a tensor in its own type."""
-        entry = self.entries[name]
-        dtype = (_FLOATS | _INTEGERS).get(entry["dtype"])
-        if dtype is None:
-            raise UnsupportedError(
-                f"tensor `{name}` of `{self.path}` has type {entry['dtype']}, which is not supported"
-            )
-        offset = self._data + entry["data_offsets"][0]
-        return np.memmap(self.path, dtype, "r", offset, tuple(entry["shape"]))
+        candidates = [name, name.partition(".")[2]]
+        if self._is_part:
+            candidates = [f"{prefix}{name.removeprefix('model.')}" for prefix in _TEXT_PREFIXES]
+            candidates += [name, f"language_model.{name}"]  # the head
+        return next((candidate for candidate in candidates if candidate in self._owners), None)
 
 
 def open_checkpoint(source: str) -> Checkpoint:
@@ -237,6 +208,17 @@ def resolve_folder(source: str) -> Path:
     return path
 
 
+def check_weights(path: Path) -> None:
+    """Look for the weight files of a folder and read their headers, without PyTorch.
+
+    Raises:
+        InputError: one is missing, truncated or corrupt.
+        UnsafeInputError: weights come as a pickle, or a shard's name leaves the folder.
+    """
+    for file in _weight_files(path):
+        Shard(file)
+
+
 def load_config(path: Path) -> Any:
     """Read config.json with the defaults of its architecture filled in; code in the folder is never run.
 
@@ -265,6 +247,15 @@ def load_config(path: Path) -> Any:
         ) from error
     except Exception as error:  # configs validate themselves with many kinds of exception
         raise InputError(f"malformed `{path / 'config.json'}`: {error}") from error
+
+
+def _text_part(config: Any) -> Any:
+    """Return the config of the part for texts, which ends them as the whole model does."""
+    part = config.text_config
+    part.architectures = None
+    if config.eos_token_id is not None:
+        part.eos_token_id = config.eos_token_id
+    return part
 
 
 def code_fields(path: Path) -> list[str]:

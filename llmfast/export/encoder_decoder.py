@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmfast import registry
+from llmfast.bundle import SEQ2SEQ_TASKS
 from llmfast.errors import UnsupportedError
 
 _FOLDER = "export.seq2seq"
@@ -49,6 +50,24 @@ class RelativePositions:
     weights: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Spectrogram:
+    """A source that is no text: every recording's has the same size.
+
+    Attributes:
+        mel_bins: its bands.
+        positions: of the encoder, each two of its frames.
+    """
+
+    mel_bins: int
+    positions: int
+
+    @property
+    def frames(self) -> int:
+        """Its frames."""
+        return 2 * self.positions
+
+
 @dataclass(frozen=True, eq=False)
 class EncoderDecoder:
     """Sizes of an encoder-decoder and the points where architectures differ.
@@ -65,10 +84,12 @@ class EncoderDecoder:
         pre_norm: norms stand before the sublayers, and one at the end; otherwise behind them.
         rms_norm: norms neither subtract the mean nor have a bias.
         bias: linear layers have a bias.
+        key_bias: so do those that make an attention's keys.
         scaled_attention: scores are divided by the root of the head size.
         activation: of the MLP, one of `ACTIVATIONS`.
         gated: the MLP multiplies its activations by a second projection.
         logits_scale: factor on what the head multiplies.
+        source: what the encoder takes instead of tokens; None is tokens.
     """
 
     model_type: str
@@ -88,15 +109,22 @@ class EncoderDecoder:
     pre_norm: bool = False
     rms_norm: bool = False
     bias: bool = True
+    key_bias: bool = True
     scaled_attention: bool = True
     activation: str = "gelu"
     gated: bool = False
     logits_scale: float = 1.0
+    source: Spectrogram | None = None
 
 
 def supported_model_types() -> list[str]:
     """List the `model_type`s of encoder-decoders."""
     return [name.replace("-", "_") for name in registry.names(_FOLDER)]
+
+
+def supported_tasks() -> set[str]:
+    """Return what encoder-decoders are exported for."""
+    return {*SEQ2SEQ_TASKS, *(str(_plugin(model_type).TASK) for model_type in supported_model_types())}
 
 
 def detect_seq2seq_task(config: Mapping[str, Any]) -> str | None:
@@ -113,18 +141,37 @@ def detect_seq2seq_task(config: Mapping[str, Any]) -> str | None:
     return str(_plugin(config["model_type"]).TASK)
 
 
-def describe(config: Any) -> EncoderDecoder:
+def is_seq2seq_task(config: Mapping[str, Any], task: str) -> bool:
+    """Return whether a task asks for an encoder and a decoder; for speech recognition the checkpoint decides.
+
+    Args:
+        config: the contents of config.json.
+        task: a name in `llmfast.tasks`.
+    """
+    model_type = config.get("model_type")
+    return task in SEQ2SEQ_TASKS or (model_type in supported_model_types() and task == _plugin(model_type).TASK)
+
+
+def describe(config: Any, task: str) -> EncoderDecoder:
     """Read an encoder-decoder's sizes and differences from a `transformers` config.
 
+    Args:
+        config: of the checkpoint.
+        task: what the bundle will be for.
+
     Raises:
-        UnsupportedError: an architecture, activation or head size that the direct route lacks.
+        UnsupportedError: an architecture, activation or head size that the direct route lacks, or a task of texts
+            for a model that hears.
     """
     if config.model_type not in supported_model_types():
         raise UnsupportedError(
             f"architecture `{config.model_type}` is not supported for sequence-to-sequence tasks",
             f"supported: {', '.join(supported_model_types())}",
         )
-    description: EncoderDecoder = _plugin(config.model_type).describe(config)
+    plugin = _plugin(config.model_type)
+    if task != plugin.TASK and not {task, plugin.TASK} <= set(SEQ2SEQ_TASKS):
+        raise UnsupportedError(f"a `{config.model_type}` can't be exported for {task}", f"it is for {plugin.TASK}")
+    description: EncoderDecoder = plugin.describe(config)
     if description.activation not in ACTIVATIONS:
         raise UnsupportedError(f"activation `{description.activation}` in `{config.model_type}` is not supported")
     if description.decoder.head_size % _HEAD_SIZE_STEP:

@@ -93,10 +93,13 @@ def pool(hidden: "torch.Tensor", mask: "torch.Tensor", pooling: Pooling) -> "tor
     return pooled / pooled.norm(dim=-1, keepdim=True).clamp(min=1e-12) if pooling.normalize else pooled
 
 
-def read_output(result: Any, name: str, mask: "torch.Tensor", pooling: Pooling | None) -> "torch.Tensor":
+def read_output(result: Any, name: str, mask: "torch.Tensor | None", pooling: Pooling | None) -> "torch.Tensor":
     """Return one of the graph's outputs from what a PyTorch model returned."""
-    if name == "sentence_embedding" and pooling is not None:
+    if name == "sentence_embedding" and mask is not None and pooling is not None:
         return pool(result["last_hidden_state"], mask, pooling)
+    if name == "image_embedding":  # the vector of the class token, which stands before those of the patches
+        vectors: torch.Tensor = result["last_hidden_state"][:, 0]
+        return vectors
     tensor: torch.Tensor = result[name]
     return tensor
 

@@ -11,12 +11,13 @@ from llmfast.errors import InputError
 _OPTIONS = {"attn_implementation": "eager", "trust_remote_code": False}
 
 
-def load_streamed(path: Path, config: Any) -> Any:
+def load_streamed(path: Path, config: Any, prefix: str = "model.") -> Any:
     """Load a causal language model as `transformers` does, but leave its weights in the files.
 
     Args:
         path: the checkpoint's folder.
-        config: its config.
+        config: its config, or that of its part for texts.
+        prefix: what the names of the weights below the head begin with in the whole model.
 
     safetensors are mapped into memory, not read: the kernel may drop their pages at any time. Each module
     converts its own weights to float32 before it computes and forgets them after, so the largest single
@@ -37,7 +38,10 @@ def load_streamed(path: Path, config: Any) -> Any:
             "weights and config.json do not belong together",
         ) from error
     # A model of its own for the float32 buffers: those of `stored` are rounded to the type of its weights.
-    return build_streamed(config, stored.state_dict().__getitem__)
+    weights = stored.state_dict()
+    return build_streamed(
+        config, lambda name: weights[prefix + name.removeprefix("model.") if name.startswith("model.") else name]
+    )
 
 
 def build_streamed(config: Any, read: Callable[[str], Any]) -> Any:

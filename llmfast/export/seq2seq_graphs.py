@@ -18,7 +18,7 @@ from llmfast.export.checkpoint import SafetensorsCheckpoint
 from llmfast.export.encoder_decoder import EncoderDecoder, Stack
 from llmfast.export.seq2seq_layers import StackWriter, Sublayer
 from llmfast.graph.builder import CONTRIB, GraphBuilder
-from llmfast.graph.feeds import CROSS, PAST
+from llmfast.graph.feeds import CROSS, FEATURES, PAST
 from llmfast.graph.weights import WeightFile
 
 
@@ -58,11 +58,15 @@ class _EncoderWriter(StackWriter):
     def write(self, advance: Callable[[], None]) -> onnx.ModelProto:
         graph, description = self.graph, self.description
         self.stack = description.encoder
-        start = graph.constant("axis.0", [0])
-        end = graph.op("Shape", ["input_ids"], "source", start=1, end=2)
-        hidden = self.embed(graph.weight(*self.embedding()), start, end)
-        mask = graph.op("Cast", ["attention_mask"], "mask", to=TensorProto.INT32)
-        bias = self.position_bias(start, end)
+        mask = bias = ""
+        if description.source is None:
+            start = graph.constant("axis.0", [0])
+            end = graph.op("Shape", ["input_ids"], "source", start=1, end=2)
+            hidden = self.embed(graph.weight(*self.embedding()), start, end)
+            mask = graph.op("Cast", ["attention_mask"], "mask", to=TensorProto.INT32)
+            bias = self.position_bias(start, end)
+        else:
+            hidden = self.listen(FEATURES)
 
         def attend(name: str) -> Sublayer:
             return lambda hidden: self._attend(name, hidden, mask, bias, advance)
@@ -75,11 +79,17 @@ class _EncoderWriter(StackWriter):
             sublayers.append((f"{name}.self_attn_layer_norm", attend(f"{name}.self_attn")))
             sublayers.append((f"{name}.final_layer_norm", feed_forward(name)))
         self._write_cross_keys(self.run(hidden, sublayers))
-        shape = ["batch", "source"]
-        inputs = [
-            helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in ("input_ids", "attention_mask")
+        return graph.build("encoder", self._inputs(), cross_values(description.decoder))
+
+    def _inputs(self) -> list[onnx.ValueInfoProto]:
+        source = self.description.source
+        if source is not None:
+            shape: list[str | int] = ["batch", source.mel_bins, source.frames]
+            return [helper.make_tensor_value_info(FEATURES, TensorProto.FLOAT, shape)]
+        return [
+            helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "source"])
+            for name in ("input_ids", "attention_mask")
         ]
-        return graph.build("encoder", inputs, cross_values(description.decoder))
 
     def _attend(self, name: str, hidden: str, mask: str, bias: str, advance: Callable[[], None]) -> tuple[str, str]:
         packed = self.linear(f"{name}.qkv_proj", hidden, ("q_proj", "k_proj", "v_proj"))

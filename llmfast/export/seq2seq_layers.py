@@ -11,6 +11,7 @@ from llmfast.export.encoder_decoder import EncoderDecoder, Stack
 from llmfast.graph.builder import CONTRIB, GraphBuilder
 
 _EMBEDDINGS = ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+_PARAMETERS = ("weight", "bias")
 # A sublayer takes the hidden state and returns its output, and the bias that is left to add.
 Sublayer = Callable[[str], tuple[str, str]]
 
@@ -68,6 +69,19 @@ class StackWriter:
             hidden = self._norm(f"{name}.layernorm_embedding", hidden)
         return hidden
 
+    def listen(self, features: str) -> str:
+        """Return the hidden states of a spectrogram [batch, mel_bins, frames], two frames each, with positions."""
+        graph, name = self.graph, self.name
+        for part, stride in (("conv1", 1), ("conv2", 2)):
+            weights = [graph.weight(f"{name}.{part}.{one}", self._read(f"{name}.{part}.{one}")) for one in _PARAMETERS]
+            sizes: dict[str, Any] = {"kernel_shape": [3], "pads": [1, 1], "strides": [stride]}
+            heard = graph.op("Conv", [features, *weights], f"{name}.{part}", **sizes)
+            features = self._activate(heard, f"{name}.{part}")
+        hidden = graph.op("Transpose", [features], f"{name}.frames", perm=[0, 2, 1])
+        positions = self._positions()
+        assert positions is not None
+        return graph.op("Add", [hidden, positions], f"{name}.embedded")
+
     def _positions(self) -> str | None:
         description = self.description
         if description.positions is not None:
@@ -89,7 +103,13 @@ class StackWriter:
         product = self.graph.op("MatMul", [hidden, weight], name)
         if not self.description.bias:
             return product, ""
-        return product, self.graph.weight(f"{name}.bias", self._read(*[f"{source}.bias" for source in sources]))
+        biases = [self._bias(source) for source in sources]
+        return product, self.graph.weight(f"{name}.bias", np.concatenate(biases))
+
+    def _bias(self, source: str) -> np.ndarray:
+        if source.endswith("k_proj") and not self.description.key_bias:
+            return np.zeros(self.stack.width, np.float32)
+        return self._read(f"{source}.bias")
 
     def _norm_weights(self, name: str) -> list[str]:
         weight = self._read(f"{name}.weight")

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from llmfast.bundle import Manifest, ModelBundle
+from llmfast.bundle import Manifest, ModelBundle, read_json
 from llmfast.errors import InputError
+from llmfast.export.encoder_decoder import Spectrogram
 from llmfast.export.parity import Difference
+from llmfast.graph.feeds import FEATURES
 from llmfast.infer.seq2seq import Seq2SeqEngine
 from llmfast.worker import Worker
 
@@ -25,12 +27,12 @@ class Batch:
     """Sources of different lengths and a target for each.
 
     Attributes:
-        input_ids, attention_mask: int64 [batch, source], padded on the right.
+        source: the encoder's inputs; `input_ids` and `attention_mask`, int64 [batch, source], padded on the right,
+            or `input_features`, float32 [batch, bands, frames].
         targets: int64 [batch, target].
     """
 
-    input_ids: np.ndarray
-    attention_mask: np.ndarray
+    source: dict[str, np.ndarray]
     targets: np.ndarray
 
 
@@ -39,6 +41,7 @@ def prove_encoder_decoder(
     folder: Path,
     manifest: Manifest,
     vocab_sizes: tuple[int, int],
+    spectrogram: Spectrogram | None,
     threads: int | None,
     advance: Callable[[], None],
 ) -> dict[str, Any]:
@@ -49,6 +52,7 @@ def prove_encoder_decoder(
         folder: the bundle being written.
         manifest: its facts.
         vocab_sizes: tokens of sources and of targets.
+        spectrogram: what sources are instead of tokens; None is tokens.
         threads: threads of ONNX Runtime.
         advance: called when PyTorch is done, and when ONNX Runtime is.
 
@@ -59,26 +63,33 @@ def prove_encoder_decoder(
         GateError: a difference over the tolerance, or another most likely token.
     """
     context, pad = manifest.architecture["context_length"], manifest.architecture["pad_token_id"]
-    batches = list(_batches(vocab_sizes, pad, context))
+    batches = list(_batches(vocab_sizes, spectrogram, pad, context))
     with Worker("llmfast.export.seq2seq_parity:Reference", source) as reference:
         expected = reference.call("logits", batches)
     advance()
     with Worker("llmfast.export.seq2seq_parity:Exported", folder, manifest, threads) as exported:
         measured: dict[str, Any] = exported.call("compare", batches, expected)
     advance()
-    shapes = [[list(batch.input_ids.shape), list(batch.targets.shape)] for batch in batches]
+    shapes = [[list(next(iter(batch.source.values())).shape), list(batch.targets.shape)] for batch in batches]
     return measured | {"batches": shapes}
 
 
-def _batches(vocab_sizes: tuple[int, int], pad: int, context: int | None) -> Iterator[Batch]:
+def _batches(
+    vocab_sizes: tuple[int, int], spectrogram: Spectrogram | None, pad: int, context: int | None
+) -> Iterator[Batch]:
     rng = np.random.default_rng(0)
     source_size, target_size = vocab_sizes
     for lengths, target in _BATCHES:
         cut = [length if context is None else min(length, context) for length in (*lengths, target)]
-        ids = _without(rng.integers(0, source_size, (len(lengths), max(cut[:-1]))), pad)
-        mask = (np.arange(ids.shape[1]) < np.array(cut[:-1])[:, None]).astype(np.int64)
+        if spectrogram is None:
+            ids = _without(rng.integers(0, source_size, (len(lengths), max(cut[:-1]))), pad)
+            mask = (np.arange(ids.shape[1]) < np.array(cut[:-1])[:, None]).astype(np.int64)
+            source = {"input_ids": np.where(mask == 1, ids, pad), "attention_mask": mask}
+        else:
+            shape = len(lengths), spectrogram.mel_bins, spectrogram.frames
+            source = {FEATURES: rng.uniform(-1, 1, shape).astype(np.float32)}
         targets = _without(rng.integers(0, target_size, (len(lengths), cut[-1])), pad)
-        yield Batch(np.where(mask == 1, ids, pad), mask, targets)
+        yield Batch(source, targets)
 
 
 def _without(ids: np.ndarray, pad: int) -> np.ndarray:
@@ -89,13 +100,15 @@ def _without(ids: np.ndarray, pad: int) -> np.ndarray:
 def load_reference(source: Path, dtype: str = "float32") -> Any:
     """Load an encoder-decoder as `transformers` does."""
     import torch
-    from transformers import AutoModelForSeq2SeqLM
+    from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        return AutoModelForSeq2SeqLM.from_pretrained(
+        hears = read_json(source / "config.json")["model_type"] == "whisper"
+        factory = AutoModelForSpeechSeq2Seq if hears else AutoModelForSeq2SeqLM
+        return factory.from_pretrained(
             source, dtype=getattr(torch, dtype), attn_implementation="eager", trust_remote_code=False
         ).eval()
     except (RuntimeError, ValueError) as error:
@@ -118,8 +131,7 @@ class Reference:
         with torch.inference_mode():
             return [
                 self.model(
-                    input_ids=torch.from_numpy(batch.input_ids),
-                    attention_mask=torch.from_numpy(batch.attention_mask),
+                    **{name: torch.from_numpy(array) for name, array in batch.source.items()},
                     decoder_input_ids=torch.from_numpy(batch.targets),
                     use_cache=False,
                 ).logits.numpy()
@@ -142,7 +154,10 @@ class Exported:
         """
         total = Difference()
         for batch, logits in zip(batches, expected, strict=True):
-            self.engine.encode(batch.input_ids, batch.attention_mask)
+            if FEATURES in batch.source:
+                self.engine.encode_features(batch.source[FEATURES])
+            else:
+                self.engine.encode(**batch.source)
             total.add(f"batch of {len(logits)}", self.engine.score(batch.targets), logits)
             for position, rows in enumerate(self._decode(batch.targets)):
                 total.add("token by token", rows, logits.repeat(_BEAMS, 0)[:, position])

@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from llmfast.bundle import read_json
+from llmfast.errors import InputError
 from llmfast.export.checkpoint import SafetensorsCheckpoint, copy_companions
+from llmfast.export.encoder_decoder import Spectrogram
 from llmfast.export.sentencepiece_tokenizer import write_m2m_tokenizer, write_marian_tokenizers
+from llmfast.preprocessor import PREPROCESSOR
+from llmfast.spectrogram import SpectrogramProcessor
 
 # How multilingual models spell the tokens of their languages, the code in brackets.
 _LANGUAGE_TOKENS = (
@@ -33,6 +37,21 @@ def write_seq2seq_companions(checkpoint: SafetensorsCheckpoint, folder: Path) ->
         from transformers import GenerationConfig
 
         GenerationConfig.from_model_config(read_json(checkpoint.path / "config.json")).save_pretrained(folder)
+
+
+def check_spectrogram(source: Path, wanted: Spectrogram) -> None:
+    """Refuse a preprocessor_config.json that makes other spectrograms than the model takes.
+
+    Raises:
+        InputError: missing or malformed, or of other sizes.
+        UnsupportedError: another processor, or a field that is not understood.
+    """
+    made = SpectrogramProcessor.load(source)
+    if (made.mel_bins, made.frames) != (wanted.mel_bins, wanted.frames):
+        raise InputError(
+            f"`{source / PREPROCESSOR}` makes spectrograms of {made.mel_bins}x{made.frames}, "
+            f"config.json wants {wanted.mel_bins}x{wanted.frames}"
+        )
 
 
 def read_languages(folder: Path) -> dict[str, Any] | None:

@@ -4,12 +4,11 @@ import importlib.metadata
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llmfast
 from llmfast import registry
 from llmfast.bundle import (
-    SEQ2SEQ_TASKS,
     TEXT_GENERATION,
     Manifest,
     ModelBundle,
@@ -20,9 +19,13 @@ from llmfast.bundle import (
 )
 from llmfast.errors import OptionError
 from llmfast.export.requirements import require_export_extra
+from llmfast.graph.feeds import FEATURES
 from llmfast.graph.model import OnnxModel, count_parameters, count_weight_bytes
 from llmfast.graph.packed import allow_int8_kernels
 from llmfast.report import note, progress
+
+if TYPE_CHECKING:
+    from llmfast.export.encoder_decoder import Spectrogram
 
 _VERSIONED = ("onnx", "onnxruntime", "torch", "transformers")
 
@@ -61,8 +64,11 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
     """
     options = options or ExportOptions()
     task = _prepare(source, output, options)
-    routes: dict[str, Callable[..., Manifest]] = {TEXT_GENERATION: _export_decoder}
-    route = (routes | dict.fromkeys(SEQ2SEQ_TASKS, _export_encoder_decoder)).get(task, _export_traced)
+    route: Callable[..., Manifest] = _export_traced
+    if task == TEXT_GENERATION:
+        route = _export_decoder
+    elif _has_two_stacks(source, task):
+        route = _export_encoder_decoder
     with stage_output(output, options.overwrite) as staged:
         manifest = route(source, task, staged, options)
         models = [OnnxModel.load(staged / graph["file"]) for graph in manifest.graphs.values()]
@@ -77,7 +83,7 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
 def describe_export(source: str, output: Path, options: ExportOptions) -> str:
     """Check what `export` checks before it works, and say in one line what it would do."""
     task = _prepare(source, output, options)
-    if task in SEQ2SEQ_TASKS:
+    if task != TEXT_GENERATION and _has_two_stacks(source, task):
         return f"would write an encoder and a decoder for {task} from `{source}` into `{output}`"
     if task != TEXT_GENERATION:
         return f"would trace `{source}` for {task} into `{output}`"
@@ -98,7 +104,7 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
     """Check output, packages and options; return the task."""
     check_output(output, (Path(source),), options.overwrite)
     require_export_extra()
-    from llmfast.export.checkpoint import code_fields, load_config, resolve_folder
+    from llmfast.export.checkpoint import TEXT_PARTS, check_weights, code_fields, load_config, resolve_folder
     from llmfast.export.encoder_decoder import detect_seq2seq_task
     from llmfast.export.traced import detect_task
 
@@ -108,15 +114,29 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
             raise OptionError(f"--task {task}: a .gguf file is exported for {TEXT_GENERATION}")
     else:
         folder = resolve_folder(source)
+        check_weights(folder)
         config = load_config(folder).to_dict()
         if ignored := code_fields(folder):
             note(f"note: ignoring {', '.join(ignored)} of `{source}`: code in a model's folder is never run")
-        task = options.task or detect_seq2seq_task(config) or detect_task(config, folder)
+        is_part = config["model_type"] in TEXT_PARTS
+        known = options.task or detect_seq2seq_task(config) or (TEXT_GENERATION if is_part else None)
+        task = known or detect_task(config, folder)
+        if is_part and task == TEXT_GENERATION:
+            note(f"note: of `{source}` the part for texts is exported, which takes no images")
     if task not in registry.names("tasks"):
         raise OptionError(f"unknown task `{task}`", f"choose from: {', '.join(registry.names('tasks'))}")
     if options.context_length is not None and task != TEXT_GENERATION:
         raise OptionError(f"--context-length is for {TEXT_GENERATION}, not for {task}")
     return task
+
+
+def _has_two_stacks(source: str, task: str) -> bool:
+    """Return whether a folder's model is exported as an encoder and a decoder."""
+    from llmfast.bundle import read_json
+    from llmfast.export.checkpoint import resolve_folder
+    from llmfast.export.encoder_decoder import is_seq2seq_task
+
+    return is_seq2seq_task(read_json(resolve_folder(source) / "config.json"), task)
 
 
 def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions) -> Manifest:
@@ -166,10 +186,12 @@ def _export_encoder_decoder(source: str, task: str, staged: Path, options: Expor
     from llmfast.export.encoder_decoder import describe
     from llmfast.export.seq2seq_graphs import write_encoder_decoder
     from llmfast.export.seq2seq_parity import prove_encoder_decoder
-    from llmfast.export.seq2seq_settings import read_languages, write_seq2seq_companions
+    from llmfast.export.seq2seq_settings import check_spectrogram, read_languages, write_seq2seq_companions
 
     checkpoint = SafetensorsCheckpoint(resolve_folder(source))
-    description = describe(checkpoint.config)
+    description = describe(checkpoint.config, task)
+    if description.source is not None:
+        check_spectrogram(checkpoint.path, description.source)
     with progress("writing the graphs", description.encoder.num_layers + description.decoder.num_layers) as advance:
         graphs = write_encoder_decoder(checkpoint, description, staged, advance)
     write_seq2seq_companions(checkpoint, staged)
@@ -188,28 +210,40 @@ def _export_encoder_decoder(source: str, task: str, staged: Path, options: Expor
             "context_length": description.context_length,
             "eos_token_id": checkpoint.config.eos_token_id,
             "pad_token_id": checkpoint.config.pad_token_id,
-            "languages": read_languages(staged),
+            **(_describe_source(description.source) or {"languages": read_languages(staged)}),
         },
         graphs=graphs,
         lineage=(make_step("direct", options),),
     )
     vocab_sizes = checkpoint.config.vocab_size, description.vocab_size
     with progress("comparing with PyTorch", 2) as advance:
-        parity = prove_encoder_decoder(checkpoint.path, staged, manifest, vocab_sizes, options.threads, advance)
+        parity = prove_encoder_decoder(
+            checkpoint.path, staged, manifest, vocab_sizes, description.source, options.threads, advance
+        )
     return _with_parity(manifest, parity)
 
 
+def _describe_source(source: "Spectrogram | None") -> dict[str, Any]:
+    """Return random inputs for an encoder that takes no tokens; nothing for one that does."""
+    if source is None:
+        return {}
+    shape = [1, source.mel_bins, source.frames]
+    return {"example_inputs": {FEATURES: {"dtype": "float32", "shape": shape, "low": -1, "high": 1}}}
+
+
 def _export_traced(source: str, task: str, staged: Path, options: ExportOptions) -> Manifest:
-    from llmfast.export.checkpoint import copy_companions, folder_source, resolve_folder
+    from llmfast.export.checkpoint import copy_companions, folder_source, load_config, resolve_folder
     from llmfast.export.traced import write_traced
+    from llmfast.export.traced_contrastive import supported_contrastive_model_types, write_traced_contrastive
     from llmfast.export.traced_signals import write_traced_signals
 
     folder = resolve_folder(source)
-    takes_text = not hasattr(registry.load("tasks", task), "INPUT")
-    write = write_traced if takes_text else write_traced_signals
+    write = write_traced_signals if hasattr(registry.load("tasks", task), "INPUT") else write_traced
+    if load_config(folder).model_type in supported_contrastive_model_types():
+        write = write_traced_contrastive
     with progress("tracing and comparing with PyTorch"):
         traced = write(folder, task, staged)
-    copy_companions(folder, staged, has_tokenizer=takes_text)
+    copy_companions(folder, staged, has_tokenizer="input_ids" in traced.graphs["model"]["inputs"])
     manifest = Manifest(
         task=task,
         source=folder_source(folder),

@@ -100,6 +100,10 @@ def detect_task(config: Mapping[str, Any], source: Path) -> str:
         task = _task_of_class(names[0])
     if task == "text-classification" and is_ranker(source, config):
         task = "text-ranking"
+    if task == "feature-extraction" and {"text_config", "vision_config"} <= set(config):
+        task = "zero-shot-image-classification"
+    elif task == "feature-extraction" and "image_size" in config:
+        task = "image-feature-extraction"
     known = registry.names("tasks")
     if task not in known:
         raise UnsupportedError(
@@ -142,7 +146,7 @@ def write_traced(source: Path, task: str, staged: Path) -> TracedExport:
         parity = prove_traced(Reference(model, plugin.OUTPUTS, pooling), staged / MODEL, inputs, limit)
     return TracedExport(
         graphs={"model": {"file": MODEL, "inputs": inputs, "outputs": list(plugin.OUTPUTS)}},
-        architecture=_describe(model.config, limit)
+        architecture=describe_text(model.config, limit)
         | _describe_task(model.config, task, pooling, activation)
         | _describe_limit(source, pooling, limit),
         parity=parity,
@@ -167,7 +171,7 @@ def _task_of_class(name: str) -> str:
 def run_exporter(
     module: "torch.nn.Module",
     examples: "Mapping[str, torch.Tensor]",
-    axes: Mapping[int, Any],
+    axes: Mapping[str, Mapping[int, Any]],
     outputs: tuple[str, ...],
 ) -> Any:
     """Run PyTorch's exporter.
@@ -175,7 +179,7 @@ def run_exporter(
     Args:
         module: takes the examples in their order, returns the outputs as a tuple.
         examples: of sizes that are not 0 or 1 where they are free.
-        axes: the free axes of every input, a `torch.export.Dim` each.
+        axes: the free axes of each input, a `torch.export.Dim` each.
         outputs: their names.
 
     Raises:
@@ -190,7 +194,7 @@ def run_exporter(
                 tuple(examples.values()),
                 input_names=list(examples),
                 output_names=list(outputs),
-                dynamic_shapes=tuple(axes for _ in examples),
+                dynamic_shapes=tuple(axes[name] for name in examples),
                 opset_version=_OPSET,
                 dynamo=True,
                 optimize=True,
@@ -206,10 +210,12 @@ def _trace(module: "torch.nn.Module", inputs: list[str], outputs: tuple[str, ...
 
     shape = (_TRACED_SHAPE[0], min(_TRACED_SHAPE[1], limit))
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=limit)}
-    return run_exporter(module, {name: torch.ones(shape, dtype=torch.int64) for name in inputs}, axes, outputs)
+    examples = {name: torch.ones(shape, dtype=torch.int64) for name in inputs}
+    return run_exporter(module, examples, dict.fromkeys(inputs, axes), outputs)
 
 
-def _describe(config: Any, limit: int) -> dict[str, Any]:
+def describe_text(config: Any, limit: int) -> dict[str, Any]:
+    """Return the sizes of an encoder of text for the manifest."""
     return {
         "model_type": config.model_type,
         "num_hidden_layers": config.num_hidden_layers,

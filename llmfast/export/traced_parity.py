@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def prove_traced(reference: Reference, graph: Path, inputs: list[str], limit: in
     """
     rng = np.random.default_rng(0)
     shapes = sorted({(batch, min(length, limit)) for batch, length in (*_SHAPES, (1, _LONGEST))})
-    return _prove(reference, graph, (_feeds(rng, shape, reference.model.config, inputs) for shape in shapes))
+    return prove(reference, graph, (_feeds(rng, shape, reference.model.config, inputs) for shape in shapes))
 
 
 def prove_signals(reference: Reference, graph: Path, name: str, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
@@ -80,19 +80,30 @@ def prove_signals(reference: Reference, graph: Path, name: str, shapes: Sequence
         GateError: a difference over the tolerance, or a value that is not a number.
     """
     rng = np.random.default_rng(0)
-    return _prove(reference, graph, ({name: rng.standard_normal(shape, np.float32)} for shape in shapes))
+    return prove(reference, graph, ({name: rng.standard_normal(shape, np.float32)} for shape in shapes))
 
 
-def _prove(reference: Reference, graph: Path, samples: Iterable[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """Compare on the samples, whose inputs all have the shape of the first."""
+class Runnable(Protocol):
+    """The PyTorch side of a comparison."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the graph's outputs."""
+
+    def run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the outputs for the graph's inputs."""
+
+
+def prove(reference: Runnable, graph: Path, samples: Iterable[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Compare ONNX Runtime with PyTorch on samples of inputs, see `prove_traced`."""
     session = open_session(graph)
     max_abs, max_rel = 0.0, 0.0
     agreed: list[bool] = []
     shapes = []
     for feeds in samples:
-        shape = next(iter(feeds.values())).shape
-        where = "x".join(map(str, shape))
-        shapes.append(list(shape))
+        different = list(dict.fromkeys(array.shape for array in feeds.values()))
+        where = " and ".join("x".join(map(str, shape)) for shape in different)
+        shapes.append(list(different[0]) if len(different) == 1 else [list(shape) for shape in different])
         try:
             actual = session.run(list(reference.outputs), feeds)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -100,7 +111,7 @@ def _prove(reference: Reference, graph: Path, samples: Iterable[dict[str, np.nda
         for name, got, expected in zip(reference.outputs, actual, reference.run(feeds), strict=True):
             absolute, relative = compare(name, where, got, expected)
             max_abs, max_rel = max(max_abs, absolute), max(max_rel, relative)
-            if name == "logits":
+            if name.startswith("logits"):
                 agreed += list(got.argmax(-1).ravel() == expected.argmax(-1).ravel())
     found = {"max_abs_diff": max_abs, "max_rel_diff": max_rel, "shapes": shapes}
     return found | ({"argmax_agreement": float(np.mean(agreed))} if agreed else {})

@@ -15,6 +15,7 @@ from llmfast.bundle import MODEL
 from llmfast.errors import InputError, UnsupportedError
 from llmfast.export.checkpoint import SafetensorsCheckpoint
 from llmfast.export.encoder import load_encoder
+from llmfast.export.pooling import read_output
 from llmfast.export.requirements import require_export_extra
 from llmfast.export.traced import TracedExport, describe_classes, quiet, run_exporter
 from llmfast.export.traced_graph import write_graph
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 
 # Each was exported and proven; the tests do it again for every entry.
 _MODEL_TYPES = {"pixel_values": ("deit", "dinov2", "vit"), "input_values": ("hubert", "wav2vec2")}
+_CTC = "automatic-speech-recognition"
+_TASKS = {
+    "pixel_values": ("image-classification", "image-feature-extraction"),
+    "input_values": ("audio-classification", _CTC),
+}
 _CHANNELS = 3
 _UNIT_VARIANCE = 3**0.5  # uniform numbers up to it have a variance of 1
 
@@ -55,6 +61,11 @@ def supported_signal_model_types(name: str) -> list[str]:
     return list(_MODEL_TYPES[name])
 
 
+def signal_tasks(name: str) -> list[str]:
+    """List the tasks that they are exported for, by the name of their input."""
+    return list(_TASKS[name])
+
+
 def write_traced_signals(source: Path, task: str, staged: Path) -> TracedExport:
     """Trace an encoder of images or sound with its real weights, write model.onnx, and compare it with PyTorch.
 
@@ -76,7 +87,7 @@ def write_traced_signals(source: Path, task: str, staged: Path) -> TracedExport:
     plugin = registry.load("tasks", task)
     checkpoint = SafetensorsCheckpoint(source, has_tokenizer=False)
     known = _MODEL_TYPES[plugin.INPUT]
-    if checkpoint.config.model_type not in known:
+    if checkpoint.config.model_type not in known or task not in _TASKS[plugin.INPUT]:
         raise UnsupportedError(
             f"`{source}`: a `{checkpoint.config.model_type}` can't be exported for {task}",
             f"encoders for it: {', '.join(known)}",
@@ -85,28 +96,36 @@ def write_traced_signals(source: Path, task: str, staged: Path) -> TracedExport:
         raise InputError(f"no `architectures` in `{source / 'config.json'}`", "it names the model's class")
     describe = {"pixel_values": _describe_images, "input_values": _describe_sound}[plugin.INPUT]
     signal = describe(source, checkpoint.config)
+    labels = _describe_answer(source, task, checkpoint.config)
     with quiet():
         model = load_encoder(source, checkpoint.config, plugin.AUTO_MODEL)
         axes = {axis: torch.export.Dim(name, min=smallest) for axis, (name, smallest) in signal.free.items()}
         module = _as_module(model, plugin.INPUT, plugin.OUTPUTS)
-        program = run_exporter(module, {plugin.INPUT: torch.zeros(signal.traced)}, axes, plugin.OUTPUTS)
+        examples = {plugin.INPUT: torch.zeros(signal.traced)}
+        program = run_exporter(module, examples, {plugin.INPUT: axes}, plugin.OUTPUTS)
         write_graph(program.model, dict(model.named_parameters()), staged)
         parity = prove_signals(Reference(model, plugin.OUTPUTS, None), staged / MODEL, plugin.INPUT, signal.proven)
-    example = {
-        "dtype": "float32",
-        "shape": list(signal.example),
-        "low": -_UNIT_VARIANCE,
-        "high": _UNIT_VARIANCE,
-    }
     return TracedExport(
         graphs={"model": {"file": MODEL, "inputs": [plugin.INPUT], "outputs": list(plugin.OUTPUTS)}},
-        architecture=_describe(model.config) | signal.facts | {"example_inputs": {plugin.INPUT: example}},
+        architecture=describe_signal(model.config)
+        | signal.facts
+        | labels
+        | {"example_inputs": {plugin.INPUT: describe_example(signal.example)}},
         parity=parity,
     )
 
 
-def _describe_images(source: Path, config: Any) -> Signal:
-    """Return the input of an encoder of images; the processor must make them as large as the model takes them."""
+def image_shape(source: Path, config: Any) -> tuple[int, int, int]:
+    """Return the shape of an encoder's images, channels first.
+
+    Args:
+        source: the checkpoint's folder.
+        config: of the encoder of images.
+
+    Raises:
+        InputError: preprocessor_config.json makes images of another size than the model takes.
+        UnsupportedError: it leaves them their own, or they are not RGB.
+    """
     size = ImageProcessor.load(source).output_size
     if size is None:
         raise UnsupportedError(
@@ -122,18 +141,23 @@ def _describe_images(source: Path, config: Any) -> Signal:
             f"`{source / PREPROCESSOR}` makes images of {size[0]}x{size[1]}, "
             f"config.json wants {expected[0]}x{expected[1]}"
         )
-    shape = (_CHANNELS, *size)
+    return _CHANNELS, *size
+
+
+def _describe_images(source: Path, config: Any) -> Signal:
+    """Return the input of an encoder of images."""
+    shape = image_shape(source, config)
     return Signal(
         traced=(2, *shape),
         free={0: ("batch", 1)},
         proven=tuple((batch, *shape) for batch in (1, 3, 4)),
         example=(1, *shape),
-        facts={"image_size": list(size)} | describe_classes(config),
+        facts={"image_size": list(shape[1:])},
     )
 
 
 def _describe_sound(source: Path, config: Any) -> Signal:
-    """Return the input of an encoder of sound, and how its answer is spelled."""
+    """Return the input of an encoder of sound."""
     rate = AudioProcessor.load(source).sampling_rate
     if getattr(config, "adapter_attn_dim", None):
         raise UnsupportedError(f"`{source}` has adapters for languages", "supported: a model of one vocabulary")
@@ -146,8 +170,15 @@ def _describe_sound(source: Path, config: Any) -> Signal:
         free={0: ("batch", 1), 1: ("samples", shortest)},
         proven=((1, shortest), (1, shortest + 7 * step + 1), (3, shortest + 50 * step - 1), (2, shortest + 200 * step)),
         example=(1, rate),
-        facts={"sampling_rate": rate, "min_samples": shortest} | _describe_characters(source, config),
+        facts={"sampling_rate": rate, "min_samples": shortest},
     )
+
+
+def _describe_answer(source: Path, task: str, config: Any) -> dict[str, Any]:
+    """Return what the model's answers are spelled with: classes, characters, or nothing where they are vectors."""
+    if task == _CTC:
+        return _describe_characters(source, config)
+    return describe_classes(config) if "logits" in registry.load("tasks", task).OUTPUTS else {}
 
 
 def _describe_characters(source: Path, config: Any) -> dict[str, Any]:
@@ -190,12 +221,18 @@ def _as_module(model: Any, name: str, outputs: tuple[str, ...]) -> "torch.nn.Mod
 
         def forward(self, signal: torch.Tensor) -> tuple[torch.Tensor, ...]:
             result = self.model(**{name: signal})
-            return tuple(result[output] for output in outputs)
+            return tuple(read_output(result, output, None, None) for output in outputs)
 
     return Encoder().eval()
 
 
-def _describe(config: Any) -> dict[str, Any]:
+def describe_example(shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return what `bench` and `quantize` draw random images and sounds like: normalized ones."""
+    return {"dtype": "float32", "shape": list(shape), "low": -_UNIT_VARIANCE, "high": _UNIT_VARIANCE}
+
+
+def describe_signal(config: Any) -> dict[str, Any]:
+    """Return the sizes of an encoder of images or sound for the manifest."""
     return {
         "model_type": config.model_type,
         "num_hidden_layers": config.num_hidden_layers,

@@ -12,6 +12,7 @@ PAST = "past_key_values."
 PRESENT = "present."
 # Prefix of what a decoder looks the source up by: outputs of the encoder, inputs of the decoder.
 CROSS = "cross_key_values."
+FEATURES = "input_features"  # a spectrogram, where an encoder takes no tokens
 # The other inputs of llmfast's own decoder graph.
 CONTRACT = ("input_ids", "seqlens_k", "total_sequence_length", "num_logits")
 DTYPES = {

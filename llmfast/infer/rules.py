@@ -44,6 +44,7 @@ class Rules:
             win at its length; "never" when it can't at any.
         length_penalty: power of the length that the scores of finished targets are divided by.
         forced_bos_token_id: the first token behind the start, the target language for instance.
+        prompt_length: tokens that every target begins with, the start token among them.
     """
 
     decoder_start_token_id: int
@@ -64,6 +65,7 @@ class Rules:
     begin_suppress_tokens: tuple[int, ...] = ()
     renormalize_logits: bool = False
     remove_invalid_values: bool = False
+    prompt_length: int = 1
 
     def apply(self, scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Return the scores of the next tokens, those not allowed at -inf.
@@ -86,7 +88,7 @@ class Rules:
             if len(prefix) <= length:
                 matches = (ids[:, length - len(prefix) :] == prefix).all(1)
                 scores[matches, last] = -np.inf
-        if length < self.min_length or length - 1 < self.min_new_tokens:
+        if length < self.min_length or length - self.prompt_length < self.min_new_tokens:
             scores[:, list(self.eos_token_ids)] = -np.inf
         if self.forced_bos_token_id is not None and length == 1:
             _force(scores, [self.forced_bos_token_id])
@@ -96,7 +98,7 @@ class Rules:
             limits = np.finfo(np.float32)
             np.nan_to_num(scores, copy=False, nan=0.0, posinf=limits.max, neginf=limits.min)
         scores[:, list(self.suppress_tokens)] = -np.inf
-        if self.begin_suppress_tokens and length == (1 if self.forced_bos_token_id is None else 2):
+        if self.begin_suppress_tokens and length == self.prompt_length + (self.forced_bos_token_id is not None):
             scores[:, list(self.begin_suppress_tokens)] = -np.inf
         if self.renormalize_logits:
             scores = scores - scores.max(-1, keepdims=True)
@@ -111,9 +113,9 @@ class Rules:
             any(anywhere)
             or self.remove_invalid_values
             or self.repetition_penalty != 1.0
-            or (at_begin and length <= 2)
+            or (at_begin and length <= self.prompt_length + 1)
             or length < self.min_length
-            or length - 1 < self.min_new_tokens
+            or length - self.prompt_length < self.min_new_tokens
             or (self.forced_eos_token_id and length == self.max_length - 1)
         )
 
@@ -125,13 +127,20 @@ class Rules:
         scores[rows, windows[rows, places, -1]] = -np.inf
 
 
-def read_rules(folder: Path, context_length: int | None, max_tokens: int | None = None, **overrides: Any) -> Rules:
+def read_rules(
+    folder: Path,
+    context_length: int | None,
+    max_tokens: int | None = None,
+    prompt_length: int = 1,
+    **overrides: Any,
+) -> Rules:
     """Read the rules of a bundle.
 
     Args:
         folder: holds generation_config.json.
         context_length: positions of the decoder; None is any number.
-        max_tokens: most tokens behind the start token; None takes the model's limit.
+        max_tokens: most tokens behind the prompt; None takes the model's limit.
+        prompt_length: tokens that every target begins with, the start token among them.
         overrides: fields of GenerationConfig that take precedence over the file's; None leaves the file's.
 
     Raises:
@@ -150,13 +159,13 @@ def read_rules(folder: Path, context_length: int | None, max_tokens: int | None 
     if settings.get("do_sample"):
         note(f"note: `{path}` asks for sampling; the likeliest text is searched instead")
     try:
-        return _check(Rules(**_fields(settings, path, context_length, max_tokens)))
+        return _check(Rules(**_fields(settings, path, context_length, max_tokens, prompt_length)))
     except (TypeError, ValueError) as error:
         raise InputError(f"malformed settings: `{path}`: {error}") from error
 
 
 def _fields(
-    settings: Mapping[str, Any], path: Path, context_length: int | None, max_tokens: int | None
+    settings: Mapping[str, Any], path: Path, context_length: int | None, max_tokens: int | None, prompt_length: int
 ) -> dict[str, Any]:
     start = settings.get("decoder_start_token_id", settings.get("bos_token_id"))
     eos = _tuple(settings.get("eos_token_id"))
@@ -167,7 +176,9 @@ def _fields(
         max_tokens = settings.get("max_new_tokens")
     if max_tokens is not None and max_tokens < 1:
         raise OptionError(f"--max-tokens {max_tokens}: must be at least 1")
-    max_length = max_tokens + 1 if max_tokens is not None else settings.get("max_length") or MAX_TOKENS + 1
+    max_length = settings.get("max_length") or MAX_TOKENS + prompt_length
+    if max_tokens is not None:
+        max_length = max_tokens + prompt_length
     if context_length is not None:
         max_length = min(max_length, context_length)
     known = {field.name for field in fields(Rules)}
@@ -177,6 +188,7 @@ def _fields(
         "eos_token_ids": eos,
         "pad_token_id": pad if pad is not None else next(iter(eos), 0),
         "max_length": max_length,
+        "prompt_length": prompt_length,
         "forced_eos_token_id": _tuple(settings.get("forced_eos_token_id")),
         # A bad word that is an end token is none: every target must be able to end.
         "bad_words_ids": tuple(
@@ -190,7 +202,7 @@ def _fields(
 def _check(rules: Rules) -> Rules:
     if rules.num_beams < 1:
         raise OptionError(f"--num-beams {rules.num_beams}: must be at least 1")
-    if rules.max_length < 2:
+    if rules.max_length <= rules.prompt_length:
         raise OptionError(f"a target of {rules.max_length} tokens has no room for an answer")
     if rules.no_repeat_ngram_size < 0:
         raise OptionError(f"--no-repeat-ngram-size {rules.no_repeat_ngram_size}: must be 0 (off) or more")

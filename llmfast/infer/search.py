@@ -29,30 +29,32 @@ class Found:
     finish_reason: str
 
 
-def search(engine: Seq2SeqEngine, rules: Rules) -> list[Found]:
+def search(engine: Seq2SeqEngine, rules: Rules, prompts: np.ndarray | None = None) -> list[Found]:
     """Find a target for every source that the engine has encoded.
 
     Args:
         engine: its targets are overwritten.
         rules: which tokens are allowed, how many beams there are, and when to end.
+        prompts: what each target begins with, int64 [batch, rules.prompt_length]; None is the start token.
     """
+    if prompts is None:
+        prompts = np.full((engine.num_sources, 1), rules.decoder_start_token_id)
     if rules.num_beams == 1:
-        sequences = _greedy(engine, rules)
+        sequences = _greedy(engine, rules, prompts)
     else:
-        sequences = _BeamSearch(engine, rules).run()
+        sequences = _BeamSearch(engine, rules, prompts).run()
     return [_trim(sequence, rules) for sequence in sequences]
 
 
-def _greedy(engine: Seq2SeqEngine, rules: Rules) -> np.ndarray:
+def _greedy(engine: Seq2SeqEngine, rules: Rules, prompts: np.ndarray) -> np.ndarray:
     """Return int64 [batch, length], -1 behind the end."""
-    batch = engine.num_sources
+    batch, length = prompts.shape
     engine.start(batch, rules.max_length)
     ids = np.full((batch, rules.max_length), -1, np.int64)
-    ids[:, 0] = rules.decoder_start_token_id
+    ids[:, :length] = prompts
     unfinished = np.ones(batch, bool)
-    length = 1
     while length < rules.max_length and unfinished.any():
-        scores = rules.apply(engine.decode(ids[:, length - 1 : length]), ids[:, :length])
+        scores = rules.apply(engine.decode(ids[:, engine.length : length]), ids[:, :length])
         tokens = np.where(unfinished, scores.argmax(-1), rules.pad_token_id)
         ids[:, length] = tokens
         unfinished &= ~np.isin(tokens, rules.eos_token_ids)
@@ -63,13 +65,13 @@ def _greedy(engine: Seq2SeqEngine, rules: Rules) -> np.ndarray:
 class _BeamSearch:
     """The state of one search. Arrays are [batch, beams] or [batch, beams, max_length]."""
 
-    def __init__(self, engine: Seq2SeqEngine, rules: Rules) -> None:
+    def __init__(self, engine: Seq2SeqEngine, rules: Rules, prompts: np.ndarray) -> None:
         self.engine = engine
         self.rules = rules
         self.batch, self.beams = engine.num_sources, rules.num_beams
         shape = (self.batch, self.beams)
         self.running = np.full((*shape, rules.max_length), -1, np.int64)
-        self.running[:, :, 0] = rules.decoder_start_token_id
+        self.running[:, :, : rules.prompt_length] = prompts[:, None]
         self.running_scores = np.zeros(shape, np.float32)
         self.running_scores[:, 1:] = _NEVER  # all beams are alike: only the first may go on
         self.finished = self.running.copy()
@@ -81,10 +83,10 @@ class _BeamSearch:
         """Return the best sequence of each source, int64 [batch, max_length], -1 behind the end."""
         rules, rows = self.rules, self.batch * self.beams
         self.engine.start(rows, rules.max_length)
-        length, is_open = 1, True
+        length, is_open = rules.prompt_length, True
         while is_open:
             ids = self.running.reshape(rows, -1)
-            scores = log_softmax(self.engine.decode(ids[:, length - 1 : length]))
+            scores = log_softmax(self.engine.decode(ids[:, self.engine.length : length]))
             is_open = self._advance(rules.apply(scores, ids[:, :length]), length)
             length += 1
         best: np.ndarray = self.finished[:, 0]
@@ -114,7 +116,7 @@ class _BeamSearch:
         """Merge the candidates that just ended with the best that ended before."""
         rules = self.rules
         ended = ends & (np.arange(scores.shape[1]) < self.beams)
-        scores = scores / np.float32(length**rules.length_penalty)
+        scores = scores / np.float32((length + 1 - rules.prompt_length) ** rules.length_penalty)
         if rules.early_stopping is True:
             scores = scores + self.is_finished.all(1, keepdims=True) * _NEVER
         scores = scores + ~self.improvable * _NEVER + ~ended * _NEVER
@@ -136,9 +138,9 @@ class _BeamSearch:
     def _check_improvable(self, length: int) -> None:
         """Note which sources' running beams may still beat their finished ones."""
         rules = self.rules
-        hypothetical = length - 1
         if rules.early_stopping == "never" and rules.length_penalty > 0:
-            hypothetical = rules.max_length - 1
+            length = rules.max_length
+        hypothetical = length - rules.prompt_length
         possible = self.running_scores[:, :1] / np.float32(hypothetical**rules.length_penalty)
         worst = np.where(self.is_finished, self.finished_scores.min(1, keepdims=True), _NEVER)
         self.improvable &= (possible > worst).any(1, keepdims=True)
@@ -168,7 +170,7 @@ def _best(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _trim(sequence: np.ndarray, rules: Rules) -> Found:
-    ids = sequence[1:]
+    ids = sequence[rules.prompt_length :]
     ends = np.flatnonzero(np.isin(ids, (*rules.eos_token_ids, -1)))
     has_ended = ends.size > 0 and ids[ends[0]] != -1
     return Found(ids[: ends[0] if ends.size else None].tolist(), "eos" if has_ended else "length")

@@ -6,6 +6,7 @@ the positions in which a row differs from the one it takes over.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError, ResourceError, UnsupportedError
-from llmfast.graph.feeds import CROSS, PAST
+from llmfast.graph.feeds import CROSS, FEATURES, PAST
 from llmfast.runtime import import_onnxruntime, open_session
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Seq2SeqEngine:
     Attributes:
         encoder, session: the ONNX Runtime sessions of the encoder and the decoder.
         vocab_size: rows of the logits.
-        context_length: positions of a source, and of a target; None is any number.
+        context_length: positions of a source of tokens, and of a target; None is any number.
+        features: the shape of a source that is no text, bands and frames of a spectrogram; None is tokens.
         length: positions of the targets in the cache.
         load_s: seconds it took to open the sessions.
 
@@ -70,6 +72,8 @@ class Seq2SeqEngine:
         _check_contract(self.session, bundle, self._cross)
         self.vocab_size = next(int(one.shape[-1]) for one in self.session.get_outputs() if one.name == "logits")
         self.context_length: int | None = bundle.manifest.architecture.get("context_length")
+        first = self.encoder.get_inputs()[0]
+        self.features: tuple[int, int] | None = tuple(first.shape[1:]) if first.name == FEATURES else None
         self.length = 0
         self._wrap = import_onnxruntime().OrtValue.ortvalue_from_numpy
         self._mask = np.ones((0, 0), np.int64)
@@ -103,14 +107,27 @@ class Seq2SeqEngine:
                 f"source too long: {input_ids.shape[1]} tokens, the model has {self.context_length} positions",
                 "shorten it",
             )
+        arrays = {"input_ids": input_ids, "attention_mask": attention_mask}
+        self._encode({name: np.ascontiguousarray(array, np.int64) for name, array in arrays.items()})
+        self._mask = np.ascontiguousarray(attention_mask, np.int64)
+
+    def encode_features(self, features: np.ndarray) -> None:
+        """Encode spectrograms; the targets decoded before are forgotten.
+
+        Args:
+            features: float32 [batch, bands, frames], of the sizes that the graph takes.
+        """
+        self._encode({FEATURES: np.ascontiguousarray(features, np.float32)})
+        self._mask = np.ones((len(features), self._sources[0].shape()[2]), np.int64)
+
+    def _encode(self, arrays: Mapping[str, np.ndarray]) -> None:
         binding = self.encoder.io_binding()
-        for name, array in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-            binding.bind_ortvalue_input(name, self._wrap(np.ascontiguousarray(array, np.int64)))
+        for name, array in arrays.items():
+            binding.bind_ortvalue_input(name, self._wrap(array))
         for name in self._cross:
             binding.bind_output(name)
         self.encoder.run_with_iobinding(binding)
         self._sources = list(binding.get_outputs())
-        self._mask = np.ascontiguousarray(attention_mask, np.int64)
         self._steps = {}
 
     def start(self, rows: int, capacity: int) -> None:

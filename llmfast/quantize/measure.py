@@ -221,9 +221,10 @@ class Proof:
         self._paths = {role: model.path for role, model in models.items()}
         # As they are now: transforms change them, and the graph of another exporter was adapted in memory.
         self._graphs = {role: model.proto.SerializeToString() for role, model in models.items()}
-        if self._task in SEQ2SEQ_TASKS:
+        if "decoder" in models:
             models = {"encoder": models["encoder"]}
-            note("note: encoders are compared here; `llmfast bench --data` compares whole answers, on pairs of texts")
+            whole = "; `llmfast bench --data` compares whole answers, on pairs of texts"
+            note(f"note: encoders are compared here{whole if self._task in SEQ2SEQ_TASKS else ''}")
         self._held_out = {
             role: hold_out(bundle, model, data, calibration, calibrated, num_samples) for role, model in models.items()
         }

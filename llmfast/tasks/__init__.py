@@ -8,5 +8,6 @@ Every file defines `AUTO_MODEL` (the class of transformers that loads a checkpoi
 - `INFER_OPTIONS`: the options of `llmfast infer` that `answer` takes as keywords.
 - `TEXT_OPTION`: the option of `llmfast infer` that gives the texts, where it is not `prompt`; `image` and
   `audio` give paths of files.
-- `INPUT`: the graph's one input, where that is not made of text: `pixel_values`, `input_values`.
+- `read_input(bundle, path)`, of tasks of images or sound that give labels: the graph's input for one file, by name.
+- `INPUT`: the graph's input that is not made of text, where there is one: `pixel_values`, `input_values`.
 """

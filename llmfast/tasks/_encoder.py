@@ -131,6 +131,19 @@ def run_session(
     return [value.astype(np.float32, copy=False) for value in values]
 
 
+def score_tokens(session: "onnxruntime.InferenceSession", batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Compute the logits of every token of a batch.
+
+    Args:
+        session: the graph.
+        batch: `input_ids`, `attention_mask`, `token_type_ids`, int64 [batch, seq].
+
+    Returns:
+        float32 [batch, seq, labels], or the vocabulary in place of labels.
+    """
+    return run_session(session, ("logits",), batch)[0]
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Turn logits into shares of 1 along the last axis, float64."""
     powers: np.ndarray = np.exp(logits - logits.max(-1, keepdims=True).astype(np.float64))

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmfast.bundle import ModelBundle, stage_file
-from llmfast.errors import OptionError
-from llmfast.report import note
+from llmfast.bundle import ModelBundle
 from llmfast.runtime import open_session
+from llmfast.tasks._embeddings import EMBEDDING_OPTIONS, answer_embeddings, spell_embedding
 from llmfast.tasks._encoder import run_session, run_texts
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 AUTO_MODEL = "AutoModel"
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
-INFER_OPTIONS = ("output", "overwrite")
+INFER_OPTIONS = EMBEDDING_OPTIONS
 
 
 def answer(
@@ -47,25 +46,15 @@ def answer(
         OutputExistsError: the output exists.
         ResourceError: it can't be written.
     """
-    if output is None:
-        if overwrite:
-            raise OptionError("--overwrite without --output", "name the file: --output FILE.npy")
-        return _describe(texts, _embed_texts(bundle, texts, provider, threads))
-    if output.suffix != ".npy":
-        raise OptionError(f"--output `{output}`: not a .npy file", "embeddings as text: --format jsonl > FILE")
-    with stage_file(output, overwrite) as staged:
-        vectors = _embed_texts(bundle, texts, provider, threads)
-        with staged.open("wb") as file:
-            np.save(file, np.stack(vectors))
-    note(f"{output}: {len(vectors)} embeddings of {len(vectors[0])} numbers")
-    return [{key: value for key, value in one.items() if key != "embedding"} for one in _describe(texts, vectors)]
+    session = open_session(bundle.model, provider, threads)
+    return answer_embeddings(
+        "text", texts, lambda: run_texts(bundle, texts, lambda batch: embed(session, batch)), output, overwrite
+    )
 
 
 def spell(answer: dict[str, Any]) -> str:
     """Return an answer as a line for people: how near it is to the first of several texts, or the vector."""
-    if "cosine" in answer:
-        return f"{answer['cosine']:.4f} {answer['text']}"
-    return " ".join(f"{value:.6f}" for value in answer.get("embedding", ()))
+    return spell_embedding(answer, "text")
 
 
 def embed(session: "onnxruntime.InferenceSession", batch: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -86,22 +75,3 @@ def embed(session: "onnxruntime.InferenceSession", batch: Mapping[str, np.ndarra
     mask = batch["attention_mask"][..., None].astype(np.float32)
     means: np.ndarray = (hidden * mask).sum(1) / np.maximum(mask.sum(1), 1)
     return means
-
-
-def _embed_texts(bundle: ModelBundle, texts: Sequence[str], provider: str, threads: int | None) -> list[np.ndarray]:
-    session = open_session(bundle.model, provider, threads)
-    return run_texts(bundle, texts, lambda batch: embed(session, batch))
-
-
-def _describe(texts: Sequence[str], vectors: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-    answers: list[dict[str, Any]] = []
-    for text, vector in zip(texts, vectors, strict=True):
-        cosine = {"cosine": _cosine(vectors[0], vector)} if len(texts) > 1 else {}
-        answers.append({"text": text} | cosine | {"embedding": vector})
-    return answers
-
-
-def _cosine(left: np.ndarray, right: np.ndarray) -> float:
-    left, right = left.astype(np.float64), right.astype(np.float64)
-    lengths = np.linalg.norm(left) * np.linalg.norm(right)
-    return float(np.clip(left @ right / max(lengths, np.finfo(np.float64).tiny), -1, 1))

@@ -1,6 +1,6 @@
 """A text with a gap gets the words that fill it: what BERT and its kin are trained on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -8,11 +8,10 @@ import numpy as np
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.runtime import open_session
-from llmfast.tasks._encoder import run_session, run_windows, softmax
+from llmfast.tasks._encoder import run_windows, score_tokens, softmax
 from llmfast.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    import onnxruntime
     from tokenizers import Encoding
 
 AUTO_MODEL = "AutoModelForMaskedLM"
@@ -84,19 +83,6 @@ def spell(answer: dict[str, Any]) -> str:
     )
 
 
-def score_tokens(session: "onnxruntime.InferenceSession", batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Compute the logits of a batch.
-
-    Args:
-        session: the graph.
-        batch: `input_ids`, `attention_mask`, `token_type_ids`, int64 [batch, seq].
-
-    Returns:
-        float32 [batch, seq, vocabulary].
-    """
-    return run_session(session, OUTPUTS, batch)[0]
-
-
 def _fill(
     tokenizer: Tokenizer, window: "Encoding", logits: np.ndarray, mask_id: int, top_k: int
 ) -> list[list[dict[str, Any]]]:
@@ -108,7 +94,8 @@ def _fill(
     for gap in gaps:
         scores = softmax(logits[gap])
         candidates = []
-        for token in np.argsort(-scores, kind="stable")[:top_k].tolist():
+        # A model may have more rows than its tokenizer has tokens: those say nothing.
+        for token in np.argsort(-scores[: tokenizer.vocab_size], kind="stable")[:top_k].tolist():
             filled = ids.copy()
             filled[gap] = token
             candidates.append(

@@ -1,26 +1,26 @@
 """An image gets a label: what it shows, of the classes that the model knows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmfast.bundle import ModelBundle
-from llmfast.errors import OptionError
 from llmfast.image import ImageProcessor
-from llmfast.report import progress
 from llmfast.runtime import open_session
-from llmfast.tasks._encoder import label_names, label_scores, run_session
+from llmfast.tasks._encoder import run_session
+from llmfast.tasks._images import run_images
+from llmfast.tasks._labels import check_top_k, rank_labels, spell_labels
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 AUTO_MODEL = "AutoModelForImageClassification"
 OUTPUTS = ("logits",)
 INPUT = "pixel_values"
 INFER_OPTIONS = ("top_k",)
 TEXT_OPTION = "image"
-
-# Images of one pass: one is hundreds of positions already.
-_BATCH_SIZE = 4
 
 
 def answer(
@@ -46,29 +46,22 @@ def answer(
 
     Source: `ImageClassificationPipeline` of transformers.
     """
-    if top_k < 1:
-        raise OptionError(f"--top-k {top_k}: must be at least 1")
-    processor = ImageProcessor.load(bundle.path)
+    check_top_k(top_k)
     session = open_session(bundle.model, provider, threads)
-    answers = []
-    with progress("running", len(texts)) as advance:
-        for start in range(0, len(texts), _BATCH_SIZE):
-            paths = texts[start : start + _BATCH_SIZE]
-            pixels = np.stack([processor.read(Path(path)) for path in paths])
-            logits = run_session(session, OUTPUTS, {INPUT: pixels})[0]
-            answers += [_describe(path, row, bundle, top_k) for path, row in zip(paths, logits, strict=True)]
-            advance(len(paths))
-    return answers
+    rows = run_images(bundle, texts, lambda pixels: classify(session, {INPUT: pixels}))
+    return [{"image": path} | rank_labels(row, bundle, top_k) for path, row in zip(texts, rows, strict=True)]
 
 
 def spell(answer: dict[str, Any]) -> str:
     """Return an answer as a line a label for people."""
-    return "\n".join(f"{one['label']} {one['score']:.4f}" for one in answer["labels"])
+    return spell_labels(answer)
 
 
-def _describe(path: str, logits: np.ndarray, bundle: ModelBundle, top_k: int) -> dict[str, Any]:
-    scores = label_scores(logits, bundle)
-    names = label_names(bundle, len(scores))
-    best = np.argsort(-scores, kind="stable")[:top_k]
-    labels = [{"label": names[index], "score": float(scores[index])} for index in best]
-    return {"image": path, **labels[0], "labels": labels}
+def classify(session: "onnxruntime.InferenceSession", batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Compute the logits of images, float32 [batch, 3, height, width] by the input's name: float32 [batch, classes]."""
+    return run_session(session, OUTPUTS, batch)[0]
+
+
+def read_input(bundle: ModelBundle, path: str) -> dict[str, np.ndarray]:
+    """Return the graph's input for an image file, a batch of one."""
+    return {INPUT: ImageProcessor.load(bundle.path).read(Path(path))[None]}

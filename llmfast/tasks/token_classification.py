@@ -1,17 +1,16 @@
 """The words of a text get labels: names of people and places, parts of speech, personal data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmfast.bundle import ModelBundle
 from llmfast.runtime import open_session
-from llmfast.tasks._encoder import label_names, run_session, run_windows, softmax, trim
+from llmfast.tasks._encoder import label_names, run_windows, score_tokens, softmax, trim
 from llmfast.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    import onnxruntime
     from tokenizers import Encoding
 
 AUTO_MODEL = "AutoModelForTokenClassification"
@@ -62,19 +61,6 @@ def spell(answer: dict[str, Any]) -> str:
         f"{one['start']}-{one['end']} {one['label']} {one['score']:.4f} {one['word']}" for one in answer["entities"]
     ]
     return "\n".join(lines) or "(none)"
-
-
-def score_tokens(session: "onnxruntime.InferenceSession", batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Compute the logits of a batch.
-
-    Args:
-        session: the graph.
-        batch: `input_ids`, `attention_mask`, `token_type_ids`, int64 [batch, seq].
-
-    Returns:
-        float32 [batch, seq, labels].
-    """
-    return run_session(session, OUTPUTS, batch)[0]
 
 
 def _label_tokens(window: "Encoding", logits: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:

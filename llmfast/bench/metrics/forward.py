@@ -13,7 +13,14 @@ from llmfast.report import Column
 
 ORDER = 55
 KIND = "speed"
-TASKS = ("automatic-speech-recognition", "image-classification", UNKNOWN_TASK)
+TASKS = (
+    "audio-classification",
+    "automatic-speech-recognition",
+    "image-classification",
+    "image-feature-extraction",
+    "zero-shot-image-classification",
+    UNKNOWN_TASK,
+)
 NEEDS = ("example_inputs",)
 HIGHER_IS_BETTER = {"forward_s": False}
 COLUMNS = (

@@ -18,7 +18,14 @@ from llmfast.report import Column
 
 ORDER = 90
 KIND = "quality"
-TASKS = ("automatic-speech-recognition", "image-classification", UNKNOWN_TASK)
+TASKS = (
+    "audio-classification",
+    "automatic-speech-recognition",
+    "image-classification",
+    "image-feature-extraction",
+    "zero-shot-image-classification",
+    UNKNOWN_TASK,
+)
 NEEDS = ("example_inputs",)
 UNIT = "samples"
 DATA = ""

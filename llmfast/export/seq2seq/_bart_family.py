@@ -14,7 +14,7 @@ def describe_bart(config: Any, **differences: Any) -> EncoderDecoder:
         "decoder": _stack(config, config.decoder_layers, config.decoder_attention_heads),
         "hidden_size": config.d_model,
         "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
+        "context_length": getattr(config, "max_position_embeddings", None),  # Whisper has one for each stack
         "norm_epsilon": 1e-5,
         "spell": _spell,
         "embedding_scale": math.sqrt(config.d_model) if config.scale_embedding else 1.0,
