@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmfast import registry
 from llmfast.errors import InputError, LlmfastError, OptionError, ResourceError, UnsupportedError
+from llmfast.kept import kept
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -40,6 +41,7 @@ def resolve_threads(threads: int | None) -> int:
     return threads
 
 
+@kept
 def open_session(
     model: Path,
     provider: str = "cpu",

@@ -12,6 +12,7 @@ import tokenizers
 
 from llmfast.bundle import MANIFEST, read_json
 from llmfast.errors import InputError, UnsupportedError
+from llmfast.kept import kept
 
 # What a decoder writes for bytes that are not, or not yet, a whole character.
 REPLACEMENT = "\ufffd"
@@ -54,6 +55,7 @@ class Tokenizer:
         self.chat_template = chat_template
 
     @classmethod
+    @kept
     def load(cls, folder: Path, name: str = "tokenizer.json") -> "Tokenizer":
         """Read the tokenizer of a bundle or checkpoint.
 

@@ -37,6 +37,11 @@ class _Step:
 class Engine(Decoder):
     """A decoder over one cache that is never copied.
 
+    Attributes:
+        ids_dtype: of the token ids that the graph takes.
+        chunk_tokens: tokens of a prompt that go through the graph at once.
+        on_cpu: the cache is in this process's memory.
+
     Args:
         bundle: a text-generation bundle; `open_decoder` says which graphs this engine runs.
         provider: a name in `llmfast.providers`.
@@ -68,20 +73,20 @@ class Engine(Decoder):
         start = time.perf_counter()
         self.session = open_session(bundle.model, provider, threads, spin, graph=graph, prepack=prepack)
         self.load_s = time.perf_counter() - start
-        self._ids_dtype = _check_contract(self.session, bundle)
+        self.ids_dtype = _check_contract(self.session, bundle)
         self.context_length = context_length(bundle)
         self.vocab_size = _vocab_size(self.session)
         self.capacity = self.context_length
         if max_length is not None:
             self.capacity = min(self.capacity, -(-max_length // chunk_tokens) * chunk_tokens)
         self.length = 0
-        self._chunk_tokens = chunk_tokens
+        self.chunk_tokens = chunk_tokens
         self._seqlens_k = np.zeros(1, np.int32)
         self._total_sequence_length = np.zeros((), np.int32)
         self._logits = np.empty((1, 1, self.vocab_size), np.float32)
         self._steps: dict[int, _Step] = {}
         self._wrap = ort.OrtValue.ortvalue_from_numpy
-        self._slab, self._on_cpu = _allocate_slab(self.session, self.capacity)
+        self._slab, self.on_cpu = _allocate_slab(self.session, self.capacity)
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         """Append tokens, chunk by chunk, and return the logits of the last one."""
@@ -117,7 +122,7 @@ class Engine(Decoder):
         step.input_ids[0, :] = ids
         self._seqlens_k[0] = self.length + count - 1
         self._total_sequence_length[()] = self.length + count
-        if not self._on_cpu:
+        if not self.on_cpu:
             self._bind_numbers(step.binding, step.input_ids)  # a device has its own copy of them
         self.session.run_with_iobinding(step.binding)
         self.length += count
@@ -131,7 +136,7 @@ class Engine(Decoder):
 
     def _bind(self, count: int, logits: np.ndarray) -> _Step:
         binding = self.session.io_binding()
-        input_ids = np.zeros((1, count), self._ids_dtype)
+        input_ids = np.zeros((1, count), self.ids_dtype)
         num_logits = np.array([logits.shape[1]], np.int64)
         self._bind_numbers(binding, input_ids)
         binding.bind_ortvalue_input("num_logits", self._wrap(num_logits))
@@ -147,7 +152,7 @@ class Engine(Decoder):
         binding.bind_ortvalue_input("total_sequence_length", self._wrap(self._total_sequence_length))
 
     def _chunks(self, ids: np.ndarray) -> list[np.ndarray]:
-        return [ids[start : start + self._chunk_tokens] for start in range(0, len(ids), self._chunk_tokens)]
+        return [ids[start : start + self.chunk_tokens] for start in range(0, len(ids), self.chunk_tokens)]
 
 
 def _allocate_slab(

@@ -3,19 +3,16 @@
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Literal
 
 import numpy as np
 
 from llmfast.errors import InputError, OptionError
+from llmfast.infer.answer import Answer, FinishReason
 from llmfast.infer.decoder import Decoder
 from llmfast.infer.sampling import Sampling, sample
-from llmfast.tokenizer import Tokenizer, TokenStream
+from llmfast.tokenizer import Tokenizer
 
 MAX_TOKENS = 256
-
-FinishReason = Literal["stop", "length", "eos"]
 
 
 @dataclass(frozen=True)
@@ -38,48 +35,6 @@ class Generation:
     ttft_s: float
     decode_tokens_per_s: float | None
     finish_reason: FinishReason
-
-
-class StopFilter:
-    """Let text through up to the first stop string.
-
-    Text that may be the beginning of a stop string is held back until it is known not to be. When
-    several stop strings occur, the one that is complete first counts, so how the text was cut into
-    pieces makes no difference.
-
-    Args:
-        stop: strings that end the text, none of them empty.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self.found = False
-        self._stop = tuple(stop)
-        self._held = ""
-
-    def push(self, piece: str) -> str:
-        """Add text and return what can be shown; `found` says whether it ends there."""
-        text = self._held + piece
-        matches = [(text.find(stop) + len(stop), -len(stop)) for stop in self._stop if stop in text]
-        if matches:
-            end, negative_length = min(matches)
-            self.found = True
-            self._held = ""
-            return text[: end + negative_length]
-        shown = len(text) - self._doubtful(text)
-        self._held = text[shown:]
-        return text[:shown]
-
-    def flush(self) -> str:
-        """Return the text held back, when no more will come."""
-        held, self._held = self._held, ""
-        return held
-
-    def _doubtful(self, text: str) -> int:
-        longest = min(len(text), max(map(len, self._stop), default=1) - 1)
-        for count in range(longest, 0, -1):
-            if any(stop.startswith(text[-count:]) for stop in self._stop):
-                return count
-        return 0
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, system: str | None = None, raw: bool = False) -> np.ndarray:
@@ -148,28 +103,14 @@ def generate(
     times = _Times()
     vocab_size = min(tokenizer.vocab_size, engine.vocab_size)
     tokens = _choose_tokens(engine, prompt_ids, vocab_size, sampling, times)
-    stream = TokenStream(tokenizer, prompt_ids.tolist())
-    filtered = StopFilter(stop)
-    text = ""
-    count = 0
-    finish_reason: FinishReason = "length"
-    for token in islice(tokens, min(max_tokens, room)):
-        if token in eos_ids:
-            finish_reason = "eos"
-            break
-        count += 1
-        piece = filtered.push(stream.push(token))
+    answer = Answer(tokenizer, prompt_ids.tolist(), min(max_tokens, room), stop, eos_ids)
+    while answer.finish_reason is None:
+        piece = answer.push(next(tokens))
         if piece:
-            text += piece
             yield piece
-        if filtered.found:
-            finish_reason = "stop"
-            break
-    rest = filtered.flush()
-    if rest:
-        text += rest
-        yield rest
-    return Generation(text, len(prompt_ids), count, times.ttft_s, times.decode_tokens_per_s, finish_reason)
+    return Generation(
+        answer.text, len(prompt_ids), answer.count, times.ttft_s, times.decode_tokens_per_s, answer.finish_reason
+    )
 
 
 def finish(pieces: Generator[str, None, Generation], emit: Callable[[str], None] | None = None) -> Generation:
