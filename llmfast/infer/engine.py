@@ -40,7 +40,8 @@ class Engine(Decoder):
     Attributes:
         ids_dtype: of the token ids that the graph takes.
         chunk_tokens: tokens of a prompt that go through the graph at once.
-        on_cpu: the cache is in this process's memory.
+        takes_rows: sequences of different lengths may run side by side: the graph is llmfast's own, not one adapted
+            from another exporter's, and the cache is in this process's memory.
 
     Args:
         bundle: a text-generation bundle; `open_decoder` says which graphs this engine runs.
@@ -86,7 +87,8 @@ class Engine(Decoder):
         self._logits = np.empty((1, 1, self.vocab_size), np.float32)
         self._steps: dict[int, _Step] = {}
         self._wrap = ort.OrtValue.ortvalue_from_numpy
-        self._slab, self.on_cpu = _allocate_slab(self.session, self.capacity)
+        self._slab, self._on_cpu = _allocate_slab(self.session, self.capacity)
+        self.takes_rows = self._on_cpu and graph is None
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         """Append tokens, chunk by chunk, and return the logits of the last one."""
@@ -122,7 +124,7 @@ class Engine(Decoder):
         step.input_ids[0, :] = ids
         self._seqlens_k[0] = self.length + count - 1
         self._total_sequence_length[()] = self.length + count
-        if not self.on_cpu:
+        if not self._on_cpu:
             self._bind_numbers(step.binding, step.input_ids)  # a device has its own copy of them
         self.session.run_with_iobinding(step.binding)
         self.length += count

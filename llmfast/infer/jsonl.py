@@ -183,9 +183,13 @@ class AnswerFile:
             ) from error
 
     def close(self) -> None:
-        """Bring all to disk."""
+        """Bring all to disk; a file without an answer is removed."""
         try:
             os.fsync(self._file.fileno())
+            if not self._size:
+                self.path.unlink()
+        except OSError as error:
+            raise ResourceError(f"cannot write `{self.path}`: {error.strerror}") from error
         finally:
             self._file.close()
 
@@ -196,6 +200,8 @@ class AnswerFile:
             ResourceError: no room for a second copy; the file stays as it is, complete but out of order.
         """
         keys, starts = array("Q"), array("Q", [0])
+        if not self.path.exists():
+            return  # no line could be answered
         with self.path.open("rb") as file:
             for raw in file:
                 keys.append(_key_of(raw, self.path))

@@ -154,7 +154,8 @@ def answer_file(
                 work.run(_remaining(read, keys, file.done), remaining, done, failed)
     except BaseException:
         count = summary.answered_before + summary.answered
-        note(f"note: {count} of {len(keys)} answers are in `{output}`; the same command goes on from there")
+        if count:
+            note(f"note: {count} of {len(keys)} answers are in `{output}`; the same command goes on from there")
         raise
     finally:
         file.close()

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llmfast.bundle import ModelBundle
-from llmfast.errors import LlmfastError, OptionError
+from llmfast.errors import LlmfastError, OptionError, UnsupportedError
 from llmfast.infer.batch import Batch, check_prompt
 from llmfast.infer.decoder import Decoder, context_length
 from llmfast.infer.engine import Engine
@@ -111,14 +111,18 @@ class Prompts:
         engine: Decoder = open_decoder(self._bundle, self._provider, self._threads, max_length=self._capacity)
         if engine.note:
             note(f"note: `{self._bundle.name}`: {engine.note}")
-        in_slab = isinstance(engine, Engine) and engine.on_cpu
-        plan = plan_memory(self._bundle, engine, self._capacity, remaining if in_slab else 1, self._batch_size)
+        takes_rows = isinstance(engine, Engine) and engine.takes_rows
+        if not takes_rows and (self._batch_size or 0) > 1:
+            raise UnsupportedError(
+                f"`{self._bundle.path}` answers one prompt at a time with {self._provider}: its graph is another "
+                "exporter's, or its cache is on a device",
+                "leave --batch-size out",
+            )
+        plan = plan_memory(self._bundle, engine, self._capacity, remaining if takes_rows else 1, self._batch_size)
         self._memory = plan
         note(f"{remaining} prompts; {plan}")
-        if isinstance(engine, Engine) and in_slab:
+        if isinstance(engine, Engine) and takes_rows:
             return SlabRows(engine, plan.rows, self._capacity)
-        if (self._batch_size or 0) > 1:
-            note("note: this engine answers one prompt at a time; --batch-size has no effect")
         return OneRow(engine)
 
 
