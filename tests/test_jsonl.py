@@ -313,6 +313,24 @@ def test_a_cache_that_does_not_fit_is_refused(tiny: Path, tmp_path: Path, monkey
     assert json.loads(result.stdout)["memory"]["rows"] == 1
 
 
+def test_the_input_is_never_the_output(tiny: Path, tmp_path: Path) -> None:
+    source = _write(tmp_path / "p.jsonl", {"prompt": "ab"})
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for output in (source, tmp_path / "link.jsonl"):
+        result = _infer(tiny, source, output, "--overwrite")
+        assert result.exit_code == 2
+        assert "is the input" in result.stderr
+    assert _read(source) == [{"prompt": "ab"}]
+
+
+def test_a_linked_output_stays_a_link(tiny: Path, tmp_path: Path) -> None:
+    source = _write(tmp_path / "p.jsonl", *({"prompt": "ab", "max_new_tokens": 9 - i} for i in range(4)))
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "real.jsonl")
+    assert _infer(tiny, source, tmp_path / "a.jsonl").exit_code == 0
+    assert (tmp_path / "a.jsonl").is_symlink()
+    assert [one["id"] for one in _read(tmp_path / "real.jsonl")] == [1, 2, 3, 4]
+
+
 def test_batch_size_is_for_files(tiny: Path) -> None:
     result = CliRunner().invoke(app, ["infer", str(tiny), "--prompt", "x", "--batch-size", "2"])
     assert result.exit_code == 2

@@ -249,11 +249,12 @@ class Batch:
         except LlmfastError as error:
             self._active[row] = None
             return Event(request.id, error=error)
+        before = answer.count
         text = answer.push(entry.token)
+        self.counts.generated_tokens += answer.count - before
         if answer.finish_reason is None:
             return Event(request.id, text)
         self._active[row] = None
-        self.counts.generated_tokens += answer.count
         now = time.perf_counter()
         first = entry.first or now
         steps = entry.length - len(request.prompt_ids)

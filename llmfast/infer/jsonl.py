@@ -131,7 +131,7 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, keys: np.ndarray, overwrite: bool = False) -> None:
-        self.path = path
+        self.path = path = path.resolve() if path.is_symlink() else path  # a link stays one
         self._keys = keys
         self._synced = time.monotonic()
         if path.is_dir():
@@ -144,7 +144,7 @@ class AnswerFile:
         try:
             _lock(self._file.fileno(), path)
             if overwrite:
-                os.truncate(path, 0)
+                self._file.truncate(0)
             found, size = _read_keys(path)
             self.dropped = size < path.stat().st_size
             if not np.isin(found, keys).all():
@@ -152,7 +152,7 @@ class AnswerFile:
                     f"output exists: `{path}` has answers of another model, other options or other prompts",
                     "choose another --output, or add --overwrite",
                 )
-            os.truncate(path, size)
+            self._file.truncate(size)
         except BaseException:
             self._file.close()
             raise
@@ -176,7 +176,7 @@ class AnswerFile:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as error:
-            os.truncate(self.path, self._size)
+            self._file.truncate(self._size)
             raise ResourceError(
                 f"cannot write `{self.path}`: {error.strerror}; the answers before are kept",
                 "make room, then run the same command again",

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmfast.bundle import MANIFEST, TEXT_GENERATION, UNKNOWN_TASK, ModelBundle, sha256
-from llmfast.errors import InputError, LlmfastError
+from llmfast.errors import InputError, LlmfastError, OptionError
 from llmfast.infer.jsonl import AnswerFile, Line, read_lines
 from llmfast.infer.many_prompts import Prompts
 from llmfast.infer.many_texts import Texts
@@ -114,6 +114,8 @@ def answer_file(
         ResourceError: no memory, or a full disk; what was answered is kept.
         UnsupportedError: no engine runs the model.
     """
+    if input_file.exists() and output.exists() and input_file.samefile(output):
+        raise OptionError(f"--output `{output}` is the input", "name another file")
     bundle = ModelBundle.open(model)
     task = bundle.manifest.task
     check_options(bundle, options)

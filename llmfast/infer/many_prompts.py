@@ -19,6 +19,9 @@ from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
 from llmfast.report import note
 from llmfast.tokenizer import Tokenizer
 
+# Of the task's options, those that a request has beside its sampling.
+_OPTIONS = ("system", "raw", "max_tokens", "stop")
+
 
 class Prompts:
     """Answers lines with a text-generation model.
@@ -40,6 +43,9 @@ class Prompts:
         self._provider, self._threads = provider, threads
         self._batch_size = batch_size
         sampling = {name: options.pop(name) for name in SAMPLING_OPTIONS if name in options}
+        for name in options:
+            if name not in _OPTIONS:
+                raise OptionError(f"--{name.replace('_', '-')} is for one prompt, not for a file of them")
         self._tokenizer = Tokenizer.load(bundle.path)
         self._reader = RequestReader(self._tokenizer, sampling=sampling, **options)
         Sampling(**sampling)

@@ -11,8 +11,8 @@ from llmfast.infer.jsonl import Line
 from llmfast.infer.stage import text_option
 from llmfast.kept import keeping
 
-# Lines that are sorted by length together, and at most lost when a run is cut off.
-_WINDOW = 512
+# Lines that are sorted by length together, and at most lost when a run is cut off. A search takes seconds for a line.
+_WINDOW, _SEARCH_WINDOW = 512, 64
 # What a line may say for itself; other options of a task are for all lines.
 _LINE_OPTIONS = ("question", "query", "source_lang", "target_lang")
 
@@ -56,7 +56,8 @@ class Texts:
     ) -> None:
         """Answer lines; those of a window that have the same options go through the model together."""
         with keeping():
-            while window := list(islice(lines, _WINDOW)):
+            count = _SEARCH_WINDOW if "num_beams" in self._plugin.INFER_OPTIONS else _WINDOW
+            while window := list(islice(lines, count)):
                 groups: dict[tuple[tuple[str, str], ...], list[Line]] = {}
                 for line in window:
                     own = tuple((name, line.fields[name]) for name in self.fields[2:] if name in line.fields)

@@ -11,7 +11,7 @@ from llmfast.errors import OptionError, ResourceError
 from llmfast.graph.feeds import DTYPES, PAST
 from llmfast.infer.decoder import Decoder
 
-# Decoding 16 rows costs about 4 times as much as one. More rows gain less and less: attention does not get cheaper.
+# Decoding 16 rows costs 3 to 4 times as much as one. More rows gain less and less: attention does not get cheaper.
 DEFAULT_ROWS = 16
 # Of the memory that is free, the share that a default takes for the cache.
 _SHARE = 0.5
