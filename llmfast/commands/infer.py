@@ -60,6 +60,17 @@ def infer(
         list[str] | None, typer.Option(metavar="TEXT", help="Text that ends the answer; may be repeated.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    speculate: Annotated[
+        bool | None,
+        typer.Option(
+            "--speculate/--no-speculate",
+            help="Draft tokens, verify several a step; the default does where it pays and can't change the answer.",
+            show_default=False,
+        ),
+    ] = None,
+    draft: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Smaller model that drafts; same tokenizer.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="File for the vectors, .npy.")
     ] = None,
@@ -113,6 +124,8 @@ def infer(
             "repetition_penalty": repetition_penalty,
             "seed": seed,
             "stop": stop,
+            "speculate": speculate,
+            "draft": draft,
             "output": output,
             "overwrite": overwrite or None,
             "source_lang": source_lang,
