@@ -102,7 +102,7 @@ def main() -> int:
         cpu = sum(a.cpu_s for a, _ in answers) / sum(b.cpu_s for _, b in answers)
         print(
             f"{kind}: {same} of {len(answers)} answers identical, {tokens} tokens; {accepted} of {drafted} drafted "
-            f"tokens accepted; decode {statistics.median(decode):.2f}x (median), prompt and answer {cpu:.2f}x in CPU time"
+            f"tokens accepted; decode {statistics.median(decode):.2f}x (median), with the prompt {cpu:.2f}x in CPU time"
         )
     print(f"rows of a step have the bits of single steps: {'yes' if speculation and speculation.is_exact else 'no'}")
     return int(differing > 0)
