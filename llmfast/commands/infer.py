@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import Provider, Threads, given
+from llmfast.commands._options import AllowFallback, Provider, Threads, given
 from llmfast.errors import OptionError
 
 SUMMARY = "A prompt to an answer; a text to its labels, vector, entities or rank; an image to labels, speech to text."
@@ -82,6 +82,7 @@ def infer(
     length_penalty: Annotated[float | None, typer.Option(help="Above 0 favours long results of beams.")] = None,
     no_repeat_ngram_size: Annotated[int | None, typer.Option(help="Never say n tokens in a row twice.")] = None,
     provider: Provider = "cpu",
+    allow_fallback: AllowFallback = False,
     threads: Threads = None,
     output_format: Annotated[
         str, typer.Option("--format", help="text, json for one document, or jsonl for one a line.")
@@ -107,6 +108,7 @@ def infer(
     from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
     from llmfast.infer import stage
     from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
+    from llmfast.runtime import with_fallback
 
     given_texts = given({"prompt": prompt, "context": context, "document": document, "image": image, "audio": audio})
     options = given(
@@ -136,6 +138,7 @@ def infer(
             "no_repeat_ngram_size": no_repeat_ngram_size,
         }
     )
+    provider = with_fallback(provider, allow_fallback)
     bundle = ModelBundle.open(model)
     stage.check_options(bundle, [*given_texts, *options])
     task = TEXT_GENERATION if bundle.manifest.task == UNKNOWN_TASK else bundle.manifest.task

@@ -1,8 +1,8 @@
 """Text from a prompt, piece by piece: prefill, then decode until an end token, a stop string or a limit."""
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
 
@@ -33,6 +33,7 @@ class Generation:
         finish_reason: a stop string, the limit of tokens or of the context, or an end token.
         drafted_tokens: tokens that were guessed and verified.
         accepted_tokens: those of them that the model chose too.
+        placement: nodes of the graph on each execution provider, as ONNX Runtime tells; empty when nobody asked.
     """
 
     text: str
@@ -43,6 +44,7 @@ class Generation:
     finish_reason: FinishReason
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    placement: Mapping[str, int] = field(default_factory=dict)
 
 
 class StopFilter:

@@ -1,6 +1,7 @@
 """The infer command: a bundle and a prompt, or texts, to answers."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from llmfast.infer.generate import MAX_TOKENS, Generation, check_limits, encode_
 from llmfast.infer.opening import open_speculating
 from llmfast.infer.sampling import Sampling
 from llmfast.report import note
+from llmfast.runtime import placement, suit_provider
 from llmfast.tokenizer import Tokenizer
 
 
@@ -57,6 +59,7 @@ def infer(
     bundle = ModelBundle.open(model)
     if bundle.manifest.task not in (TEXT_GENERATION, UNKNOWN_TASK):
         raise OptionError(f"`{model}` generates no text: its task is {bundle.manifest.task}")
+    provider = suit_provider(bundle, provider)
     tokenizer = Tokenizer.load(bundle.path)
     prompt_ids = encode_prompt(tokenizer, prompt, system, raw)
     engine, speculation = open_speculating(
@@ -72,7 +75,7 @@ def infer(
     )
     if speculation and generation.drafted_tokens and not speculation.is_exact and (speculate or draft):
         note(f"note: `{bundle.name}` rounds several tokens otherwise than one: --no-speculate may answer differently")
-    return generation
+    return replace(generation, placement=placement(engine.session))
 
 
 def answer(
@@ -99,6 +102,7 @@ def answer(
     if bundle.manifest.task == UNKNOWN_TASK:
         raise UnsupportedError(f"`{model}` does not say its task", "give a bundle that llmfast wrote")
     check_options(bundle, options)
+    provider = suit_provider(bundle, provider)
     answers: list[dict[str, Any]] = registry.load("tasks", bundle.manifest.task).answer(
         bundle, texts, provider, threads, **options
     )
