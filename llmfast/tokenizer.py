@@ -91,6 +91,11 @@ class Tokenizer:
         """One more than the highest token id; a model may have more rows than that."""
         return max(self._backend.get_vocab().values()) + 1
 
+    def has_tokens_of(self, other: "Tokenizer") -> bool:
+        """Return whether both mean the same by every token id."""
+        same: bool = self._backend.get_vocab() == other._backend.get_vocab()
+        return same
+
     def token_id(self, token: str) -> int | None:
         """Return the id of a token as it is spelled in the vocabulary, None when there is none."""
         found: int | None = self._backend.token_to_id(token)

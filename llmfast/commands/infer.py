@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import Provider, Threads, given
+from llmfast.commands._options import AllowFallback, Provider, Threads, given
 from llmfast.errors import OptionError
 
 SUMMARY = "A prompt to an answer; a text to its labels, vector, entities or rank; an image to labels, speech to text."
@@ -60,6 +60,17 @@ def infer(
         list[str] | None, typer.Option(metavar="TEXT", help="Text that ends the answer; may be repeated.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    speculate: Annotated[
+        bool | None,
+        typer.Option(
+            "--speculate/--no-speculate",
+            help="Draft tokens, verify several a step; the default does where it pays and can't change the answer.",
+            show_default=False,
+        ),
+    ] = None,
+    draft: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Smaller model that drafts; same tokenizer.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -77,6 +88,7 @@ def infer(
     length_penalty: Annotated[float | None, typer.Option(help="Above 0 favours long results of beams.")] = None,
     no_repeat_ngram_size: Annotated[int | None, typer.Option(help="Never say n tokens in a row twice.")] = None,
     provider: Provider = "cpu",
+    allow_fallback: AllowFallback = False,
     threads: Threads = None,
     output_format: Annotated[
         str, typer.Option("--format", help="text, json for one document, or jsonl for one a line.")
@@ -104,6 +116,7 @@ def infer(
     from llmfast.infer import stage
     from llmfast.infer.jsonl import is_jsonl
     from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
+    from llmfast.runtime import with_fallback
 
     given_texts = given({"prompt": prompt, "context": context, "document": document, "image": image, "audio": audio})
     options = given(
@@ -121,6 +134,8 @@ def infer(
             "repetition_penalty": repetition_penalty,
             "seed": seed,
             "stop": stop,
+            "speculate": speculate,
+            "draft": draft,
             "source_lang": source_lang,
             "target_lang": target_lang,
             "num_beams": num_beams,
@@ -129,6 +144,7 @@ def infer(
             "no_repeat_ngram_size": no_repeat_ngram_size,
         }
     )
+    provider = with_fallback(provider, allow_fallback)
     if input_file is not None and (is_jsonl(input_file) or (output is not None and is_jsonl(output))):
         if given_texts:
             raise OptionError(f"--{next(iter(given_texts))} and --input exclude each other")

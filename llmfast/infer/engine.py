@@ -52,6 +52,7 @@ class Engine(Decoder):
         spin: let idle threads spin.
         prepack: copy weights for speed; see `open_session`.
         graph: a serialized model to run in place of the bundle's, over the same external weights.
+        verify_rows: numbers of rows that the graph verifies; see `llmfast.graph.verify`.
 
     Raises:
         UnsupportedError: the graph is no decoder of llmfast's kind.
@@ -68,6 +69,7 @@ class Engine(Decoder):
         spin: bool = True,
         prepack: bool = True,
         graph: bytes | None = None,
+        verify_rows: tuple[int, ...] = (),
     ) -> None:
         check_sizes(max_length, chunk_tokens)
         ort = import_onnxruntime()
@@ -85,7 +87,9 @@ class Engine(Decoder):
         self._seqlens_k = np.zeros(1, np.int32)
         self._total_sequence_length = np.zeros((), np.int32)
         self._logits = np.empty((1, 1, self.vocab_size), np.float32)
+        self.verify_rows = verify_rows
         self._steps: dict[int, _Step] = {}
+        self._verify_steps: dict[int, _Step] = {}
         self._wrap = ort.OrtValue.ortvalue_from_numpy
         self._slab, self._on_cpu = _allocate_slab(self.session, self.capacity)
         self.takes_rows = self._on_cpu and graph is None
@@ -104,6 +108,18 @@ class Engine(Decoder):
             raise self._full(self.length + 1)
         logits: np.ndarray = self._append(self._step(1), token)[0]
         return logits
+
+    def verify(self, ids: np.ndarray) -> np.ndarray:
+        """Append as many tokens as `verify_rows` has, and return the logits after each, as `decode` gives them.
+
+        Returns:
+            float32 [n, vocab], a view that the next call of as many overwrites.
+        """
+        self._check(ids, self.length)
+        count = len(ids)
+        if count not in self._verify_steps:
+            self._verify_steps[count] = self._bind(count, np.empty((1, count, self.vocab_size), np.float32))
+        return self._append(self._verify_steps[count], ids)
 
     def score(self, ids: np.ndarray) -> np.ndarray:
         """Return the logits at every position, starting from an empty context."""

@@ -1,8 +1,8 @@
 """Text from a prompt, piece by piece: prefill, then decode until an end token, a stop string or a limit."""
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from llmfast.errors import InputError, OptionError
 from llmfast.infer.answer import Answer, FinishReason
 from llmfast.infer.decoder import Decoder
 from llmfast.infer.sampling import Sampling, sample
+from llmfast.infer.speculate import Speculation
 from llmfast.tokenizer import Tokenizer
 
 MAX_TOKENS = 256
@@ -24,9 +25,12 @@ class Generation:
         prompt_tokens: tokens of the prompt.
         generated_tokens: tokens of the answer, the end token not counted.
         ttft_s: seconds from the prompt's tokens to the first token: prefill and one sampling.
-        decode_tokens_per_s: steps per second after the first token; None without such a step. The
+        decode_tokens_per_s: tokens per second after the first; None without such a token. The
             time that the reader of the pieces takes is not counted.
         finish_reason: a stop string, the limit of tokens or of the context, or an end token.
+        drafted_tokens: tokens that were guessed and verified.
+        accepted_tokens: those of them that the model chose too.
+        placement: nodes of the graph on each execution provider, as ONNX Runtime tells; empty when nobody asked.
     """
 
     text: str
@@ -35,6 +39,9 @@ class Generation:
     ttft_s: float
     decode_tokens_per_s: float | None
     finish_reason: FinishReason
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    placement: Mapping[str, int] = field(default_factory=dict)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, system: str | None = None, raw: bool = False) -> np.ndarray:
@@ -77,6 +84,7 @@ def generate(
     sampling: Sampling,
     stop: Sequence[str] = (),
     eos_ids: Sequence[int] = (),
+    speculation: Speculation | None = None,
 ) -> Generator[str, None, Generation]:
     """Yield an answer in pieces of whole characters; the generator's return value is the `Generation`.
 
@@ -88,6 +96,7 @@ def generate(
         sampling: how tokens are chosen.
         stop: strings that end the answer and are not part of it.
         eos_ids: tokens that end the answer.
+        speculation: over the same engine; it changes how fast the answer comes, not the answer.
 
     Raises:
         OptionError: max_tokens below 1, or an empty stop string.
@@ -100,16 +109,25 @@ def generate(
             f"prompt too long: {len(prompt_ids)} tokens, the context holds {engine.capacity}",
             "shorten it; the answer needs room too",
         )
+    if speculation is not None:
+        speculation.begin()
     times = _Times()
     vocab_size = min(tokenizer.vocab_size, engine.vocab_size)
-    tokens = _choose_tokens(engine, prompt_ids, vocab_size, sampling, times)
+    tokens = _choose_tokens(engine, prompt_ids, vocab_size, sampling, times, speculation)
     answer = Answer(tokenizer, prompt_ids.tolist(), min(max_tokens, room), stop, eos_ids)
     while answer.finish_reason is None:
         piece = answer.push(next(tokens))
         if piece:
             yield piece
+    drafts = (speculation.drafted, speculation.accepted) if speculation else (0, 0)
     return Generation(
-        answer.text, len(prompt_ids), answer.count, times.ttft_s, times.decode_tokens_per_s, answer.finish_reason
+        answer.text,
+        len(prompt_ids),
+        answer.count,
+        times.ttft_s,
+        times.decode_tokens_per_s,
+        answer.finish_reason,
+        *drafts,
     )
 
 
@@ -129,27 +147,40 @@ def finish(pieces: Generator[str, None, Generation], emit: Callable[[str], None]
 class _Times:
     ttft_s: float = 0.0
     decode_s: float = 0.0
-    steps: int = 0
+    tokens: int = 0
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        return self.steps / self.decode_s if self.steps else None
+        return (self.tokens - 1) / self.decode_s if self.tokens > 1 else None
 
 
 def _choose_tokens(
-    engine: Decoder, prompt_ids: np.ndarray, vocab_size: int, sampling: Sampling, times: _Times
+    engine: Decoder,
+    prompt_ids: np.ndarray,
+    vocab_size: int,
+    sampling: Sampling,
+    times: _Times,
+    speculation: Speculation | None,
 ) -> Iterator[int]:
     """Yield the tokens that follow a prompt, without end; only the work on them counts in `times`."""
     rng = np.random.default_rng(sampling.seed)
-    seen = set(prompt_ids.tolist())
+    tokens = prompt_ids.tolist()
+    seen = set(tokens)
+
+    def choose(logits: np.ndarray) -> int:
+        token = sample(logits[:vocab_size], sampling, rng, seen)
+        seen.add(token)
+        return token
+
     engine.reset()
     start = time.perf_counter()
-    token = sample(engine.prefill(prompt_ids)[:vocab_size], sampling, rng, seen)
+    following = [choose(engine.prefill(prompt_ids))]
     times.ttft_s = time.perf_counter() - start
     while True:
-        yield token
+        tokens += following
+        for token in following:
+            times.tokens += 1
+            yield token
         start = time.perf_counter()
-        seen.add(token)
-        token = sample(engine.decode(token)[:vocab_size], sampling, rng, seen)
+        following = speculation.step(tokens, choose) if speculation else [choose(engine.decode(tokens[-1]))]
         times.decode_s += time.perf_counter() - start
-        times.steps += 1
