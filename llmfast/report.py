@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _WIDE = 10_000
+_is_shown = False  # a progress bar; a terminal has room for one
 FORMATS = ("table", "md", "json", "csv")
 
 
@@ -117,7 +118,7 @@ def write(piece: str) -> None:
 
 @contextmanager
 def progress(description: str, total: float | None = None) -> Iterator[Callable[..., None]]:
-    """Show a progress bar on stderr while the body runs; silent when stderr is not a terminal.
+    """Show a progress bar on stderr while the body runs; silent when stderr is not a terminal, or shows one already.
 
     Args:
         description: what is being done.
@@ -126,7 +127,8 @@ def progress(description: str, total: float | None = None) -> Iterator[Callable[
     Yields:
         `advance(steps=1, description=None)`.
     """
-    if not sys.stderr.isatty():
+    global _is_shown
+    if _is_shown or not sys.stderr.isatty():
         yield lambda steps=1, description=None: None
         return
     from rich.console import Console
@@ -145,11 +147,15 @@ def progress(description: str, total: float | None = None) -> Iterator[Callable[
     bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
     with bar:
         task = bar.add_task(description, total=total)
+        _is_shown = True
 
         def advance(steps: float = 1, description: str | None = None) -> None:
             bar.update(task, advance=steps, description=description)
 
-        yield advance
+        try:
+            yield advance
+        finally:
+            _is_shown = False
 
 
 def _cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:

@@ -5,14 +5,19 @@ import math
 import os
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from llmfast import registry
+from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError, LlmfastError, OptionError, ResourceError, UnsupportedError
+from llmfast.kept import kept
+from llmfast.report import note
 
 if TYPE_CHECKING:
     import onnxruntime
 
+_REGISTERED: set[str] = set()  # packages whose plugin library this process has loaded
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -40,6 +45,7 @@ def resolve_threads(threads: int | None) -> int:
     return threads
 
 
+@kept
 def open_session(
     model: Path,
     provider: str = "cpu",
@@ -53,7 +59,8 @@ def open_session(
 
     Args:
         model: the graph's path; external weights are read beside it.
-        provider: a name in `llmfast.providers`.
+        provider: a name in `llmfast.providers`; several, joined by commas, are tried in this order, and each
+            that fails is noted.
         threads: intra-op threads; None takes the cores this process may use.
         spin: let idle threads spin, which helps latency and costs CPU time.
         profile: prefix of ONNX Runtime's JSON profile; None writes none.
@@ -65,10 +72,15 @@ def open_session(
         UnsupportedError: the provider is absent or took no node, or an operator has no kernel.
         InputError: ONNX Runtime can't read the model.
     """
+    first, _, others = provider.partition(",")
+    if others:
+        try:
+            return open_session(model, first, threads, spin, profile, graph, prepack)
+        except UnsupportedError as error:
+            note(f"note: {error.message}; going on with {others}")
+            return open_session(model, others, threads, spin, profile, graph, prepack)
     ort = import_onnxruntime()
     plugin = registry.load("providers", provider)
-    if plugin.NAME not in ort.get_available_providers():
-        raise UnsupportedError(f"this ONNX Runtime has no {plugin.NAME}", plugin.INSTALL)
     options = ort.SessionOptions()
     options.intra_op_num_threads = resolve_threads(threads)
     options.inter_op_num_threads = 1
@@ -84,7 +96,7 @@ def open_session(
     if graph is not None:
         folder = str(model.parent.resolve())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    providers = [(plugin.NAME, plugin.provider_options(0))]
+    providers = _take_devices(ort, plugin, options)
     try:
         session = ort.InferenceSession(
             graph or str(model),
@@ -101,6 +113,62 @@ def open_session(
             plugin.INSTALL,
         )
     return session
+
+
+def _take_devices(ort: Any, plugin: ModuleType, options: Any) -> list[Any]:
+    """Return the providers to open a session with; what a plugin library brings goes into the options instead.
+
+    Plugins: https://onnxruntime.ai/docs/execution-providers/plugin-ep-libraries/usage.html
+    """
+    package = getattr(plugin, "PLUGIN_PACKAGE", "")
+    if not package:
+        if plugin.NAME not in ort.get_available_providers():
+            raise UnsupportedError(f"this ONNX Runtime has no {plugin.NAME}", plugin.INSTALL)
+        return [(plugin.NAME, plugin.provider_options(0))]
+    if importlib.util.find_spec(package) is None:
+        raise UnsupportedError(f"{plugin.NAME} is not installed", plugin.INSTALL)
+    if package not in _REGISTERED:  # once a process: a second time is an error of ONNX Runtime's
+        try:
+            ort.register_execution_provider_library(package, importlib.import_module(package).get_library_path())
+        except Exception as error:
+            raise UnsupportedError(f"{plugin.NAME} does not load: {_first_line(error)}", plugin.INSTALL) from error
+        _REGISTERED.add(package)
+    devices = [device for device in ort.get_ep_devices() if plugin.is_fit(device)]
+    if not devices:
+        raise UnsupportedError(f"{plugin.NAME} finds no device on this machine", plugin.NEEDS)
+    options.add_provider_for_devices(devices[:1], plugin.provider_options(0))
+    return []
+
+
+def with_fallback(provider: str, allow_fallback: bool) -> str:
+    """Return the providers to try: the one that was asked for, then the CPU's where that is allowed."""
+    registry.load("providers", provider)
+    return f"{provider},cpu" if allow_fallback and provider != "cpu" else provider
+
+
+def suit_provider(bundle: ModelBundle, provider: str) -> str:
+    """Return the providers for a bundle, without one that is known to run its number format slowly.
+
+    Args:
+        bundle: the model; what it was quantized to stands in its lineage.
+        provider: as for `open_session`.
+
+    Raises:
+        UnsupportedError: no other provider is allowed; the hint names the better format.
+    """
+    first, _, others = provider.partition(",")
+    plugin = registry.load("providers", first)
+    steps = [step for step in bundle.manifest.lineage if step.stage == "quantize"]
+    scheme = steps[-1].method.partition(":")[0] if steps else ""
+    settings = steps[-1].options.get(scheme) if steps else None
+    activations = settings.get("activations", "") if isinstance(settings, dict) else ""
+    if (scheme, activations) not in plugin.SLOW:
+        return provider
+    message = f"`{bundle.name}` is {scheme} with {activations} activations, which {plugin.NAME} runs slowly"
+    if not others:
+        raise UnsupportedError(message, plugin.SLOW[scheme, activations])
+    note(f"note: {message}; going on with {others}")
+    return others
 
 
 def placement(session: "onnxruntime.InferenceSession") -> dict[str, int]:
@@ -125,9 +193,13 @@ def import_onnxruntime() -> Any:
 
 
 def _translate(error: Exception, model: Path) -> LlmfastError:
-    reason = str(error).strip().splitlines()[0][:300]
+    reason = _first_line(error)
     if type(error).__name__ in ("NotImplemented", "EPFail"):
         return UnsupportedError(f"ONNX Runtime can't run `{model}`: {reason}")
     if isinstance(error, MemoryError) or "bad allocation" in reason or "allocate" in reason.lower():
         return ResourceError(f"not enough memory to load `{model}`: {reason}")
     return InputError(f"ONNX Runtime can't load `{model}`: {reason}", "the file may be truncated; make it again")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]

@@ -12,6 +12,7 @@ import tokenizers
 
 from llmfast.bundle import MANIFEST, read_json
 from llmfast.errors import InputError, UnsupportedError
+from llmfast.kept import kept
 
 # What a decoder writes for bytes that are not, or not yet, a whole character.
 REPLACEMENT = "\ufffd"
@@ -54,6 +55,7 @@ class Tokenizer:
         self.chat_template = chat_template
 
     @classmethod
+    @kept
     def load(cls, folder: Path, name: str = "tokenizer.json") -> "Tokenizer":
         """Read the tokenizer of a bundle or checkpoint.
 
@@ -88,6 +90,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the highest token id; a model may have more rows than that."""
         return max(self._backend.get_vocab().values()) + 1
+
+    def has_tokens_of(self, other: "Tokenizer") -> bool:
+        """Return whether both mean the same by every token id."""
+        same: bool = self._backend.get_vocab() == other._backend.get_vocab()
+        return same
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token as it is spelled in the vocabulary, None when there is none."""

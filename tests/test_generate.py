@@ -6,8 +6,9 @@ import pytest
 
 from llmfast.bundle import ModelBundle, write_manifest
 from llmfast.errors import InputError, OptionError, UnsupportedError
+from llmfast.infer.answer import StopFilter
 from llmfast.infer.engine import Engine
-from llmfast.infer.generate import Generation, StopFilter, encode_prompt, finish, generate
+from llmfast.infer.generate import Generation, encode_prompt, finish, generate
 from llmfast.infer.sampling import Sampling
 from llmfast.infer.stage import answer, infer, spell_speed
 from llmfast.tasks import feature_extraction, text_classification

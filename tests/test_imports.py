@@ -14,7 +14,7 @@ ROOT = Path(llmfast.__file__).parent
 HEAVY = {"torch", "transformers", "optimum", "numpy", "onnx", "onnxruntime", "tokenizers", "rich", "jinja2", "gguf"}
 CHECKPOINT_STACK = {"torch", "transformers", "optimum", "gguf", "huggingface_hub"}
 PLUGIN_FOLDERS = ("quantize.schemes", "quantize.rounding", "bench.metrics", "tasks", "providers", "export.decoders")
-STAGES = {f"llmfast.{stage}.stage" for stage in ("export", "quantize", "bench", "infer", "inspect")}
+STAGES = {f"llmfast.{stage}.stage" for stage in ("export", "quantize", "bench", "infer", "inspect", "doctor")}
 
 
 def _modules() -> list[Path]:
@@ -33,7 +33,7 @@ def _imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], *([command] for command in ("export", "quantize", "bench", "infer", "inspect"))]
+    "arguments", [[], *([command] for command in ("export", "quantize", "bench", "infer", "inspect", "doctor"))]
 )
 def test_help_loads_no_heavy_module(arguments: list[str]) -> None:
     program = (

@@ -12,7 +12,7 @@ from llmfast import registry, report
 from llmfast.bench.options import BenchOptions
 from llmfast.bundle import UNKNOWN_TASK, ModelBundle
 from llmfast.errors import InputError, LlmfastError, OptionError
-from llmfast.runtime import resolve_threads
+from llmfast.runtime import resolve_threads, suit_provider
 from llmfast.worker import Worker
 
 
@@ -58,7 +58,8 @@ class Contestant:
         """
         settings = {"threads": resolve_threads(options.threads), "max_length": max_length}
         with self._named():
-            worker = Worker("llmfast.bench.subject:Subject", self.path, provider=options.provider, **settings)
+            provider = suit_provider(self.bundle, options.provider)
+            worker = Worker("llmfast.bench.subject:Subject", self.path, provider=provider, **settings)
         self.worker = stack.enter_context(worker)
         facts = self.call("facts")
         self.vocab_size, self.placement = facts["vocab_size"], facts["placement"]

@@ -16,6 +16,9 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Directory of the n
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the input and print the plan; write nothing.")]
 Provider = Annotated[str, typer.Option(help=f"Execution provider: {', '.join(registry.names('providers'))}.")]
+AllowFallback = Annotated[
+    bool, typer.Option("--allow-fallback", help="Go on with cpu where the provider is missing or takes no node.")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads; the default is the cores this process may use.")]
 Format = Annotated[str, typer.Option("--format", help=f"How results are printed: {', '.join(report.FORMATS)}.")]
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmfast.commands._options import Format, Provider, Threads, check_format, given
+from llmfast.commands._options import AllowFallback, Format, Provider, Threads, check_format, given
 
 SUMMARY = "Speed, memory, size and quality side by side; gates."
 
@@ -25,6 +25,7 @@ def bench(
     num_samples: Annotated[int | None, typer.Option(help="Windows of text scored.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     provider: Provider = "cpu",
+    allow_fallback: AllowFallback = False,
     threads: Threads = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the random prompts.")] = None,
     max_kld: Annotated[float | None, typer.Option(help="Gate: KL divergence from the baseline, in nats.")] = None,
@@ -46,6 +47,7 @@ def bench(
     from llmfast.bench.options import BenchOptions
     from llmfast.bench.stage import bench as run
     from llmfast.bench.table import print_document
+    from llmfast.runtime import with_fallback
     from llmfast.verdict import Gate, enforce, parse_speedup
 
     limits = {
@@ -65,7 +67,7 @@ def bench(
         "data": data,
         "num_samples": num_samples,
         "seq_len": seq_len,
-        "provider": provider,
+        "provider": with_fallback(provider, allow_fallback),
         "threads": threads,
         "seed": seed,
     }

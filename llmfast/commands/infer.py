@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import Provider, Threads, given
+from llmfast.commands._options import AllowFallback, Provider, Threads, given
 from llmfast.errors import OptionError
 
 SUMMARY = "A prompt to an answer; a text to its labels, vector, entities or rank; an image to labels, speech to text."
@@ -27,7 +27,7 @@ def infer(
         typer.Option(
             "--input",
             metavar="FILE",
-            help="File with a text (or a path to image or audio) a line, in place of --prompt.",
+            help="File with a text (or path of image or audio) a line; .jsonl with a JSON object a line.",
         ),
     ] = None,
     text_pair: Annotated[
@@ -72,10 +72,27 @@ def infer(
         list[str] | None, typer.Option(metavar="TEXT", help="Text that ends the answer; may be repeated.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    speculate: Annotated[
+        bool | None,
+        typer.Option(
+            "--speculate/--no-speculate",
+            help="Draft tokens, verify several a step; the default does where it pays and can't change the answer.",
+            show_default=False,
+        ),
+    ] = None,
+    draft: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Smaller model that drafts; same tokenizer.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="File for the vectors, .npy.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="File for the answers to --input, .jsonl; for vectors, .npy."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Prompts answered at once, with --output; the default fits the memory.")
+    ] = None,
     source_lang: Annotated[str | None, typer.Option(help="Language of the text to translate.")] = None,
     target_lang: Annotated[str | None, typer.Option(help="Language to translate to.")] = None,
     num_beams: Annotated[int | None, typer.Option(help="Beams of an encoder-decoder's search; 1 is greedy.")] = None,
@@ -83,6 +100,7 @@ def infer(
     length_penalty: Annotated[float | None, typer.Option(help="Above 0 favours long results of beams.")] = None,
     no_repeat_ngram_size: Annotated[int | None, typer.Option(help="Never say n tokens in a row twice.")] = None,
     provider: Provider = "cpu",
+    allow_fallback: AllowFallback = False,
     threads: Threads = None,
     output_format: Annotated[
         str, typer.Option("--format", help="text, json for one document, or jsonl for one a line.")
@@ -104,6 +122,7 @@ def infer(
     zero-shot-image-classification   infer clip --image a.jpg --label cat --label dog
     audio-classification             infer hubert --audio speech.wav
     automatic-speech-recognition     infer wav2vec2 --audio speech.wav
+    a file of any task               infer int4 --input prompts.jsonl -o answers.jsonl
     """
     if output_format not in _FORMATS:
         raise OptionError(f"unknown format `{output_format}`", f"choose from: {', '.join(_FORMATS)}")
@@ -111,7 +130,9 @@ def infer(
 
     from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
     from llmfast.infer import stage
+    from llmfast.infer.jsonl import is_jsonl
     from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
+    from llmfast.runtime import with_fallback
 
     given_texts = given({"prompt": prompt, "context": context, "document": document, "image": image, "audio": audio})
     options = given(
@@ -132,8 +153,8 @@ def infer(
             "repetition_penalty": repetition_penalty,
             "seed": seed,
             "stop": stop,
-            "output": output,
-            "overwrite": overwrite or None,
+            "speculate": speculate,
+            "draft": draft,
             "source_lang": source_lang,
             "target_lang": target_lang,
             "num_beams": num_beams,
@@ -142,6 +163,18 @@ def infer(
             "no_repeat_ngram_size": no_repeat_ngram_size,
         }
     )
+    provider = with_fallback(provider, allow_fallback)
+    if input_file is not None and (is_jsonl(input_file) or (output is not None and is_jsonl(output))):
+        if given_texts:
+            raise OptionError(f"--{next(iter(given_texts))} and --input exclude each other")
+        if output is None or not is_jsonl(output):
+            raise OptionError(f"--input `{input_file}` needs --output FILE.jsonl for the answers")
+        settings = {"overwrite": overwrite, "batch_size": batch_size, "provider": provider, "threads": threads}
+        _answer_file(model, input_file, output, output_format, **settings, **options)
+        return
+    if batch_size is not None:
+        raise OptionError("--batch-size is for a file of prompts", "give --input FILE and --output FILE.jsonl")
+    options |= given({"output": output, "overwrite": overwrite or None})
     bundle = ModelBundle.open(model)
     stage.check_options(bundle, [*given_texts, *options])
     task = TEXT_GENERATION if bundle.manifest.task == UNKNOWN_TASK else bundle.manifest.task
@@ -167,6 +200,23 @@ def infer(
     else:
         _print_answers([asdict(generation)], str, output_format, is_one)
     report.note(stage.spell_speed(generation))
+
+
+def _answer_file(model: Path, input_file: Path, output: Path, output_format: str, **settings: Any) -> None:
+    """Answer a file of prompts or texts, and print what was done."""
+    from llmfast.errors import InputError
+    from llmfast.infer.many import answer_file, spell
+
+    summary = answer_file(model, input_file, output, **settings)
+    if output_format == "text":
+        report.out(spell(summary))
+    else:
+        report.out(report.to_json(summary.document(), indent=2 if output_format == "json" else None))
+    if summary.failed:
+        raise InputError(
+            f"no answer to {summary.failed} of the {summary.lines} lines of `{input_file}`",
+            "mend them where they are, then run the same command again: it answers only those",
+        )
 
 
 def _read_texts(texts: list[str] | None, input_file: Path | None, option: str) -> list[str]:

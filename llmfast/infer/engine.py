@@ -37,6 +37,12 @@ class _Step:
 class Engine(Decoder):
     """A decoder over one cache that is never copied.
 
+    Attributes:
+        ids_dtype: of the token ids that the graph takes.
+        chunk_tokens: tokens of a prompt that go through the graph at once.
+        takes_rows: sequences of different lengths may run side by side: the graph is llmfast's own, not one adapted
+            from another exporter's, and the cache is in this process's memory.
+
     Args:
         bundle: a text-generation bundle; `open_decoder` says which graphs this engine runs.
         provider: a name in `llmfast.providers`.
@@ -46,6 +52,7 @@ class Engine(Decoder):
         spin: let idle threads spin.
         prepack: copy weights for speed; see `open_session`.
         graph: a serialized model to run in place of the bundle's, over the same external weights.
+        verify_rows: numbers of rows that the graph verifies; see `llmfast.graph.verify`.
 
     Raises:
         UnsupportedError: the graph is no decoder of llmfast's kind.
@@ -62,26 +69,30 @@ class Engine(Decoder):
         spin: bool = True,
         prepack: bool = True,
         graph: bytes | None = None,
+        verify_rows: tuple[int, ...] = (),
     ) -> None:
         check_sizes(max_length, chunk_tokens)
         ort = import_onnxruntime()
         start = time.perf_counter()
         self.session = open_session(bundle.model, provider, threads, spin, graph=graph, prepack=prepack)
         self.load_s = time.perf_counter() - start
-        self._ids_dtype = _check_contract(self.session, bundle)
+        self.ids_dtype = _check_contract(self.session, bundle)
         self.context_length = context_length(bundle)
         self.vocab_size = _vocab_size(self.session)
         self.capacity = self.context_length
         if max_length is not None:
             self.capacity = min(self.capacity, -(-max_length // chunk_tokens) * chunk_tokens)
         self.length = 0
-        self._chunk_tokens = chunk_tokens
+        self.chunk_tokens = chunk_tokens
         self._seqlens_k = np.zeros(1, np.int32)
         self._total_sequence_length = np.zeros((), np.int32)
         self._logits = np.empty((1, 1, self.vocab_size), np.float32)
+        self.verify_rows = verify_rows
         self._steps: dict[int, _Step] = {}
+        self._verify_steps: dict[int, _Step] = {}
         self._wrap = ort.OrtValue.ortvalue_from_numpy
         self._slab, self._on_cpu = _allocate_slab(self.session, self.capacity)
+        self.takes_rows = self._on_cpu and graph is None
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         """Append tokens, chunk by chunk, and return the logits of the last one."""
@@ -97,6 +108,18 @@ class Engine(Decoder):
             raise self._full(self.length + 1)
         logits: np.ndarray = self._append(self._step(1), token)[0]
         return logits
+
+    def verify(self, ids: np.ndarray) -> np.ndarray:
+        """Append as many tokens as `verify_rows` has, and return the logits after each, as `decode` gives them.
+
+        Returns:
+            float32 [n, vocab], a view that the next call of as many overwrites.
+        """
+        self._check(ids, self.length)
+        count = len(ids)
+        if count not in self._verify_steps:
+            self._verify_steps[count] = self._bind(count, np.empty((1, count, self.vocab_size), np.float32))
+        return self._append(self._verify_steps[count], ids)
 
     def score(self, ids: np.ndarray) -> np.ndarray:
         """Return the logits at every position, starting from an empty context."""
@@ -131,7 +154,7 @@ class Engine(Decoder):
 
     def _bind(self, count: int, logits: np.ndarray) -> _Step:
         binding = self.session.io_binding()
-        input_ids = np.zeros((1, count), self._ids_dtype)
+        input_ids = np.zeros((1, count), self.ids_dtype)
         num_logits = np.array([logits.shape[1]], np.int64)
         self._bind_numbers(binding, input_ids)
         binding.bind_ortvalue_input("num_logits", self._wrap(num_logits))
@@ -147,7 +170,7 @@ class Engine(Decoder):
         binding.bind_ortvalue_input("total_sequence_length", self._wrap(self._total_sequence_length))
 
     def _chunks(self, ids: np.ndarray) -> list[np.ndarray]:
-        return [ids[start : start + self._chunk_tokens] for start in range(0, len(ids), self._chunk_tokens)]
+        return [ids[start : start + self.chunk_tokens] for start in range(0, len(ids), self.chunk_tokens)]
 
 
 def _allocate_slab(

@@ -1,21 +1,19 @@
 """Text from a prompt, piece by piece: prefill, then decode until an end token, a stop string or a limit."""
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import Literal
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from llmfast.errors import InputError, OptionError
+from llmfast.infer.answer import Answer, FinishReason
 from llmfast.infer.decoder import Decoder
 from llmfast.infer.sampling import Sampling, sample
-from llmfast.tokenizer import Tokenizer, TokenStream
+from llmfast.infer.speculate import Speculation
+from llmfast.tokenizer import Tokenizer
 
 MAX_TOKENS = 256
-
-FinishReason = Literal["stop", "length", "eos"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,12 @@ class Generation:
         prompt_tokens: tokens of the prompt.
         generated_tokens: tokens of the answer, the end token not counted.
         ttft_s: seconds from the prompt's tokens to the first token: prefill and one sampling.
-        decode_tokens_per_s: steps per second after the first token; None without such a step. The
+        decode_tokens_per_s: tokens per second after the first; None without such a token. The
             time that the reader of the pieces takes is not counted.
         finish_reason: a stop string, the limit of tokens or of the context, or an end token.
+        drafted_tokens: tokens that were guessed and verified.
+        accepted_tokens: those of them that the model chose too.
+        placement: nodes of the graph on each execution provider, as ONNX Runtime tells; empty when nobody asked.
     """
 
     text: str
@@ -38,48 +39,9 @@ class Generation:
     ttft_s: float
     decode_tokens_per_s: float | None
     finish_reason: FinishReason
-
-
-class StopFilter:
-    """Let text through up to the first stop string.
-
-    Text that may be the beginning of a stop string is held back until it is known not to be. When
-    several stop strings occur, the one that is complete first counts, so how the text was cut into
-    pieces makes no difference.
-
-    Args:
-        stop: strings that end the text, none of them empty.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self.found = False
-        self._stop = tuple(stop)
-        self._held = ""
-
-    def push(self, piece: str) -> str:
-        """Add text and return what can be shown; `found` says whether it ends there."""
-        text = self._held + piece
-        matches = [(text.find(stop) + len(stop), -len(stop)) for stop in self._stop if stop in text]
-        if matches:
-            end, negative_length = min(matches)
-            self.found = True
-            self._held = ""
-            return text[: end + negative_length]
-        shown = len(text) - self._doubtful(text)
-        self._held = text[shown:]
-        return text[:shown]
-
-    def flush(self) -> str:
-        """Return the text held back, when no more will come."""
-        held, self._held = self._held, ""
-        return held
-
-    def _doubtful(self, text: str) -> int:
-        longest = min(len(text), max(map(len, self._stop), default=1) - 1)
-        for count in range(longest, 0, -1):
-            if any(stop.startswith(text[-count:]) for stop in self._stop):
-                return count
-        return 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    placement: Mapping[str, int] = field(default_factory=dict)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, system: str | None = None, raw: bool = False) -> np.ndarray:
@@ -122,6 +84,7 @@ def generate(
     sampling: Sampling,
     stop: Sequence[str] = (),
     eos_ids: Sequence[int] = (),
+    speculation: Speculation | None = None,
 ) -> Generator[str, None, Generation]:
     """Yield an answer in pieces of whole characters; the generator's return value is the `Generation`.
 
@@ -133,6 +96,7 @@ def generate(
         sampling: how tokens are chosen.
         stop: strings that end the answer and are not part of it.
         eos_ids: tokens that end the answer.
+        speculation: over the same engine; it changes how fast the answer comes, not the answer.
 
     Raises:
         OptionError: max_tokens below 1, or an empty stop string.
@@ -145,31 +109,26 @@ def generate(
             f"prompt too long: {len(prompt_ids)} tokens, the context holds {engine.capacity}",
             "shorten it; the answer needs room too",
         )
+    if speculation is not None:
+        speculation.begin()
     times = _Times()
     vocab_size = min(tokenizer.vocab_size, engine.vocab_size)
-    tokens = _choose_tokens(engine, prompt_ids, vocab_size, sampling, times)
-    stream = TokenStream(tokenizer, prompt_ids.tolist())
-    filtered = StopFilter(stop)
-    text = ""
-    count = 0
-    finish_reason: FinishReason = "length"
-    for token in islice(tokens, min(max_tokens, room)):
-        if token in eos_ids:
-            finish_reason = "eos"
-            break
-        count += 1
-        piece = filtered.push(stream.push(token))
+    tokens = _choose_tokens(engine, prompt_ids, vocab_size, sampling, times, speculation)
+    answer = Answer(tokenizer, prompt_ids.tolist(), min(max_tokens, room), stop, eos_ids)
+    while answer.finish_reason is None:
+        piece = answer.push(next(tokens))
         if piece:
-            text += piece
             yield piece
-        if filtered.found:
-            finish_reason = "stop"
-            break
-    rest = filtered.flush()
-    if rest:
-        text += rest
-        yield rest
-    return Generation(text, len(prompt_ids), count, times.ttft_s, times.decode_tokens_per_s, finish_reason)
+    drafts = (speculation.drafted, speculation.accepted) if speculation else (0, 0)
+    return Generation(
+        answer.text,
+        len(prompt_ids),
+        answer.count,
+        times.ttft_s,
+        times.decode_tokens_per_s,
+        answer.finish_reason,
+        *drafts,
+    )
 
 
 def finish(pieces: Generator[str, None, Generation], emit: Callable[[str], None] | None = None) -> Generation:
@@ -188,27 +147,40 @@ def finish(pieces: Generator[str, None, Generation], emit: Callable[[str], None]
 class _Times:
     ttft_s: float = 0.0
     decode_s: float = 0.0
-    steps: int = 0
+    tokens: int = 0
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        return self.steps / self.decode_s if self.steps else None
+        return (self.tokens - 1) / self.decode_s if self.tokens > 1 else None
 
 
 def _choose_tokens(
-    engine: Decoder, prompt_ids: np.ndarray, vocab_size: int, sampling: Sampling, times: _Times
+    engine: Decoder,
+    prompt_ids: np.ndarray,
+    vocab_size: int,
+    sampling: Sampling,
+    times: _Times,
+    speculation: Speculation | None,
 ) -> Iterator[int]:
     """Yield the tokens that follow a prompt, without end; only the work on them counts in `times`."""
     rng = np.random.default_rng(sampling.seed)
-    seen = set(prompt_ids.tolist())
+    tokens = prompt_ids.tolist()
+    seen = set(tokens)
+
+    def choose(logits: np.ndarray) -> int:
+        token = sample(logits[:vocab_size], sampling, rng, seen)
+        seen.add(token)
+        return token
+
     engine.reset()
     start = time.perf_counter()
-    token = sample(engine.prefill(prompt_ids)[:vocab_size], sampling, rng, seen)
+    following = [choose(engine.prefill(prompt_ids))]
     times.ttft_s = time.perf_counter() - start
     while True:
-        yield token
+        tokens += following
+        for token in following:
+            times.tokens += 1
+            yield token
         start = time.perf_counter()
-        seen.add(token)
-        token = sample(engine.decode(token)[:vocab_size], sampling, rng, seen)
+        following = speculation.step(tokens, choose) if speculation else [choose(engine.decode(tokens[-1]))]
         times.decode_s += time.perf_counter() - start
-        times.steps += 1

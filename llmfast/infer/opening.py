@@ -1,8 +1,16 @@
 """Which engine runs a decoder: over one slab where the graph allows it, over a cache that grows otherwise."""
 
-from llmfast.bundle import ModelBundle
+from pathlib import Path
+
+from llmfast.bundle import TEXT_GENERATION, ModelBundle
+from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.infer.decoder import Decoder, runs
 from llmfast.infer.engine import Engine
+from llmfast.infer.speculate import Drafter, DraftModel, PromptLookup, Speculation
+from llmfast.tokenizer import Tokenizer
+
+# Prompt lookup is worth its opening, a quarter of a second for SmolLM2, from so many tokens on, unless asked for.
+_COPYABLE_TOKENS, _ANSWER_TOKENS = 64, 32
 
 
 def open_decoder(
@@ -12,6 +20,7 @@ def open_decoder(
     max_length: int | None = None,
     chunk_tokens: int = 256,
     spin: bool = True,
+    verify: bool = False,
 ) -> Decoder:
     """Open a text-generation model, llmfast's own or another exporter's.
 
@@ -22,6 +31,7 @@ def open_decoder(
         max_length: positions that will be needed; None means the model's whole context.
         chunk_tokens: tokens of a prompt that go through the graph at once.
         spin: let idle threads spin.
+        verify: let steps verify drafted tokens, where graph and provider allow it; the `Engine` says so.
 
     Raises:
         UnsupportedError: the graph is no decoder, or one of a form that no engine runs.
@@ -30,7 +40,16 @@ def open_decoder(
     """
     inputs = bundle.manifest.graphs.get("model", {}).get("inputs", ())
     if not inputs or "seqlens_k" in inputs:
-        return Engine(bundle, provider, threads, max_length, chunk_tokens, spin)
+        if not verify or provider != "cpu":
+            return Engine(bundle, provider, threads, max_length, chunk_tokens, spin)
+        from llmfast.graph.model import OnnxModel
+        from llmfast.graph.verify import ROWS, add_verification
+
+        able = add_verification(OnnxModel.load(bundle.model))
+        if able is None:
+            return Engine(bundle, provider, threads, max_length, chunk_tokens, spin)
+        data = able.SerializeToString()
+        return Engine(bundle, provider, threads, max_length, chunk_tokens, spin, graph=data, verify_rows=ROWS)
     # Own bundles need neither of these, and are opened without reading their graphs first.
     from llmfast.infer.growing import GrowingEngine
     from llmfast.thirdparty import adopt, can_adopt
@@ -46,3 +65,68 @@ def open_decoder(
         engine.decode(0)
     engine.reset()
     return engine
+
+
+def open_speculating(
+    bundle: ModelBundle,
+    tokenizer: Tokenizer,
+    prompt_tokens: int,
+    max_tokens: int,
+    provider: str = "cpu",
+    threads: int | None = None,
+    speculate: bool | None = None,
+    draft: Path | None = None,
+) -> tuple[Decoder, Speculation | None]:
+    """Open a text-generation model for one answer, with what guesses its tokens.
+
+    Args:
+        bundle: the model.
+        tokenizer: the bundle's.
+        prompt_tokens: tokens of the prompt.
+        max_tokens: most tokens of the answer.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads; None takes the cores this process may use.
+        speculate: guess tokens, even where answers may then differ at near ties; None guesses where they can't and it
+            may pay.
+        draft: a smaller bundle that guesses; None looks the tokens up in prompt and answer.
+
+    Raises:
+        OptionError: a draft that is not wanted, or generates no text.
+        InputError: a draft with another tokenizer.
+        UnsupportedError: speculation was asked for, and the model or the provider does not allow it.
+        others: as `open_decoder`.
+    """
+    if draft is not None and speculate is False:
+        raise OptionError("--draft and --no-speculate exclude each other")
+    is_asked = bool(speculate) or draft is not None
+    may_pay = prompt_tokens >= _COPYABLE_TOKENS and max_tokens >= _ANSWER_TOKENS
+    wanted = is_asked or (speculate is None and may_pay)
+    length = prompt_tokens + max_tokens
+    # Threads of two models that both spin take each other's cores.
+    decoder = open_decoder(bundle, provider, threads, length, spin=draft is None, verify=wanted)
+    if not isinstance(decoder, Engine) or not decoder.verify_rows:
+        if is_asked:
+            reason = f"the provider is {provider}" if provider != "cpu" else "its attention can't be split by tokens"
+            raise UnsupportedError(
+                f"`{bundle.name}` can't verify drafts: {reason}", "leave --speculate and --draft out"
+            )
+        return decoder, None
+    drafter: Drafter = PromptLookup()
+    if draft is not None:
+        vocab_size = min(tokenizer.vocab_size, decoder.vocab_size)
+        drafter = DraftModel(_open_draft(draft, bundle, tokenizer, provider, threads, length), vocab_size)
+    return decoder, Speculation(decoder, drafter, even_if_inexact=is_asked)
+
+
+def _open_draft(
+    path: Path, bundle: ModelBundle, tokenizer: Tokenizer, provider: str, threads: int | None, length: int
+) -> Decoder:
+    draft = ModelBundle.open(path)
+    if draft.manifest.task != TEXT_GENERATION:
+        raise OptionError(f"--draft `{path}` generates no text: its task is {draft.manifest.task}")
+    if not Tokenizer.load(draft.path).has_tokens_of(tokenizer):
+        raise InputError(
+            f"`{path}` can't draft for `{bundle.name}`: their tokenizers differ",
+            "a draft is a smaller or more quantized model of the same family",
+        )
+    return open_decoder(draft, provider, threads, length, spin=False)

@@ -1,6 +1,7 @@
 """The infer command: a bundle and a prompt, or texts, to answers."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ from llmfast import registry
 from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
 from llmfast.errors import OptionError, UnsupportedError
 from llmfast.infer.generate import MAX_TOKENS, Generation, check_limits, encode_prompt, finish, generate
-from llmfast.infer.opening import open_decoder
+from llmfast.infer.opening import open_speculating
 from llmfast.infer.sampling import Sampling
 from llmfast.report import note
+from llmfast.runtime import placement, suit_provider
 from llmfast.tokenizer import Tokenizer
 
 
@@ -26,6 +28,8 @@ def infer(
     stop: Sequence[str] = (),
     provider: str = "cpu",
     threads: int | None = None,
+    speculate: bool | None = None,
+    draft: Path | None = None,
 ) -> Generation:
     """Answer a prompt with a text-generation model.
 
@@ -40,24 +44,38 @@ def infer(
         stop: strings that end the answer and are not part of it.
         provider: a name in `llmfast.providers`.
         threads: intra-op threads; None takes the cores this process may use.
+        speculate: guess tokens that one step verifies; None does where it can't change the answer and may pay.
+        draft: a bundle whose model guesses them; None looks them up in prompt and answer.
 
     Raises:
         OptionError: max_tokens below 1, an empty stop string, a system prompt without a chat template,
             or a model of another task.
-        InputError: the bundle or its tokenizer can't be read, or the prompt does not fit the context.
-        UnsupportedError: the graph is no decoder that llmfast runs, or the provider is absent.
+        InputError: the bundle or its tokenizer can't be read, the prompt does not fit the context, or the draft
+            has another tokenizer.
+        UnsupportedError: the graph is no decoder that llmfast runs, the provider is absent, or the model can't
+            verify drafts that were asked for.
     """
     check_limits(max_tokens, stop)
     bundle = ModelBundle.open(model)
     if bundle.manifest.task not in (TEXT_GENERATION, UNKNOWN_TASK):
         raise OptionError(f"`{model}` generates no text: its task is {bundle.manifest.task}")
+    provider = suit_provider(bundle, provider)
     tokenizer = Tokenizer.load(bundle.path)
     prompt_ids = encode_prompt(tokenizer, prompt, system, raw)
-    engine = open_decoder(bundle, provider, threads, max_length=len(prompt_ids) + max_tokens)
+    engine, speculation = open_speculating(
+        bundle, tokenizer, len(prompt_ids), max_tokens, provider, threads, speculate, draft
+    )
     if engine.note:
         note(f"note: `{bundle.name}`: {engine.note}")
-    pieces = generate(engine, tokenizer, prompt_ids, max_tokens, sampling or Sampling(), stop, tokenizer.eos_ids)
-    return finish(pieces, emit)
+    generation = finish(
+        generate(
+            engine, tokenizer, prompt_ids, max_tokens, sampling or Sampling(), stop, tokenizer.eos_ids, speculation
+        ),
+        emit,
+    )
+    if speculation and generation.drafted_tokens and not speculation.is_exact and (speculate or draft):
+        note(f"note: `{bundle.name}` rounds several tokens otherwise than one: --no-speculate may answer differently")
+    return replace(generation, placement=placement(engine.session))
 
 
 def answer(
@@ -84,6 +102,7 @@ def answer(
     if bundle.manifest.task == UNKNOWN_TASK:
         raise UnsupportedError(f"`{model}` does not say its task", "give a bundle that llmfast wrote")
     check_options(bundle, options)
+    provider = suit_provider(bundle, provider)
     answers: list[dict[str, Any]] = registry.load("tasks", bundle.manifest.task).answer(
         bundle, texts, provider, threads, **options
     )
@@ -120,6 +139,8 @@ def spell_speed(generation: Generation) -> str:
     """Return counts and speeds of an answer as a line for people."""
     decode = generation.decode_tokens_per_s
     speed = f", {decode:.1f} tokens/s" if decode else ""
+    if generation.drafted_tokens:
+        speed += f", {generation.accepted_tokens} of {generation.drafted_tokens} drafted tokens accepted"
     return (
         f"[{generation.prompt_tokens} prompt tokens, first token after {generation.ttft_s * 1e3:.0f} ms; "
         f"{generation.generated_tokens} tokens{speed}; ended by {generation.finish_reason}]"

@@ -1,17 +1,18 @@
 """Generate text: a decoder that goes on with a prompt or answers a message."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from llmfast.bundle import ModelBundle
 from llmfast.infer.generate import MAX_TOKENS, encode_prompt, finish, generate
-from llmfast.infer.opening import open_decoder
+from llmfast.infer.opening import open_speculating
 from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
 from llmfast.tokenizer import Tokenizer
 
 AUTO_MODEL = "AutoModelForCausalLM"
 OUTPUTS = ("logits",)
-INFER_OPTIONS = ("system", "raw", "max_tokens", "stop", *SAMPLING_OPTIONS)
+INFER_OPTIONS = ("system", "raw", "max_tokens", "stop", "speculate", "draft", *SAMPLING_OPTIONS)
 
 
 def answer(
@@ -23,6 +24,8 @@ def answer(
     raw: bool = False,
     max_tokens: int = MAX_TOKENS,
     stop: Sequence[str] = (),
+    speculate: bool | None = None,
+    draft: Path | None = None,
     **sampling: Any,
 ) -> list[dict[str, Any]]:
     """Answer every text, through the chat template where the model has one.
@@ -36,6 +39,8 @@ def answer(
         raw: leave the chat template out and go on with the text.
         max_tokens: most tokens to generate.
         stop: strings that end an answer.
+        speculate: guess tokens that one step verifies; None does where it can't change the answer and may pay.
+        draft: a bundle whose model guesses them.
         sampling: fields of `Sampling`; none is greedy.
 
     Returns:
@@ -46,12 +51,14 @@ def answer(
         UnsupportedError: the graph is no decoder that llmfast runs.
     """
     tokenizer = Tokenizer.load(bundle.path)
-    engine = open_decoder(bundle, provider, threads)
+    prompts = [encode_prompt(tokenizer, text, system, raw) for text in texts]
+    longest = max(map(len, prompts), default=1)
+    engine, speculation = open_speculating(bundle, tokenizer, longest, max_tokens, provider, threads, speculate, draft)
     choice = Sampling(**sampling)
     answers = []
-    for text in texts:
-        prompt_ids = encode_prompt(tokenizer, text, system, raw)
-        generation = finish(generate(engine, tokenizer, prompt_ids, max_tokens, choice, stop, tokenizer.eos_ids))
+    for text, ids in zip(texts, prompts, strict=True):
+        pieces = generate(engine, tokenizer, ids, max_tokens, choice, stop, tokenizer.eos_ids, speculation)
+        generation = finish(pieces)
         answers.append(
             {
                 "text": text,

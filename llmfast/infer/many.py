@@ -1,0 +1,234 @@
+"""A file of prompts or texts to a file of answers: planned, resumed, shown, counted."""
+
+import hashlib
+import json
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from llmfast.bundle import MANIFEST, TEXT_GENERATION, UNKNOWN_TASK, ModelBundle, sha256
+from llmfast.errors import InputError, LlmfastError, OptionError
+from llmfast.infer.jsonl import AnswerFile, Line, read_lines
+from llmfast.infer.many_prompts import Prompts
+from llmfast.infer.many_texts import Texts
+from llmfast.infer.stage import check_options, text_option
+from llmfast.report import note, progress
+
+# Reasons that the JSON document holds; there may be a million, and all are printed.
+_LISTED = 1000
+
+
+class Work(Protocol):
+    """What a kind of task does with lines.
+
+    Attributes:
+        fields: names of a line that it looks at.
+    """
+
+    fields: tuple[str, ...]
+
+    def check(self, line: Line) -> None:
+        """Look at a line before anything runs, to plan; raise why it can't be answered."""
+
+    def run(self, lines: Iterator[Line], remaining: int, done: "Done", failed: "Failed") -> None:
+        """Answer lines, in any order."""
+
+    def speed(self, seconds: float) -> str:
+        """Return how fast it goes, for people."""
+
+    def figures(self, seconds: float) -> dict[str, Any]:
+        """Return counts and speed for the summary."""
+
+
+Done = Callable[[Line, dict[str, Any]], None]
+Failed = Callable[[Line, LlmfastError], None]
+
+
+@dataclass
+class Summary:
+    """What a run did.
+
+    Attributes:
+        input: the prompts.
+        output: the answers.
+        task: of the model.
+        lines: lines of the input that are not blank.
+        answered: by this run.
+        answered_before: by an earlier run of the same command.
+        failed: lines without an answer.
+        errors: their numbers and the reasons, of the first thousand.
+        seconds: of answering, without the time to plan and to open the model.
+        figures: counts and speeds of the task.
+    """
+
+    input: str
+    output: str
+    task: str
+    lines: int = 0
+    answered: int = 0
+    answered_before: int = 0
+    failed: int = 0
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """Return the summary as one JSON object."""
+        document = asdict(self)
+        figures: dict[str, Any] = document.pop("figures")
+        return document | figures
+
+
+def answer_file(
+    model: Path,
+    input_file: Path,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    batch_size: int | None = None,
+    provider: str = "cpu",
+    threads: int | None = None,
+    **options: Any,
+) -> Summary:
+    """Answer every line of a file.
+
+    Args:
+        model: bundle directory.
+        input_file: JSON objects, one a line (`.jsonl`, `.ndjson`), or a text a line.
+        output: gets a JSON object a line. What an earlier run of the same model, options and lines left is kept.
+        overwrite: start over instead.
+        batch_size: prompts at once, of a text-generation model; None chooses by the memory.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads; None takes the cores this process may use.
+        options: those of the task's `INFER_OPTIONS` that are given.
+
+    Raises:
+        InputError: the input can't be read or has no line.
+        OptionError: an option that the task does not have.
+        OutputExistsError: the output holds something else.
+        ResourceError: no memory, or a full disk; what was answered is kept.
+        UnsupportedError: no engine runs the model.
+    """
+    if input_file.exists() and output.exists() and input_file.samefile(output):
+        raise OptionError(f"--output `{output}` is the input", "name another file")
+    bundle = ModelBundle.open(model)
+    task = bundle.manifest.task
+    check_options(bundle, options)
+    work: Work
+    if task in (TEXT_GENERATION, UNKNOWN_TASK):
+        work = Prompts(bundle, provider, threads, batch_size, **options)
+    else:
+        work = Texts(bundle, provider, threads, **options)
+    summary = Summary(str(input_file), str(output), task)
+
+    def failed(line: Line, error: LlmfastError) -> None:
+        summary.failed += 1
+        where = f"`{input_file}`: line {line.number}: "
+        reason = error.message.removeprefix(where)
+        note(f"no answer: {where}{reason}")
+        if len(summary.errors) < _LISTED:
+            summary.errors.append({"line": line.number, "error": reason})
+
+    read = _reader(bundle, input_file, options)
+    keys = _plan(read, work, summary, failed)
+    if not summary.lines:
+        raise InputError(f"no text in `{input_file}`", "the file is empty or blank")
+    file = AnswerFile(output, keys, overwrite)
+    summary.answered_before = int(file.done.sum())
+    _tell_beginning(file, len(keys))
+    start = time.perf_counter()
+    remaining = len(keys) - summary.answered_before
+    try:
+        with progress("answering", len(keys)) as advance:
+            advance(summary.answered_before)
+
+            def done(line: Line, answer: dict[str, Any]) -> None:
+                file.write(line, answer)
+                summary.answered += 1
+                advance(1, f"answering, {work.speed(time.perf_counter() - start)}")
+
+            if remaining:
+                work.run(_remaining(read, keys, file.done), remaining, done, failed)
+    except BaseException:
+        count = summary.answered_before + summary.answered
+        if count:
+            note(f"note: {count} of {len(keys)} answers are in `{output}`; the same command goes on from there")
+        raise
+    finally:
+        file.close()
+    summary.seconds = time.perf_counter() - start
+    summary.figures = work.figures(summary.seconds)
+    file.put_in_order()
+    return summary
+
+
+def spell(summary: Summary) -> str:
+    """Return a summary as a line for people."""
+    figures = summary.figures
+    parts = [f"{summary.answered + summary.answered_before} of {summary.lines} lines answered in `{summary.output}`"]
+    if summary.answered_before:
+        parts.append(f"{summary.answered_before} of them before")
+    if "prompt_tokens" in figures:
+        parts.append(f"{figures['prompt_tokens']} prompt tokens ({figures['shared_tokens']} of them copied)")
+        parts.append(f"{figures['generated_tokens']} generated in {summary.seconds:.1f} s")
+        parts.append(f"{figures['tokens_per_s']:.1f} tokens/s")
+    elif summary.answered:
+        parts.append(f"{summary.seconds:.1f} s, {figures['texts_per_s']:.1f} texts/s")
+    return ", ".join(parts)
+
+
+def _reader(bundle: ModelBundle, input_file: Path, options: dict[str, Any]) -> Callable[[], Iterator[Line]]:
+    """Return what begins to read the input; its keys stand for model and options too."""
+    manifest = bundle.path / MANIFEST
+    model = sha256(manifest if manifest.is_file() else bundle.model)
+    settings = json.dumps([model, options], sort_keys=True, default=str)
+    name = text_option(TEXT_GENERATION if bundle.manifest.task == UNKNOWN_TASK else bundle.manifest.task)
+    digest = hashlib.sha256(settings.encode()).hexdigest()
+    return lambda: read_lines(input_file, name, digest)
+
+
+def _plan(read: Callable[[], Iterator[Line]], work: Work, summary: Summary, failed: Failed) -> np.ndarray:
+    """Look at all lines; return the keys of those that can be answered, uint64."""
+    keys = array("Q")
+    unknown: set[str] = set()
+    with progress("reading prompts") as advance:
+        for line in read():
+            summary.lines += 1
+            advance()
+            try:
+                if line.error is not None:
+                    raise line.error
+                work.check(line)
+            except LlmfastError as error:
+                failed(line, error)
+            else:
+                keys.append(line.key)
+                if len(unknown) < _LISTED:
+                    unknown |= set(line.fields) - set(work.fields)
+    if unknown:
+        note(f"note: fields that say nothing to this model: {', '.join(sorted(unknown))}")
+    return np.array(keys, np.uint64)
+
+
+def _remaining(read: Callable[[], Iterator[Line]], keys: np.ndarray, done: np.ndarray) -> Iterator[Line]:
+    """Yield the lines that can be answered and are not yet."""
+    place = 0
+    for line in read():
+        if place < len(keys) and line.key == keys[place]:
+            if not done[place]:
+                yield line
+            place += 1
+    if place < len(keys):
+        raise InputError("the prompts changed while they were read", "run the command again when they are complete")
+
+
+def _tell_beginning(file: AnswerFile, count: int) -> None:
+    if file.dropped:
+        note(f"note: the last line of `{file.path}` was cut off; it is answered again")
+    if file.done.any():
+        note(f"note: {int(file.done.sum())} of {count} answers are there already (--overwrite starts over)")

@@ -1,0 +1,141 @@
+"""Prompts to answers in a continuous batch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from llmfast.bundle import ModelBundle
+from llmfast.errors import LlmfastError, OptionError, UnsupportedError
+from llmfast.infer.batch import Batch, check_prompt
+from llmfast.infer.decoder import Decoder, context_length
+from llmfast.infer.engine import Engine
+from llmfast.infer.generate import Generation, check_limits
+from llmfast.infer.jsonl import Line
+from llmfast.infer.memory import MemoryPlan, plan_memory
+from llmfast.infer.opening import open_decoder
+from llmfast.infer.requests import FIELDS, RequestReader
+from llmfast.infer.rows import OneRow, Rows, SlabRows
+from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
+from llmfast.report import note
+from llmfast.tokenizer import Tokenizer
+
+# Of the task's options, those that a request has beside its sampling.
+_OPTIONS = ("system", "raw", "max_tokens", "stop")
+
+
+class Prompts:
+    """Answers lines with a text-generation model.
+
+    Args:
+        bundle: the model.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads.
+        batch_size: prompts at once; None chooses by the memory.
+        options: of `infer` that hold for all lines.
+    """
+
+    fields = FIELDS
+
+    def __init__(
+        self, bundle: ModelBundle, provider: str, threads: int | None, batch_size: int | None, **options: Any
+    ) -> None:
+        self._bundle = bundle
+        self._provider, self._threads = provider, threads
+        self._batch_size = batch_size
+        sampling = {name: options.pop(name) for name in SAMPLING_OPTIONS if name in options}
+        for name in options:
+            if name not in _OPTIONS:
+                raise OptionError(f"--{name.replace('_', '-')} is for one prompt, not for a file of them")
+        self._tokenizer = Tokenizer.load(bundle.path)
+        self._reader = RequestReader(self._tokenizer, sampling=sampling, **options)
+        Sampling(**sampling)
+        check_limits(self._reader.max_tokens, self._reader.stop)
+        if batch_size is not None and batch_size < 1:
+            raise OptionError(f"--batch-size {batch_size}: must be at least 1")
+        self._context_length = context_length(bundle)
+        self._vocab_size = int(bundle.manifest.architecture.get("vocab_size", 0)) or self._tokenizer.vocab_size
+        self._capacity = 1
+        self._batch: Batch | None = None
+        self._memory: MemoryPlan | None = None
+
+    def check(self, line: Line) -> None:
+        """Look at a line, and make room for it."""
+        request = self._reader.read(line)
+        check_limits(request.max_tokens, request.stop)
+        check_prompt(request.prompt_ids, self._context_length, self._vocab_size)
+        needed = min(len(request.prompt_ids) + request.max_tokens, self._context_length)
+        self._capacity = max(self._capacity, needed)
+
+    def run(
+        self,
+        lines: Iterator[Line],
+        remaining: int,
+        done: Callable[[Line, dict[str, Any]], None],
+        failed: Callable[[Line, LlmfastError], None],
+    ) -> None:
+        """Answer lines; each is done when its answer is, whatever the order."""
+        batch = self._batch = Batch(self._open(remaining), self._tokenizer)
+        pending: dict[Any, Line] = {}
+        while True:
+            # One more than there are rows, so that a row that falls free is filled at once.
+            while len(pending) <= batch.rows.count and (line := next(lines, None)) is not None:
+                batch.submit(self._reader.read(line))
+                pending[line.number] = line
+            if not pending:
+                break
+            for event in batch.step():
+                if event.error is not None:
+                    failed(pending.pop(event.id), event.error)
+                elif event.generation is not None:
+                    done(pending.pop(event.id), _record(event.generation))
+        if not batch.exact:
+            note(
+                "note: in a batch, this model's kernels round other than for one prompt; answers may differ from "
+                "those of one prompt at a time (--batch-size 1)"
+            )
+
+    def speed(self, seconds: float) -> str:
+        """Return how fast it goes, for people."""
+        return f"{self._generated_tokens / seconds:.0f} tokens/s"
+
+    def figures(self, seconds: float) -> dict[str, Any]:
+        """Return counts and speed for the summary."""
+        if self._batch is None or self._memory is None:
+            return {"generated_tokens": 0}
+        return {
+            **asdict(self._batch.counts),
+            "tokens_per_s": self._generated_tokens / seconds,
+            "exact": self._batch.exact,
+            "memory": asdict(self._memory),
+        }
+
+    @property
+    def _generated_tokens(self) -> int:
+        return self._batch.counts.generated_tokens if self._batch else 0
+
+    def _open(self, remaining: int) -> Rows:
+        engine: Decoder = open_decoder(self._bundle, self._provider, self._threads, max_length=self._capacity)
+        if engine.note:
+            note(f"note: `{self._bundle.name}`: {engine.note}")
+        takes_rows = isinstance(engine, Engine) and engine.takes_rows
+        if not takes_rows and (self._batch_size or 0) > 1:
+            raise UnsupportedError(
+                f"`{self._bundle.path}` answers one prompt at a time with {self._provider}: its graph is another "
+                "exporter's, or its cache is on a device",
+                "leave --batch-size out",
+            )
+        plan = plan_memory(self._bundle, engine, self._capacity, remaining if takes_rows else 1, self._batch_size)
+        self._memory = plan
+        note(f"{remaining} prompts; {plan}")
+        if isinstance(engine, Engine) and takes_rows:
+            return SlabRows(engine, plan.rows, self._capacity)
+        return OneRow(engine)
+
+
+def _record(generation: Generation) -> dict[str, Any]:
+    return {
+        "answer": generation.text,
+        "prompt_tokens": generation.prompt_tokens,
+        "generated_tokens": generation.generated_tokens,
+        "finish_reason": generation.finish_reason,
+    }

@@ -1,0 +1,186 @@
+"""Several sequences side by side: one KV cache of many rows, a prompt into any row, a token for every row at once.
+
+The cache is one slab `[rows, heads, capacity, head size]` a layer. A row is a contiguous part of it, and so are the
+first n rows: a prompt runs at batch 1 bound onto its row, a step at batch n bound onto the first n, and neither
+copies the cache. Rows differ in length: GroupQueryAttention takes each row's from `seqlens_k`.
+Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GroupQueryAttention
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from llmfast.errors import ResourceError
+from llmfast.graph.feeds import DTYPES, PAST, present_of
+from llmfast.infer.decoder import Decoder
+from llmfast.infer.engine import Engine
+from llmfast.runtime import import_onnxruntime
+
+
+class Rows(ABC):
+    """Sequences of one model, each in a row of its own.
+
+    Attributes:
+        count: how many there may be.
+        capacity: positions that each may have.
+        vocab_size: length of a token's logits.
+    """
+
+    count: int
+    capacity: int
+    vocab_size: int
+
+    @abstractmethod
+    def prefill(self, row: int, ids: np.ndarray, start: int = 0) -> np.ndarray:
+        """Compute a prompt from position `start` on; the row holds what comes before.
+
+        The prompt is cut where an engine that reads it alone cuts it, so that the sums are the same.
+
+        Args:
+            row: where to.
+            ids: int64 [n], the whole prompt, n > start.
+            start: positions that the row already holds of it.
+
+        Returns:
+            float32 [vocab], the logits of the last token.
+        """
+
+    @abstractmethod
+    def decode(self, tokens: Sequence[int], lengths: Sequence[int], first: int = 0) -> np.ndarray:
+        """Append a token to some rows that follow one another.
+
+        Args:
+            tokens: one for each row.
+            lengths: positions that each row holds.
+            first: the first of these rows.
+
+        Returns:
+            float32 [rows, vocab], a view that the next call overwrites.
+        """
+
+    @abstractmethod
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let a row begin with the first positions of another."""
+
+
+class SlabRows(Rows):
+    """Rows of one slab, on the CPU.
+
+    Args:
+        engine: gives session and cuts; its own cache is not used, and takes no memory until it is.
+        count: rows.
+        capacity: positions of a row.
+
+    Raises:
+        ResourceError: no memory for the slab.
+    """
+
+    def __init__(self, engine: Engine, count: int, capacity: int) -> None:
+        self.count = count
+        self.capacity = capacity
+        self.vocab_size = engine.vocab_size
+        self._session = engine.session
+        self._ids_dtype = engine.ids_dtype
+        self._chunk_tokens = engine.chunk_tokens
+        self._wrap = import_onnxruntime().OrtValue.ortvalue_from_numpy
+        past = [entry for entry in engine.session.get_inputs() if entry.name.startswith(PAST)]
+        try:
+            self._slab = {
+                entry.name: np.zeros((count, entry.shape[1], capacity, entry.shape[3]), DTYPES[entry.type])
+                for entry in past
+            }
+            self._logits = np.empty((count, 1, self.vocab_size), np.float32)
+        except MemoryError as error:
+            raise ResourceError(
+                f"not enough memory for a KV cache of {count} rows and {capacity} tokens", "ask for fewer rows"
+            ) from error
+        self._numbers: dict[str, np.ndarray] = {
+            "seqlens_k": np.zeros(count, np.int32),
+            "total_sequence_length": np.zeros((), np.int32),
+            "num_logits": np.ones(1, np.int64),
+        }
+        self._steps: dict[tuple[int, int], tuple[np.ndarray, Any]] = {}
+
+    def prefill(self, row: int, ids: np.ndarray, start: int = 0) -> np.ndarray:
+        """Compute a prompt from position `start` on."""
+        for begin, end in cuts(start, len(ids), self._chunk_tokens):
+            input_ids = ids[None, begin:end].astype(self._ids_dtype)
+            logits = self._run(input_ids, self._bind(input_ids, row), [end])
+        last: np.ndarray = logits[0].copy()
+        return last
+
+    def decode(self, tokens: Sequence[int], lengths: Sequence[int], first: int = 0) -> np.ndarray:
+        """Append a token to some rows that follow one another."""
+        step = first, len(tokens)
+        if step not in self._steps:
+            input_ids = np.zeros((len(tokens), 1), self._ids_dtype)
+            self._steps[step] = input_ids, self._bind(input_ids, first)
+        input_ids, binding = self._steps[step]
+        input_ids[:, 0] = tokens
+        return self._run(input_ids, binding, [length + 1 for length in lengths])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let a row begin with the first positions of another."""
+        for layer in self._slab.values():
+            layer[target, :, :length] = layer[source, :, :length]
+
+    def _run(self, input_ids: np.ndarray, binding: Any, totals: Sequence[int]) -> np.ndarray:
+        self._numbers["seqlens_k"][: len(totals)] = np.array(totals) - 1
+        self._numbers["total_sequence_length"][()] = max(totals)
+        self._session.run_with_iobinding(binding)
+        return self._logits[: len(input_ids), 0]
+
+    def _bind(self, input_ids: np.ndarray, first: int) -> Any:
+        """Bind a step onto the rows from `first` on; what is bound must outlive the binding."""
+        rows = len(input_ids)
+        binding = self._session.io_binding()
+        arrays = {"input_ids": input_ids, **self._numbers, "seqlens_k": self._numbers["seqlens_k"][:rows]}
+        for name, array in arrays.items():
+            binding.bind_ortvalue_input(name, self._wrap(array))
+        binding.bind_ortvalue_output("logits", self._wrap(self._logits[:rows]))
+        for name, layer in self._slab.items():
+            value = self._wrap(layer[first : first + rows])
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(present_of(name), value)
+        return binding
+
+
+class OneRow(Rows):
+    """A single row over an engine that has no more: another exporter's graph, or a device's memory.
+
+    Args:
+        engine: its context is overwritten.
+        chunk_tokens: where prompts are cut.
+    """
+
+    def __init__(self, engine: Decoder, chunk_tokens: int = 256) -> None:
+        self.count = 1
+        self.capacity = engine.capacity
+        self.vocab_size = engine.vocab_size
+        self._engine = engine
+        self._chunk_tokens = chunk_tokens
+
+    def prefill(self, row: int, ids: np.ndarray, start: int = 0) -> np.ndarray:
+        """Compute a prompt from position `start` on."""
+        self._engine.rollback(start)
+        for begin, end in cuts(start, len(ids), self._chunk_tokens):
+            logits = self._engine.prefill(ids[begin:end])
+        return logits
+
+    def decode(self, tokens: Sequence[int], lengths: Sequence[int], first: int = 0) -> np.ndarray:
+        """Append a token to the row."""
+        self._engine.rollback(lengths[0])
+        return self._engine.decode(tokens[0])[None]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Do nothing: the row holds its own positions."""
+
+
+def cuts(start: int, end: int, chunk_tokens: int) -> list[tuple[int, int]]:
+    """Return begin and end of the parts in which a prompt goes through the graph: cut at whole chunks from 0."""
+    inner = range((start // chunk_tokens + 1) * chunk_tokens, end, chunk_tokens)
+    places = [start, *inner, end]
+    return list(pairwise(places))

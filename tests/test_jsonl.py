@@ -1,0 +1,456 @@
+"""Files of prompts and of answers: what a line may say, order, resumed runs, and what goes wrong on the way."""
+
+import fcntl
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from llmfast.bundle import ModelBundle
+from llmfast.cli import app
+from llmfast.errors import InputError, OutputExistsError
+from llmfast.export.stage import ExportOptions, export
+from llmfast.infer import many_texts, memory
+from llmfast.infer.engine import Engine
+from llmfast.infer.generate import finish, generate
+from llmfast.infer.jsonl import AnswerFile, Line, read_lines
+from llmfast.infer.sampling import Sampling
+from llmfast.infer.stage import answer
+from llmfast.kept import keeping, kept
+from llmfast.tokenizer import Tokenizer
+from tests.tiny_decoder import CONTEXT, write_bundle
+from tests.tiny_encoder import save_encoder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("tiny"))
+
+
+def _write(path: Path, *lines: Any) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _infer(model: Path, source: Path, output: Path, *arguments: object) -> Any:
+    command = ["infer", model, "--input", source, "--output", output, "--threads", 1, *arguments]
+    return CliRunner().invoke(app, [str(argument) for argument in command])
+
+
+def _greedy(model: Path, prompt: str, max_tokens: int, **sampling: Any) -> Any:
+    tokenizer = Tokenizer.load(model)
+    ids = np.array(tokenizer.encode(prompt), np.int64)
+    engine = Engine(ModelBundle.open(model), threads=1)
+    return finish(generate(engine, tokenizer, ids, max_tokens, Sampling(**sampling), (), tokenizer.eos_ids))
+
+
+def test_answers_have_the_order_and_ids_of_the_prompts(tiny: Path, tmp_path: Path) -> None:
+    prompts = [{"id": f"q{i}", "prompt": "ab c" * (i % 5 + 1), "max_new_tokens": 1 + 7 * i % 29} for i in range(20)]
+    source = _write(tmp_path / "prompts.jsonl", *prompts[:9], "", *prompts[9:])
+    result = _infer(tiny, source, tmp_path / "answers.jsonl", "--batch-size", 4, "--format", "json")
+    assert result.exit_code == 0, result.output
+    answers = _read(tmp_path / "answers.jsonl")
+    assert [one["id"] for one in answers] == [one["id"] for one in prompts]
+    for prompt, one in zip(prompts, answers, strict=True):
+        expected = _greedy(tiny, prompt["prompt"], prompt["max_new_tokens"])
+        assert one["answer"] == expected.text
+        assert (one["prompt_tokens"], one["generated_tokens"]) == (
+            expected.prompt_tokens,
+            expected.generated_tokens,
+        )
+        assert one["finish_reason"] == expected.finish_reason
+    document = json.loads(result.stdout)
+    assert (document["lines"], document["answered"], document["failed"]) == (20, 20, 0)
+    assert document["generated_tokens"] == sum(one["generated_tokens"] for one in answers)
+    assert document["prompt_tokens"] == sum(one["prompt_tokens"] for one in answers)
+    assert document["memory"]["rows"] == 4
+    assert document["exact"] is True
+    assert "20 prompts; 4 rows of 49 positions: KV cache" in result.stderr
+
+
+def test_lines_have_options_of_their_own(tiny: Path, tmp_path: Path) -> None:
+    whole = _greedy(tiny, "ab c", 30).text
+    lines = [
+        {"prompt": "ab c", "stop": whole[5:8]},
+        {"prompt": "ab", "temperature": 0.7, "seed": 5, "max_new_tokens": 12},
+        {"prompt": "ab c"},
+    ]
+    source = _write(tmp_path / "prompts.jsonl", *lines)
+    assert _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 30).exit_code == 0
+    stopped, sampled, plain = _read(tmp_path / "a.jsonl")
+    assert (stopped["answer"], stopped["finish_reason"]) == (whole[: whole.index(whole[5:8])], "stop")
+    assert sampled["answer"] == _greedy(tiny, "ab", 12, temperature=0.7, seed=5).text
+    assert (plain["answer"], plain["id"]) == (whole, 3)
+
+
+def test_messages_go_through_the_chat_template(tiny: Path, tmp_path: Path) -> None:
+    model = tmp_path / "chat"
+    model.mkdir()
+    write_bundle(model)
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
+    (model / "chat_template.jinja").write_text(template)
+    conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    lines = [{"messages": conversation}, {"messages": [{"role": "system", "content": "s"}, *conversation]}]
+    source = _write(tmp_path / "prompts.jsonl", *lines, {"prompt": "hi"})
+    assert _infer(model, source, tmp_path / "a.jsonl", "--max-tokens", 5, "--system", "be").exit_code == 0
+    prompts = ["s:be;u:hi;a:yo;a:", "s:s;u:hi;a:yo;a:", "s:be;u:hi;a:"]
+    assert [one["answer"] for one in _read(tmp_path / "a.jsonl")] == [_greedy(tiny, text, 5).text for text in prompts]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{oops", "not JSON: Expecting property name enclosed in double quotes at column 2"),
+        ("[1]", "not a JSON object"),
+        ('{"prompt": NaN}', "not JSON: NaN"),
+        ("{}", "needs `prompt` or `messages`"),
+        ({"prompt": "a", "messages": []}, "not both"),
+        ({"prompt": 5}, "`prompt` is not a text"),
+        ({"prompt": ""}, "it has no token"),
+        ({"prompt": "a" * 100}, f"100 tokens, the context holds {CONTEXT} with the answer; 5 too many"),
+        ({"messages": [{"role": "user"}]}, "`messages` is not a list"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no chat template"),
+        ({"prompt": "a", "max_new_tokens": 0}, "must be at least 1"),
+        ({"prompt": "a", "max_new_tokens": "5"}, "`max_new_tokens` is not a whole number"),
+        ({"prompt": "a", "temperature": True}, "`temperature` is not a number"),
+        ({"prompt": "a", "top_p": 7}, "--top-p 7"),
+        ({"prompt": "a", "stop": [""]}, "the empty string"),
+        ({"prompt": "a", "stop": 1}, "`stop` is neither"),
+        ('{"prompt": "a", "id": "\\ud800"}', "`id` is neither"),
+        ('{"prompt": "\\ud800"}', "not UTF-8 text"),
+        ({"prompt": "a", "id": {}}, "`id` is neither"),
+    ],
+)
+def test_a_bad_line_is_named_and_the_others_go_on(line: Any, reason: str, tiny: Path, tmp_path: Path) -> None:
+    source = _write(tmp_path / "prompts.jsonl", {"prompt": "ab"}, "", line, {"prompt": "c"})
+    result = _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 2)
+    assert result.exit_code == 3
+    assert [one["id"] for one in _read(tmp_path / "a.jsonl")] == [1, 4]
+    (told,) = [text for text in result.stderr.splitlines() if text.startswith("no answer: ")]
+    assert "prompts.jsonl`: line 3: " in told
+    assert reason in told
+    assert "error: no answer to 1 of the 3 lines" in result.stderr
+    assert "2 of 3 lines answered" in result.stdout
+    # Mended where it is, the same command answers it alone.
+    _write(source, {"prompt": "ab"}, "", {"prompt": "b"}, {"prompt": "c"})
+    result = _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 2, "--format", "json")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert (document["answered"], document["answered_before"]) == (1, 2)
+    assert [one["id"] for one in _read(tmp_path / "a.jsonl")] == [1, 3, 4]
+
+
+def test_bytes_that_are_no_text_are_a_bad_line(tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\xff\n')
+    result = _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 2)
+    assert result.exit_code == 3
+    assert "line 2: not UTF-8 text: byte 0" in result.stderr
+    assert len(_read(tmp_path / "a.jsonl")) == 1
+
+
+def test_a_cut_run_goes_on(tiny: Path, tmp_path: Path) -> None:
+    source = _write(tmp_path / "p.jsonl", *({"prompt": "ab" * (i + 1)} for i in range(8)))
+    output = tmp_path / "a.jsonl"
+    arguments = ["--max-tokens", 9]
+    assert _infer(tiny, source, output, *arguments).exit_code == 0
+    whole = output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    # Killed: out of order, and in the middle of a line.
+    output.write_bytes(lines[4] + lines[1] + lines[6] + lines[2][:30])
+    result = _infer(tiny, source, output, *arguments, "--format", "json")
+    assert result.exit_code == 0
+    assert output.read_bytes() == whole
+    document = json.loads(result.stdout)
+    assert (document["answered"], document["answered_before"]) == (5, 3)
+    assert "the last line of" in result.stderr
+    assert "3 of 8 answers are there already" in result.stderr
+    result = _infer(tiny, source, output, *arguments, "--format", "json")
+    assert json.loads(result.stdout)["answered"] == 0
+    assert output.read_bytes() == whole
+    _write(source, *({"prompt": "ab" * (i + 1)} for i in range(9)))
+    assert _infer(tiny, source, output, *arguments).exit_code == 0
+    assert output.read_bytes()[: len(whole)] == whole
+    assert len(_read(output)) == 9
+
+
+def test_answers_of_other_runs_are_not_mixed_in(tiny: Path, tmp_path: Path) -> None:
+    source = _write(tmp_path / "p.jsonl", {"prompt": "ab"}, {"prompt": "b"})
+    output = tmp_path / "a.jsonl"
+    assert _infer(tiny, source, output, "--max-tokens", 3).exit_code == 0
+    before = output.read_bytes()
+    other = tmp_path / "other"
+    other.mkdir()
+    write_bundle(other)
+    (other / "llmfast.json").write_text((other / "llmfast.json").read_text() + "\n")
+    for model, arguments in ((tiny, ["--max-tokens", 4]), (tiny, ["--max-tokens", 3, "--seed", 1]), (other, [])):
+        result = _infer(model, source, output, *arguments)
+        assert result.exit_code == 8
+        assert "another model, other options or other prompts" in result.stderr
+    _write(source, {"prompt": "b"}, {"prompt": "ab"})
+    assert _infer(tiny, source, output, "--max-tokens", 3).exit_code == 8
+    assert output.read_bytes() == before
+    assert _infer(tiny, source, output, "--max-tokens", 3, "--overwrite").exit_code == 0
+    assert _read(output)[0]["answer"] == json.loads(before.splitlines()[1])["answer"]
+
+
+@pytest.mark.parametrize("content", ["no answers", "no answers\n", '{"id": 1}\n', '{"a": 1, "b"', "[]\n"])
+def test_files_of_other_things_are_left_alone(content: str, tiny: Path, tmp_path: Path) -> None:
+    source = _write(tmp_path / "p.jsonl", {"prompt": "ab"})
+    output = tmp_path / "a.jsonl"
+    output.write_text(content)
+    result = _infer(tiny, source, output)
+    assert result.exit_code == 8
+    assert "is no file of answers" in result.stderr
+    assert output.read_text() == content
+
+
+def test_two_runs_do_not_write_one_file(tiny: Path, tmp_path: Path) -> None:
+    source = _write(tmp_path / "p.jsonl", {"prompt": "ab"})
+    with (tmp_path / "a.jsonl").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = _infer(tiny, source, tmp_path / "a.jsonl")
+    assert result.exit_code == 8
+    assert "another process" in result.stderr
+
+
+def _start(model: Path, source: Path, output: Path, *arguments: object, limit: int | None = None) -> subprocess.Popen:
+    command = [sys.executable, "-m", "llmfast", "infer", model, "--input", source, "-o", output, "--threads", 1]
+    return subprocess.Popen(
+        [str(argument) for argument in [*command, *arguments]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)) if limit else None,
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_keeps_what_is_done(number: int, code: int, tiny: Path, tmp_path: Path) -> None:
+    source = _write(tmp_path / "p.jsonl", *({"prompt": f"{i} ab", "max_new_tokens": 90} for i in range(4000)))
+    output = tmp_path / "a.jsonl"
+    process = _start(tiny, source, output)
+    while process.poll() is None and not (output.exists() and output.stat().st_size > 2000):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    answers = _read(output)
+    assert 0 < len(answers) < 4000
+    assert f"{len(answers)} of 4000 answers are in" in errors
+    for one in answers[:3]:
+        assert one["answer"] == _greedy(tiny, f"{one['id'] - 1} ab", 90).text
+
+
+def test_a_full_disk_loses_nothing_of_what_was_done(tiny: Path, tmp_path: Path) -> None:
+    source = _write(tmp_path / "p.jsonl", *({"prompt": f"{i} ab"} for i in range(30)))
+    output = tmp_path / "a.jsonl"
+    process = _start(tiny, source, output, "--max-tokens", 5, limit=1500)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 6
+    assert "the answers before are kept" in errors
+    assert "run the same command again" in errors
+    answers = _read(output)  # whole lines only
+    assert 5 < len(answers) < 15
+    result = _infer(tiny, source, output, "--max-tokens", 5, "--format", "json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["answered_before"] == len(answers)
+    assert [one["id"] for one in _read(output)] == list(range(1, 31))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["{tmp}/none.jsonl", "-o", "{tmp}/a.jsonl"], 3, ["cannot read", "none.jsonl"]),
+        (["{tmp}", "-o", "{tmp}/a.jsonl"], 3, ["not a regular file"]),
+        (["{blank}", "-o", "{tmp}/a.jsonl"], 3, ["no text in"]),
+        (["{good}"], 2, ["--output FILE.jsonl"]),
+        (["{good}", "-o", "{tmp}/a.npy"], 2, ["--output FILE.jsonl"]),
+        (["{good}", "-o", "{tmp}/none/a.jsonl"], 6, ["cannot write"]),
+        (["{good}", "-o", "{tmp}/dir.jsonl"], 8, ["is a directory"]),
+        (["{good}", "-o", "{tmp}/a.jsonl", "--batch-size", "0"], 2, ["--batch-size 0"]),
+        (["{good}", "-o", "{tmp}/a.jsonl", "--max-tokens", "0"], 2, ["--max-tokens 0"]),
+        (["{good}", "-o", "{tmp}/a.jsonl", "--temperature", "-1"], 2, ["--temperature -1"]),
+        (["{good}", "-o", "{tmp}/a.jsonl", "--question", "x"], 2, ["--question is for"]),
+        (["{good}", "-o", "{tmp}/a.jsonl", "--prompt", "x"], 2, ["exclude each other"]),
+    ],
+)
+def test_mistakes_are_explained(arguments: list[str], code: int, words: list[str], tiny: Path, tmp_path: Path) -> None:
+    good = _write(tmp_path / "good.jsonl", *[{"prompt": "ab", "max_new_tokens": 2}] * 3)
+    (tmp_path / "dir.jsonl").mkdir()
+    blank = _write(tmp_path / "blank.jsonl", "", " ")
+    filled = [argument.format(tmp=tmp_path, good=good, blank=blank) for argument in arguments]
+    result = CliRunner().invoke(app, ["infer", str(tiny), "--input", *filled])
+    assert result.exit_code == code, result.output
+    assert all(word in result.stderr for word in words), result.stderr
+    assert result.stdout == ""
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_cache_that_does_not_fit_is_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _write(tmp_path / "p.jsonl", *[{"prompt": "ab"}] * 5)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 30_000)  # one row of 96 positions takes 12,288
+    result = _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 99, "--batch-size", 5)
+    assert result.exit_code == 6
+    assert "not enough memory: 5 rows of 96 positions" in result.stderr
+    assert "hint: --batch-size 2" in result.stderr
+    assert os.listdir(tmp_path) == ["p.jsonl"]
+    result = _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 99, "--format", "json")
+    assert json.loads(result.stdout)["memory"]["rows"] == 1
+
+
+def test_the_input_is_never_the_output(tiny: Path, tmp_path: Path) -> None:
+    source = _write(tmp_path / "p.jsonl", {"prompt": "ab"})
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for output in (source, tmp_path / "link.jsonl"):
+        result = _infer(tiny, source, output, "--overwrite")
+        assert result.exit_code == 2
+        assert "is the input" in result.stderr
+    assert _read(source) == [{"prompt": "ab"}]
+
+
+def test_a_linked_output_stays_a_link(tiny: Path, tmp_path: Path) -> None:
+    source = _write(tmp_path / "p.jsonl", *({"prompt": "ab", "max_new_tokens": 9 - i} for i in range(4)))
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "real.jsonl")
+    assert _infer(tiny, source, tmp_path / "a.jsonl").exit_code == 0
+    assert (tmp_path / "a.jsonl").is_symlink()
+    assert [one["id"] for one in _read(tmp_path / "real.jsonl")] == [1, 2, 3, 4]
+
+
+def test_batch_size_is_for_files(tiny: Path) -> None:
+    result = CliRunner().invoke(app, ["infer", str(tiny), "--prompt", "x", "--batch-size", "2"])
+    assert result.exit_code == 2
+    assert "--batch-size is for a file of prompts" in result.stderr
+
+
+def test_plain_text_has_a_prompt_a_line(tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "prompts.txt"
+    source.write_text("ab c\n\nb\n")
+    assert _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 6).exit_code == 0
+    answers = _read(tmp_path / "a.jsonl")
+    assert [one["id"] for one in answers] == [1, 3]
+    assert answers[0]["answer"] == _greedy(tiny, "ab c", 6).text
+
+
+def test_fields_that_say_nothing_are_told(tiny: Path, tmp_path: Path) -> None:
+    source = _write(tmp_path / "p.jsonl", {"prompt": "a", "max_token": 3, "category": "x"})
+    result = _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 2)
+    assert "note: fields that say nothing to this model: category, max_token" in result.stderr
+
+
+def test_reading_holds_one_line_at_a_time(tmp_path: Path) -> None:
+    source = _write(tmp_path / "p.jsonl", *({"prompt": str(i)} for i in range(1000)))
+    lines = read_lines(source, "prompt", "settings")
+    assert next(lines).fields == {"prompt": "0"}
+    keys = {line.key for line in read_lines(source, "prompt", "settings")}
+    assert len(keys) == 1000
+    assert not keys & {line.key for line in read_lines(source, "prompt", "others")}
+
+
+def test_a_full_disk_leaves_a_sorted_file_for_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [Line(number, 1000 - number, {}) for number in range(1, 6)]
+    file = AnswerFile(tmp_path / "a.jsonl", np.array([line.key for line in lines], np.uint64))
+    for line in reversed(lines):
+        file.write(line, {"answer": "x" * line.number})
+    file.close()
+    assert [one["id"] for one in _read(file.path)] == [5, 4, 3, 2, 1]
+    file.put_in_order()
+    assert [one["id"] for one in _read(file.path)] == [1, 2, 3, 4, 5]
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+    with pytest.raises(OutputExistsError):
+        AnswerFile(file.path, np.array([5], np.uint64))
+
+
+def test_texts_of_other_tasks(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "checkpoint", auto_model="AutoModelForSequenceClassification", num_labels=3)
+    model = tmp_path / "bundle"
+    export(str(tmp_path / "checkpoint"), model, ExportOptions(task="text-classification"))
+    texts = ["the cat sat", "two dogs run by the mat on a mat", "a mat", "dogs"] * 4
+    lines = [{"id": f"t{i}", "prompt": text} for i, text in enumerate(texts)]
+    source = _write(tmp_path / "t.jsonl", *lines[:3], {"prompt": 5}, *lines[3:], {"text": "a"})
+    result = _infer(model, source, tmp_path / "labels.jsonl")
+    assert result.exit_code == 3
+    assert "line 4: `prompt` is not a text" in result.stderr
+    assert "line 18: `prompt` is missing" in result.stderr
+    found = _read(tmp_path / "labels.jsonl")
+    assert [one["id"] for one in found] == [line["id"] for line in lines]
+    for one, expected in zip(found, answer(model, texts, threads=1), strict=True):
+        assert one["label"] == expected["label"]
+        assert one["scores"] == pytest.approx(expected["scores"], abs=1e-6)
+        assert set(one) == {"id", "label", "score", "scores", "key"}
+
+
+class Task:
+    """A task whose answers tell how they were asked for."""
+
+    INFER_OPTIONS = ("question",)
+    TEXT_OPTION = "context"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[str], str]] = []
+
+    def answer(self, bundle: Any, texts: list[str], provider: str, threads: Any, question: str) -> list[dict[str, Any]]:
+        self.calls.append((texts, question))
+        if "bad" in texts:
+            raise InputError("a bad text")
+        # In an order of its own, as a ranking.
+        order = sorted(range(len(texts)), key=lambda index: texts[index])
+        return [{"text": texts[i], "index": i, "answer": f"{question}: {texts[i]}"} for i in order]
+
+
+def test_lines_with_the_same_options_go_together_and_a_bad_one_fails_alone(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Task()
+    monkeypatch.setattr(many_texts.registry, "load", lambda *names: task)
+    monkeypatch.setattr(many_texts, "_WINDOW", 6)
+    texts = ["c", "b", "bad", "a", "e", "d", "g", "f"]
+    fields = [{"context": text} | ({"question": "who"} if i in (1, 3) else {}) for i, text in enumerate(texts)]
+    lines = [Line(number, number, one) for number, one in enumerate(fields, start=1)]
+    work = many_texts.Texts(ModelBundle.open(tiny), "cpu", None, question="what")
+    answers: dict[int, Any] = {}
+    failed: dict[int, str] = {}
+    work.run(
+        iter(lines),
+        len(lines),
+        lambda line, found: answers.update({line.number: found}),
+        lambda line, error: failed.update({line.number: error.message}),
+    )
+    assert failed == {3: "a bad text"}
+    expected = {number: f"{'who' if number in (2, 4) else 'what'}: {texts[number - 1]}" for number in range(1, 9)}
+    assert {number: found["answer"] for number, found in answers.items()} == {
+        number: text for number, text in expected.items() if number != 3
+    }
+    assert task.calls[0] == (["c", "bad", "e", "d"], "what")
+    assert (["b", "a"], "who") in task.calls
+    assert task.calls[-1] == (["g", "f"], "what")
+
+
+def test_what_is_kept_is_opened_once() -> None:
+    opened = []
+
+    @kept
+    def open_it(name: str) -> list[str]:
+        opened.append(name)
+        return [name]
+
+    assert open_it("a") is not open_it("a")
+    with keeping():
+        assert open_it("a") is open_it("a")
+        open_it("b")
+    open_it("a")
+    assert opened == ["a", "a", "a", "b", "a"]
