@@ -4,6 +4,9 @@ import importlib.util
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,7 @@ from llmfast.errors import InputError, LlmfastError, OptionError, ResourceError,
 if TYPE_CHECKING:
     import onnxruntime
 
+_PROFILE: ContextVar[Path | None] = ContextVar("profile", default=None)
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -45,7 +49,6 @@ def open_session(
     provider: str = "cpu",
     threads: int | None = None,
     spin: bool = True,
-    profile: Path | None = None,
     graph: bytes | None = None,
     prepack: bool = True,
 ) -> "onnxruntime.InferenceSession":
@@ -56,7 +59,6 @@ def open_session(
         provider: a name in `llmfast.providers`.
         threads: intra-op threads; None takes the cores this process may use.
         spin: let idle threads spin, which helps latency and costs CPU time.
-        profile: prefix of ONNX Runtime's JSON profile; None writes none.
         graph: a serialized model to open in place of the file's, over the same external weights.
         prepack: copy weights into the order that the kernels like best. Without it weights stay in the mapped
             file, and its pages are all the memory that they take.
@@ -78,7 +80,7 @@ def open_session(
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    if profile is not None:
+    if (profile := _PROFILE.get()) is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     if graph is not None:
@@ -101,6 +103,20 @@ def open_session(
             plugin.INSTALL,
         )
     return session
+
+
+@contextmanager
+def profiled(prefix: Path | None) -> Iterator[None]:
+    """Let every session that the body opens write ONNX Runtime's JSON profile.
+
+    Args:
+        prefix: of the profiles' names; None writes none.
+    """
+    token = _PROFILE.set(prefix)
+    try:
+        yield
+    finally:
+        _PROFILE.reset(token)
 
 
 def placement(session: "onnxruntime.InferenceSession") -> dict[str, int]:

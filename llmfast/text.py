@@ -1,13 +1,23 @@
 """Plain text on disk: passages for token windows, and line-based data for encoders."""
 
+import codecs
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmfast import report
 from llmfast.errors import InputError
+from llmfast.records import Records
+
+if TYPE_CHECKING:
+    from llmfast.tokenizer import Tokenizer
+
+# A guess of what to read first; more is read when it was too low.
+_BYTES_PER_TOKEN = 6
+_TORN_TOKENS = 64
 
 
 def read_text(path: Path) -> str:
@@ -83,6 +93,65 @@ def read_labelled(path: Path) -> list[tuple[str, str]]:
             raise InputError(f"no text after the label: `{path}`: line {number}", "each line is: label text")
         texts.append((label, text.strip()))
     return texts
+
+
+def leading_windows(
+    path: Path, tokenizer: "Tokenizer", num_samples: int, seq_len: int, skipped: int
+) -> list[tuple[np.ndarray, str]]:
+    """Cut the beginning of a text file into windows of tokens that follow one another.
+
+    No more of the file is read than the windows need: its size costs no memory.
+
+    Args:
+        path: a text file.
+        tokenizer: of the model.
+        num_samples: how many windows to take; a note says when the text holds fewer.
+        seq_len: tokens in a window.
+        skipped: first tokens of a window that the text returned leaves out.
+
+    Returns:
+        For each window its tokens, int64 [seq_len], and the text of those after the first `skipped`.
+
+    Raises:
+        InputError: as `read_text`, or the text does not fill one window.
+    """
+    wanted = num_samples * seq_len
+    size = wanted * _BYTES_PER_TOKEN
+    while True:
+        text, is_whole = _read_beginning(path, size)
+        ids, ends = tokenizer.encode_spans(text)
+        if is_whole or len(ids) > wanted + _TORN_TOKENS:  # the last tokens may be torn by the cut
+            break
+        size *= 2
+    count = len(token_windows(ids, num_samples, seq_len))
+    windows = []
+    for start in range(0, count * seq_len, seq_len):
+        begin, end = int(ends[start + skipped - 1]), int(ends[start + seq_len - 1])
+        windows.append((ids[start : start + seq_len], text[begin:end]))
+    return windows
+
+
+def _read_beginning(path: Path, size: int) -> tuple[str, bool]:
+    """Return the text of a file's first bytes, up to a whole character, and whether that is all of it."""
+    if path.suffix.lower() in (".jsonl", ".csv"):
+        texts: list[str] = []
+        for (text,) in Records(path, "text"):
+            texts.append(text)
+            size -= len(text)
+            if size < 0:
+                return "\n".join(texts), False
+        return "\n".join(texts), True
+    try:
+        with path.open("rb") as file:
+            data = file.read(size + 1)
+    except OSError as error:
+        raise InputError(f"cannot read `{path}`: {error.strerror}") from error
+    if len(data) <= size:
+        return read_text(path), True
+    try:
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(data[:size]), False
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 text: `{path}`: byte {error.start}", "convert it to UTF-8") from error
 
 
 def token_windows(ids: Sequence[int] | np.ndarray, num_samples: int, seq_len: int) -> np.ndarray:

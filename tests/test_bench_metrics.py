@@ -1,6 +1,7 @@
 """The metrics of llmfast bench: each against a plain formula, and all against their contract."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,8 @@ from llmfast import registry, report
 from llmfast.bench import subject as subjects
 from llmfast.bench.machine import describe_machine, peak_rss_bytes
 from llmfast.bench.metrics import accuracy, decode, divergence, embedding, latency, output_error, prefill
-from llmfast.bench.options import BenchOptions
-from llmfast.bench.subject import Generation, Trial
+from llmfast.bench.options import BenchOptions, parse_shapes
+from llmfast.bench.subject import Generation, Spent, Trial
 from llmfast.bundle import UNKNOWN_TASK, Manifest, ModelBundle
 from llmfast.errors import InputError
 from llmfast.example_inputs import random_inputs
@@ -22,12 +23,14 @@ METRICS = registry.names("bench.metrics")
 
 
 def test_ttft_includes_the_pick_and_prefill_does_not() -> None:
-    subject = SimpleNamespace(generate=lambda trial: Generation(0.5, (0.75, 1.0, 1.5)))
-    trial = Trial((0, 0), VOCAB, 64, 3, {})
+    subject = SimpleNamespace(generate=lambda trial, shape: Generation(0.5, (0.75, 1.0, 1.5)), latencies={})
+    trial = Trial((0, 0), VOCAB, {"1x64": (1, 64)}, 3)
     assert prefill.measure(subject, trial) == {"ttft_s": 0.75, "prefill_tokens_per_s": 128.0}
     figures = decode.measure(subject, trial)
     assert (figures["tpot_s"], figures["decode_tokens_per_s"]) == ((1.5 - 0.75) / 2, 1 / 0.375)
     assert (figures["itl_p50_s"], figures["itl_p95_s"]) == (0.375, pytest.approx(0.4875))
+    assert figures["itl_p99_s"] == pytest.approx(0.4975)
+    assert subject.latencies == {"itl_s": [0.25, 0.5]}
 
 
 def test_encoder_latency_is_the_median_of_a_round_and_per_shape() -> None:
@@ -43,12 +46,16 @@ def test_encoder_latency_is_the_median_of_a_round_and_per_shape() -> None:
     outputs = [SimpleNamespace(name=name) for name in ("sentence_embedding", "last_hidden_state")]
     session = SimpleNamespace(get_inputs=lambda: inputs, get_outputs=lambda: outputs, run=run)
     subject = SimpleNamespace(clock=lambda: now[0], session=session, task=registry.load("tasks", "feature-extraction"))
-    shapes = BenchOptions(shapes="2x4, 1x3").shape_sizes
-    figures = latency.measure(subject, Trial((0, 0), VOCAB, 1, 2, shapes))
+    subject.once = lambda trial, name, work: work()
+    subject.spending = lambda: nullcontext(lambda: Spent(2.0, 1.0))
+    subject.latencies = {}
+    figures = latency.measure(subject, Trial((0, 0), VOCAB, parse_shapes("2x4, 1x3")))
     assert figures == {
         "latency_s_2x4": 0.5,
+        "latency_p95_s_2x4": pytest.approx(6.6),
         "samples_per_s_2x4": 4.0,
         "latency_s_1x3": 0.125,
+        "latency_p95_s_1x3": 0.125,
         "samples_per_s_1x3": 8.0,
     }
     assert feeds[0] == {"input_ids": (2, 4), "attention_mask": (2, 4)}
@@ -164,11 +171,13 @@ def test_metric_honours_the_contract(name: str) -> None:
         assert isinstance(column, report.Column)
         is_ratio = column.key.endswith("_ratio") and column.key not in plugin.HIGHER_IS_BETTER
         assert column.key.removesuffix("_ratio" if is_ratio else "") in plugin.HIGHER_IS_BETTER
+        assert column.title.format(shape="", case="")
         assert isinstance(column.spell(1.5), str)
     functions = {"static": ["measure"], "speed": ["measure"], "quality": ["prepare", "answer", "compare", "figures"]}
     assert all(callable(getattr(plugin, function)) for function in functions[plugin.KIND])
     if plugin.KIND == "quality":
         assert plugin.UNIT
+        assert set(plugin.COMPARED) <= set(plugin.HIGHER_IS_BETTER)
         assert isinstance(plugin.DATA, str)
 
 

@@ -22,6 +22,7 @@ NEEDS = ("tokenizer",)
 UNIT = "lines"
 DATA = "lines of `label text`, the label by number or name, for accuracy and flipped labels"
 HIGHER_IS_BETTER = {"accuracy": True, "flipped_labels": False}
+COMPARED = ("accuracy",)
 COLUMNS = (
     Column("accuracy %", "accuracy", lambda value: f"{value * 100:.1f}"),
     Column("flipped %", "flipped_labels", lambda value: f"{value * 100:.1f}"),

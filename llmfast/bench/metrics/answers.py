@@ -24,6 +24,7 @@ NEEDS = ("tokenizer",)
 UNIT = "lines"
 DATA = "lines of question<TAB>context, for changed answers, and <TAB>answer after it for exact match"
 HIGHER_IS_BETTER = {"exact_match": True, "changed_answers": False}
+COMPARED = ("exact_match",)
 COLUMNS = (
     Column("exact match %", "exact_match", lambda value: f"{value * 100:.1f}"),
     Column("changed answers %", "changed_answers", lambda value: f"{value * 100:.1f}"),

@@ -24,6 +24,7 @@ NEEDS = ("tokenizer",)
 UNIT = "lines"
 DATA = "lines of score<TAB>sentence<TAB>sentence for rank correlation, or a text a line"
 HIGHER_IS_BETTER = {"spearman": True, "cosine_to_baseline": True}
+COMPARED = ("spearman",)
 COLUMNS = (
     Column("spearman", "spearman", lambda value: f"{value:.4f}"),
     Column("cosine", "cosine_to_baseline", lambda value: f"{value:.5f}"),

@@ -21,6 +21,7 @@ NEEDS = ("tokenizer",)
 UNIT = "lines"
 DATA = "lines of query<TAB>document, for the rank correlation with the baseline"
 HIGHER_IS_BETTER = {"rank_correlation": True}
+COMPARED: tuple[str, ...] = ()
 COLUMNS = (Column("rank corr.", "rank_correlation", lambda value: f"{value:.4f}"),)
 
 _BATCH = 8

@@ -21,6 +21,7 @@ NEEDS = ("tokenizer",)
 UNIT = "lines"
 DATA = "a text a line (for fill-mask with the mask token), for flipped tokens"
 HIGHER_IS_BETTER = {"flipped_tokens": False}
+COMPARED: tuple[str, ...] = ()
 COLUMNS = (Column("flipped tokens %", "flipped_tokens", lambda value: f"{value * 100:.2f}"),)
 
 _BATCH = 4  # a masked language model's logits are as wide as its vocabulary
