@@ -35,18 +35,38 @@ def median_interval(samples: Sequence[float], seed: int = 0, confidence: float =
 
 
 def safe_interval(ratios: Sequence[float], seed: int = 0, confidence: float = CONFIDENCE) -> Interval | None:
-    """Return an interval of the median of some ratios that keeps its promise for few of them too.
+    """Return an interval of the median of some ratios that keeps its promise for few of them, and for skewed ones.
 
-    Where the range of the samples can't vouch for `confidence` (see `coverage`), the bootstrap is widened to
-    Student's t interval of the logarithms; where it can, the bootstrap stands alone, and outliers do no harm.
+    The bootstrap promises too much there. It is widened to the order statistics between which the median lies with
+    the confidence asked for, whatever the distribution; and where the range of the samples itself can't vouch for it
+    (see `coverage`), to Student's t interval of the logarithms.
     """
     interval = median_interval(ratios, seed, confidence)
-    if interval is None or coverage(len(ratios)) >= confidence or min(ratios) <= 0:
+    if interval is None or min(ratios) <= 0:
         return interval
-    logs = np.log(ratios)
-    reach = _student_t(len(logs) - 1, confidence) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
-    middle = float(logs.mean())
-    return min(interval[0], math.exp(middle - reach)), max(interval[1], math.exp(middle + reach))
+    count = len(ratios)
+    if coverage(count) >= confidence:
+        ordered, left_out = sorted(ratios), _left_out(count, confidence)
+        low, high = ordered[left_out], ordered[-1 - left_out]
+    else:
+        logs = np.log(ratios)
+        reach = _student_t(count - 1, confidence) * float(logs.std(ddof=1)) / math.sqrt(count)
+        low, high = math.exp(float(logs.mean()) - reach), math.exp(float(logs.mean()) + reach)
+    return min(interval[0], low), max(interval[1], high)
+
+
+@cache
+def _left_out(count: int, confidence: float) -> int:
+    """Return how many of the lowest, and of the highest, samples an interval of the median may leave out.
+
+    The median lies below the k-th lowest of n samples with probability P(Binomial(n, 1/2) < k).
+    """
+    left_out, tail = 0, 0.0
+    while True:
+        tail += math.comb(count, left_out) / 2.0**count
+        if 2 * tail > 1 - confidence:
+            return max(0, left_out - 1)
+        left_out += 1
 
 
 def decide(estimate: float | None, interval: Interval | None, margin: float, neutral: float = 1.0) -> str:
