@@ -6,8 +6,10 @@ plain lines are, which are parted by tabs.
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from llmfast.errors import InputError
 
@@ -21,6 +23,9 @@ _ALIASES = {
     "answer": ("answers",),
 }
 
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
 Parse = Callable[[str], Sequence[str]]
 
 
@@ -32,16 +37,30 @@ class Records:
         columns: names of the columns, the last `optional` of which a record may lack (they are empty then).
         optional: how many.
         parse: turns a plain line into fields; None parts it at tabs.
+        numeric: columns that hold numbers.
 
     Raises:
         InputError: unreadable, not UTF-8, a record that lacks a column (named by its line), or no record at all.
     """
 
-    def __init__(self, path: Path, *columns: str, optional: int = 0, parse: Parse | None = None) -> None:
+    def __init__(
+        self, path: Path, *columns: str, optional: int = 0, parse: Parse | None = None, numeric: Sequence[str] = ()
+    ) -> None:
         self.path, self._columns, self._optional, self._parse = path, columns, optional, parse
+        self._numeric = [columns.index(name) for name in numeric]
         self._count = sum(1 for _ in self)
         if not self._count:
             raise InputError(f"no usable line in `{path}`", f"each line is {self.form}")
+
+    @classmethod
+    def fits(cls, path: Path, *columns: str) -> bool:
+        """Return whether the first record of a file has just these columns."""
+        probe = cls.__new__(cls)
+        probe.path, probe._columns, probe._optional, probe._parse, probe._numeric = path, columns, 0, None, []
+        try:
+            return len(next(probe._fields())[1]) == len(columns) and bool(next(iter(probe)))
+        except (InputError, StopIteration):
+            return False
 
     def __len__(self) -> int:
         return self._count
@@ -63,11 +82,14 @@ class Records:
         return Batches(self, size)
 
     def __iter__(self) -> Iterator[tuple[str, ...]]:
+        for number, fields in self._fields():
+            yield self._checked(number, fields)
+
+    def _fields(self) -> Iterator[tuple[int, Sequence[str]]]:
         read = {".jsonl": self._json_lines, ".csv": self._csv, ".tsv": self._tsv}.get(self.path.suffix.lower())
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
-                for number, fields in (read or self._plain)(file):
-                    yield self._checked(number, fields)
+                yield from (read or self._plain)(file)
         except OSError as error:
             raise InputError(f"cannot read `{self.path}`: {error.strerror}") from error
         except UnicodeDecodeError as error:
@@ -78,9 +100,13 @@ class Records:
     def _checked(self, number: int, fields: Sequence[str]) -> tuple[str, ...]:
         needed = len(self._columns) - self._optional
         fields = tuple(field.strip() for field in fields)
-        if len(fields) < needed or not all(fields[:needed]):
+        surplus = len(fields) - len(self._columns)
+        is_whole = len(fields) >= needed and all(fields[:needed]) and (surplus <= 0 or self._optional > 0)
+        if not is_whole or not all(_is_number(fields[place]) for place in self._numeric):
             raise InputError(f"malformed line: `{self.path}`: line {number}", f"each line is {self.form}")
-        return fields + ("",) * (len(self._columns) - len(fields))
+        if surplus > 0:  # several answers
+            return (*fields[: len(self._columns) - 1], "\t".join(fields[len(self._columns) - 1 :]))
+        return fields + ("",) * -surplus
 
     def _plain(self, file: Iterator[str]) -> Iterator[tuple[int, Sequence[str]]]:
         for number, line in enumerate(file, start=1):
@@ -158,8 +184,31 @@ def _take(row: Sequence[str], places: Sequence[int | None]) -> list[str]:
     return [row[place] if place is not None and place < len(row) else "" for place in places]
 
 
+class Mapped(Generic[Item, Made]):
+    """What a function makes of the parts of a collection, one at a time."""
+
+    def __init__(self, parts: Collection[Item], make: Callable[[Item], Made]) -> None:
+        self._parts, self._make = parts, make
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __contains__(self, item: object) -> bool:
+        return any(one == item for one in self)
+
+    def __iter__(self) -> Iterator[Made]:
+        return map(self._make, self._parts)
+
+
 def _pick(record: dict[str, object], name: str) -> object:
     return next((record[one] for one in (name, *_ALIASES.get(name, ())) if one in record), "")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _spell(value: object) -> str:

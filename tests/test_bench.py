@@ -76,7 +76,7 @@ def test_peak_memory_is_read_between_speed_and_quality(stage: Stage, tmp_path: P
     write_text(tmp_path / "text")
     bench([make_bundle(tmp_path, "a")], replace(QUICK, data=tmp_path / "text"))
     methods = [method for _, method in stage.calls]
-    assert methods == ["facts"] + ["measure"] * 4 + ["describe"] + ["compare"] * 3
+    assert methods == ["facts"] + ["measure"] * 4 + ["describe"] + ["compare"] * 6  # windows and greedy prompts
 
 
 # Quality
@@ -97,7 +97,7 @@ def test_divergence_matches_the_plain_formulas(stage: Stage, tmp_path: Path) -> 
     assert low <= moved["kld"] <= high
     assert len(moved["samples"]["kld"]) == 3
     assert np.mean(moved["samples"]["kld"]) == pytest.approx(moved["kld"])
-    assert document["settings"]["data"]["windows"] == 3
+    assert document["settings"]["data"]["windows"] == document["settings"]["data"]["prompts"] == 3
 
 
 def test_answers_that_are_not_finite_become_none_with_a_note(

@@ -1,9 +1,12 @@
 """How often a classifier is right, and how often it gives another label than the baseline does.
 
-accuracy = share of texts whose most likely label is the given one, by its number or its name;
-flipped_labels = share of texts with another label than the baseline's. O(texts) forward passes.
+accuracy = share of texts whose most likely label is the given one, by its number or its name; f1 = macro F1, the mean
+over the labels that occur of 2 tp / (2 tp + fp + fn); flipped_labels = share of texts with another label than the
+baseline's. O(texts) forward passes.
 """
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from llmfast.bench.options import BenchOptions
 from llmfast.bench.subject import Subject
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError
+from llmfast.records import Mapped, Records
 from llmfast.report import Column
 
 ORDER = 80
@@ -20,37 +24,55 @@ KIND = "quality"
 TASKS = ("text-classification",)
 NEEDS = ("tokenizer",)
 UNIT = "lines"
-DATA = "lines of `label text`, the label by number or name, for accuracy and flipped labels"
-HIGHER_IS_BETTER = {"accuracy": True, "flipped_labels": False}
-COMPARED = ("accuracy",)
+DATA = "lines of `label text`, the label by number or name, or CSV, TSV, JSONL, for accuracy, F1 and flipped labels"
+HIGHER_IS_BETTER = {"accuracy": True, "f1": True, "flipped_labels": False}
+COMPARED = ("accuracy", "f1")
 COLUMNS = (
     Column("accuracy %", "accuracy", lambda value: f"{value * 100:.1f}"),
+    Column("F1 %", "f1", lambda value: f"{value * 100:.1f}"),
     Column("flipped %", "flipped_labels", lambda value: f"{value * 100:.1f}"),
 )
 
 _BATCH = 8
+_NUMBERED = re.compile(r"(?:label_)?(\d+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Some texts and the labels they should get."""
+    """Some texts, the numbers of the labels they should get, and the baseline's names of labels."""
 
-    labels: tuple[str, ...]
+    labels: tuple[int, ...]
     texts: tuple[str, ...]
+    names: tuple[str, ...] = ()
 
 
-def prepare(bundle: ModelBundle, data: Path, options: BenchOptions) -> list[Examples]:
+def prepare(bundle: ModelBundle, data: Path, options: BenchOptions) -> Collection[Examples]:
     """Read labelled lines in batches; every line is used."""
-    from llmfast.text import read_labelled
+    records = Records(data, "label", "text", parse=lambda line: line.split(None, 1))
+    names = tuple(bundle.manifest.architecture.get("labels") or ())
+    for label in dict.fromkeys(label for label, _ in records):
+        _number_of(label, names, data)
+    return Mapped(records.batches(_BATCH), lambda batch: _examples(batch, names, data))
 
-    lines = read_labelled(data)
-    names = [name.casefold() for name in bundle.manifest.architecture.get("labels") or []]
-    known = {*names, *map(str, range(len(names)))}
-    unknown = next((label for label, _ in lines if names and label.casefold() not in known), None)
-    if unknown is not None:
-        raise InputError(f"`{data}`: the model has no label `{unknown}`", f"it has: {', '.join(names[:20])}")
-    batches = [lines[start : start + _BATCH] for start in range(0, len(lines), _BATCH)]
-    return [Examples(*map(tuple, zip(*batch, strict=True))) for batch in batches]
+
+def _examples(batch: tuple[tuple[str, ...], ...], names: tuple[str, ...], data: Path) -> Examples:
+    labels, texts = zip(*batch, strict=True)
+    return Examples(tuple(_number_of(label, names, data) for label in labels), texts, names)
+
+
+def _number_of(label: str, names: tuple[str, ...], data: Path) -> int:
+    """Return the number of a label that is given by name or number.
+
+    Raises:
+        InputError: the model has no such label.
+    """
+    known = [name.casefold() for name in names]
+    if label.casefold() in known:
+        return known.index(label.casefold())
+    match = _NUMBERED.fullmatch(label)
+    if match is None or (names and int(match[1]) >= len(names)):
+        raise InputError(f"`{data}`: the model has no label `{label}`", f"it has: {', '.join(names[:20]) or 'numbers'}")
+    return int(match[1])
 
 
 def answer(subject: Subject, item: Examples) -> np.ndarray:
@@ -62,16 +84,24 @@ def answer(subject: Subject, item: Examples) -> np.ndarray:
 
 
 def compare(item: Examples, labels: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return one row per text: float64 [texts, 2] = is right, differs from the baseline (by name)."""
-    expected = [label.casefold() for label in item.labels]
+    """Return one row per text: float64 [texts, 3] = the right label, the one found, whether the baseline's differs.
+
+    Labels are told apart by name, since a bundle may number them in another order than the baseline.
+    """
+    names = [name.casefold() for name in item.names]
     rows = [
-        (want in (number, name.casefold()), name != theirs)
-        for want, (number, name), theirs in zip(expected, labels.tolist(), reference[:, 1].tolist(), strict=True)
+        (want, names.index(name.casefold()) if name.casefold() in names else int(number), name != theirs)
+        for want, (number, name), theirs in zip(item.labels, labels.tolist(), reference[:, 1].tolist(), strict=True)
     ]
     return np.array(rows, np.float64)
 
 
 def figures(rows: np.ndarray) -> dict[str, float | None]:
-    """Return the figures of some texts from their rows, float64 [texts, 2]."""
-    accuracy, flipped = rows.mean(axis=0)
-    return {"accuracy": float(accuracy), "flipped_labels": float(flipped)}
+    """Return the figures of some texts from their rows, float64 [texts, 3]."""
+    wanted, found, flipped = rows.T
+    right = wanted == found
+    scores = []
+    for label in np.unique(wanted):
+        hits = float((right & (wanted == label)).sum())
+        scores.append(2 * hits / float((wanted == label).sum() + (found == label).sum()))
+    return {"accuracy": float(right.mean()), "f1": float(np.mean(scores)), "flipped_labels": float(flipped.mean())}

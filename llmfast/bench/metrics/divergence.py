@@ -11,6 +11,7 @@ is a window.
 """
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from llmfast.bench.workload import SEQ_LEN
 from llmfast.bundle import SEQ2SEQ_TASKS, ModelBundle
 from llmfast.divergence import position_figures, prediction_figures
 from llmfast.errors import OptionError
+from llmfast.records import Records
 from llmfast.report import Column
 from llmfast.runtime import usable_cores
 
@@ -103,7 +105,6 @@ def retokenize(bundle: ModelBundle, window: Window) -> Window:
 
 def _prepare_pairs(bundle: ModelBundle, data: Path, options: BenchOptions, seq_len: int) -> list[Window]:
     from llmfast.infer.rules import read_rules
-    from llmfast.text import read_translations
     from llmfast.tokenizer import Tokenizer
 
     rules = read_rules(bundle.path, bundle.manifest.architecture.get("context_length"))
@@ -111,7 +112,7 @@ def _prepare_pairs(bundle: ModelBundle, data: Path, options: BenchOptions, seq_l
     targets = Tokenizer.load_target(bundle.path)
     limit = min(seq_len, bundle.manifest.architecture.get("context_length") or seq_len)
     windows = []
-    for source, target in read_translations(data)[: options.num_samples]:
+    for source, target in islice(Records(data, "source", "reference"), options.num_samples):
         ids = [rules.decoder_start_token_id, *targets.encode(target, add_special_tokens=False)]
         ids += rules.eos_token_ids[:1]
         ids, target_bytes = ids[:limit], len(target.encode())
