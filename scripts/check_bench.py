@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -27,16 +28,15 @@ DELAYED_S = 100.0
 
 
 class SlowWorker(Worker):
-    """A worker that is stopped for a share of the time. Every second one is slow: the candidate."""
+    """A worker that is stopped for a share of the time when it holds the candidate."""
 
     delay = 0.0
-    opened = 0
+    candidate = Path()
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        SlowWorker.opened += 1
+    def __init__(self, target: str, path: Path, **settings: Any) -> None:
+        super().__init__(target, path, **settings)
         self._stop = threading.Event()
-        if SlowWorker.delay and SlowWorker.opened % 2 == 0:
+        if SlowWorker.delay and path == SlowWorker.candidate:
             threading.Thread(target=self._brake, daemon=True).start()
 
     def close(self) -> None:
@@ -56,9 +56,12 @@ class SlowWorker(Worker):
 
 def run(bundle: Path, options: BenchOptions, delay: float) -> tuple[str, float, list[float], int, float]:
     """Return the verdict on decode, its ratio and interval, the rounds, and the seconds it took."""
-    SlowWorker.delay, SlowWorker.opened = delay, 0
     start = time.monotonic()
-    document = bench([bundle, bundle], options)
+    with tempfile.TemporaryDirectory() as folder:
+        candidate = Path(folder) / "candidate"
+        candidate.symlink_to(bundle.resolve())
+        SlowWorker.delay, SlowWorker.candidate = delay, candidate
+        document = bench([bundle, candidate], options)
     row = document["rows"][1]
     found = (row["verdict"][FIGURE], row[f"{FIGURE}_ratio"], row[f"{FIGURE}_ratio_spread"])
     return *found, document["settings"]["rounds"], time.monotonic() - start

@@ -26,6 +26,7 @@ from llmfast.bench.stage import bench, print_document
 from llmfast.bench.statistics import (
     coverage,
     decide,
+    launch_interval,
     median,
     safe_interval,
     simultaneous,
@@ -678,3 +679,40 @@ def test_memory_that_is_free_is_read(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  5 kB\n")
     assert processes.available_memory(tmp_path / "meminfo") == 5 * 1024
     assert processes.available_memory(tmp_path / "none") is None
+
+
+def test_processes_begin_anew_when_rounds_are_worth_it(stage: Stage, tmp_path: Path) -> None:
+    for name in "ab":
+        stage.add(name)
+    models = [make_bundle(tmp_path, name) for name in "ab"]
+
+    def take_time(name: str, method: str) -> None:
+        stage.clock.now += {"facts": 5.0, "measure": 1.0}.get(method, 0.0)
+
+    stage.fail = take_time
+    document = bench(models, replace(QUICK, rounds=None, max_time=1e6), clock=stage.clock)
+    # Two bundles open in 10 s and warm up in 5: 30 s of rounds, six of them, are worth a launch.
+    opened = [number for number, (name, method) in enumerate(stage.calls) if (name, method) == ("a", "facts")]
+    assert len(opened) == 2
+    assert document["settings"]["rounds"] == 8
+    # Two warm-ups: the round before all, and a run of the process that began anew.
+    assert [name for name, method in stage.calls if method == "measure"].count("a") == 1 + 8 + 1
+    assert len(document["rows"][0]["samples"]["tpot_s"]) == 8
+    stage.calls.clear()
+    bench(models, replace(QUICK, rounds=8), clock=stage.clock)
+    assert [method for _, method in stage.calls].count("facts") == 2
+
+
+def test_what_stays_with_a_process_widens_the_interval() -> None:
+    random = np.random.default_rng(0)
+    wrong = {"rounds": 0, "launches": 0}
+    for _ in range(100):
+        launches = np.repeat(np.arange(10), 4)
+        ratios = list(np.exp(random.normal(0, 0.05, 10)[launches] + random.normal(0, 0.01, 40)))
+        for key, interval in (
+            ("rounds", safe_interval(ratios)),
+            ("launches", launch_interval(ratios, list(launches))),
+        ):
+            wrong[key] += not interval[0] <= 1 <= interval[1]
+    assert wrong["launches"] <= 7 < 20 <= wrong["rounds"]
+    assert launch_interval([1.0, 1.1, 1.2], [0, 0, 1]) == safe_interval([1.0, 1.1, 1.2])

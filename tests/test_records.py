@@ -24,7 +24,7 @@ PAIRS = [("1.5", "a dog, big", 'say "hi"'), ("0", "x", "y z")]
         ("pairs.csv", 'Score,sentence1,sentence2\n1.5,"a dog, big","say ""hi"""\n\n0,x,y z\n'),
         (
             "pairs.jsonl",
-            '{"score": 1.5, "a": "a dog, big", "b": "say \\"hi\\""}\n\n{"score": 0, "a": "x", "b": "y z"}\n',
+            '{"score": 1.5, "a": "a dog, big", "b": "say \\"hi\\""}\n{"score": 0, "a": "x", "b": "y z"}\n',
         ),
         ("bom.txt", '\ufeff1.5\ta dog, big\tsay "hi"\n0\tx\ty z\n'),
     ],

@@ -30,6 +30,7 @@ class Contestant:
         is_baseline: the others are compared with it; a failure of it ends the run.
         same_tokens: it has the baseline's tokenizer, so that predictions compare token by token.
         worker: the process that holds it, None before `start` and after `stop`.
+        is_fresh: the process has measured nothing yet.
         vocab_size: token ids it accepts, None when unknown.
         placement: nodes per execution provider.
         energy_source: how its joules are counted.
@@ -49,6 +50,7 @@ class Contestant:
     is_baseline: bool = False
     same_tokens: bool = True
     worker: Worker | None = None
+    is_fresh: bool = True
     vocab_size: int | None = None
     placement: dict[str, int] = field(default_factory=dict)
     energy_source: str = ""
@@ -78,6 +80,7 @@ class Contestant:
         settings |= {"threads": self.threads, "max_length": max_length, "watts_per_core": watts_per_core}
         with self._named():
             self.worker = Worker("llmfast.bench.subject:Subject", self.path, provider=self.provider, **settings)
+        self.is_fresh = True
         facts = self.call("facts")
         if facts["note"] and not self.placement:
             report.note(f"note: `{self.label}`: {facts['note']}")

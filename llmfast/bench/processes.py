@@ -72,12 +72,11 @@ class Processes:
 
     def turn(self, one: Contestant, work: Callable[[], None]) -> None:
         """Do something with a bundle that is open for as long as it takes."""
-        if not self.one_at_a_time:
-            one.attempt(work)
-            return
-        if one.attempt(partial(self.start, one)) and one.attempt(work):
-            self._describe(one)
-        one.stop()
+        is_done = one.attempt(partial(self.start, one)) and one.attempt(work)
+        if self.one_at_a_time:
+            if is_done:
+                self._describe(one)
+            one.stop()
 
     def describe_all(self) -> None:
         """File the static figures of the bundles that are open."""

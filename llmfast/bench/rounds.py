@@ -2,8 +2,10 @@
 
 A shared machine drifts: bundles measured one after the other would be compared across its moods. Here
 each runs once per round in its own process; the order rotates, so that none is always first. Ratios to the
-baseline are formed within a round. Rounds go on until the ratios are known well enough, or time is up: what
-ends them is the width of the intervals, not what they show, which would favour chance differences.
+baseline are formed within a round. Processes are started anew from time to time, since what one got when it
+began (memory, cores, neighbours) stays with it and would pass for a difference. Rounds go on until the ratios
+are known well enough, or time is up: what ends them is the width of the intervals, not what they show, which
+would favour chance differences.
 """
 
 import time
@@ -16,17 +18,20 @@ from llmfast.bench.contestant import Contestant, note_lacks
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.statistics import (
     decide,
+    launch_interval,
     median,
     median_interval,
     paired_ratios,
     relative_spread,
-    safe_interval,
     simultaneous,
 )
 from llmfast.bench.subject import Trial
 from llmfast.bench.workload import Workload, per_case
 
 Item = TypeVar("Item")
+
+# A launch is to be followed by this many times the rounds that it costs.
+_LAUNCH_WORTH = 2
 
 # Enough for any precision worth having, and an end for models so quick that time never runs out.
 MOST_ROUNDS = 200
@@ -42,7 +47,8 @@ class Rounds:
         options: of the run.
         workload: what each turn consists of.
         turn: does something with a contestant, whose process is there meanwhile.
-        rewarm: processes are fresh in every turn, and run once uncounted.
+        always_fresh: processes begin anew in every turn anyway.
+        launch_s: seconds that it took to open all bundles.
         clock: monotonic seconds.
     """
 
@@ -54,10 +60,12 @@ class Rounds:
         options: BenchOptions,
         workload: Workload,
         turn: Callable[[Contestant, Callable[[], None]], None],
-        rewarm: bool = False,
+        always_fresh: bool = False,
+        launch_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._rewarm = rewarm
+        self._always_fresh, self._launch_s = always_fresh, launch_s
+        self._launches: list[int] = []  # of each round that counts
         self._metrics, self._contestants, self._baseline = metrics, contestants, baseline
         self._options, self._workload, self._turn, self._clock = options, workload, turn, clock
         self._able: dict[Contestant, list[str]] = {one: [] for one in contestants}
@@ -80,6 +88,8 @@ class Rounds:
         for number in self._numbers():
             is_warmup = number < options.warmup
             counted += not is_warmup
+            if not is_warmup:
+                self._launches.append(self._launches[-1] + self._launch_anew() if self._launches else 0)
             seed = (options.seed, number)
             trial = Trial(seed, vocab_size, workload.shapes, workload.output_tokens, options.price_per_hour)
             spelled = "warm-up" if is_warmup else f"round {counted}"
@@ -96,8 +106,10 @@ class Rounds:
         if not any(self._able.values()):
             return
         options = self._options
+        opened = self._clock()
         yield from range(options.warmup)
-        start = self._clock()
+        start = self._launched = self._clock()
+        self._launch_s += start - opened
         for done in range(MOST_ROUNDS):
             if done >= options.fewest_rounds:
                 spent = self._clock() - start
@@ -105,10 +117,23 @@ class Rounds:
                     return
             yield options.warmup + done
 
+    def _launch_anew(self) -> bool:
+        """End all processes, which the next turns start again, if those that run have been worth their start."""
+        if self._always_fresh:
+            return True
+        now = self._clock()
+        is_worth = self._options.time_limit > 0 and now - self._launched >= _LAUNCH_WORTH * self._launch_s
+        if is_worth:
+            self._launched = now
+            for one in self._contestants:
+                one.stop()
+        return is_worth
+
     def _measure(self, one: Contestant, trial: Trial, is_warmup: bool) -> None:
-        if self._rewarm:
+        if one.is_fresh and not is_warmup and (self._always_fresh or self._launches[-1]):
             one.call("measure", self._able[one], trial)
         figures, latencies = one.call("measure", self._able[one], trial)
+        one.is_fresh = False
         if is_warmup:
             return
         for key, figure in figures.items():
@@ -125,7 +150,7 @@ class Rounds:
                 if relative_spread(median(samples), median_interval(samples)) > self._options.precision:
                     return False
             for ratios in (self._ratios(one, key, higher_is_better) for one in candidates):
-                interval = safe_interval(ratios, 0, self._confidence) if ratios else None
+                interval = launch_interval(ratios, self._launches, 0, self._confidence) if ratios else None
                 if ratios and relative_spread(median(ratios), interval) > self._options.precision:
                     return False
         return True
@@ -148,7 +173,7 @@ class Rounds:
 
     def _ratios(self, one: Contestant, key: str, higher_is_better: bool) -> list[float]:
         ours, theirs = one.samples.get(key, []), self._baseline.samples.get(key, [])
-        comparable = len(ours) == len(theirs) > 0 and min(*ours, *theirs) > 0
+        comparable = len(ours) == len(theirs) == len(self._launches) > 0 and min(*ours, *theirs) > 0
         return paired_ratios(ours, theirs, higher_is_better) if comparable else []
 
     def _file(self) -> None:
@@ -166,7 +191,7 @@ class Rounds:
                     f"{key}_ratio_spread": median_interval(ratios, seed) if ratios else None,
                 }
                 if ratios and not one.is_baseline:
-                    interval = safe_interval(ratios, seed, confidence)
+                    interval = launch_interval(ratios, self._launches, seed, confidence)
                     one.verdict[key] = decide(median(ratios), interval, self._options.precision)
 
 

@@ -91,6 +91,7 @@ def bench(
         Processes(contestants, options, workload, _of_kind(metrics, "static")) as processes,
         report.progress("bench", total=steps) as advance,
     ):
+        opened = clock()
         processes.open_all(advance)
         if items:
             _compare_vocabularies(task, contestants, reference)
@@ -102,6 +103,7 @@ def bench(
             workload,
             processes.turn,
             processes.one_at_a_time,
+            clock() - opened,
             clock,
         )
         counted = speed.run(advance)

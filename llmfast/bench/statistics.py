@@ -34,6 +34,30 @@ def median_interval(samples: Sequence[float], seed: int = 0, confidence: float =
     return _percentiles(_resampled_medians(samples, seed), confidence)
 
 
+def launch_interval(
+    ratios: Sequence[float], launches: Sequence[int], seed: int = 0, confidence: float = CONFIDENCE
+) -> Interval | None:
+    """Return an interval of the median of ratios that were measured in several launches of the processes.
+
+    What a process got when it began (memory, cores, neighbours) stays with it: the ratios of one launch err alike, and
+    no number of them shows it. The interval is widened to that of the launches' medians, where there are three.
+
+    Args:
+        ratios: one a round.
+        launches: the launch that each was measured in.
+        seed: of the bootstrap.
+        confidence: share of such intervals that hold the true median.
+    """
+    interval = safe_interval(ratios, seed, confidence)
+    medians = [median([one for one, own in zip(ratios, launches, strict=True) if own == number])
+               for number in dict.fromkeys(launches)]  # fmt: skip
+    if interval is None or not 3 <= len(medians) < len(ratios):
+        return interval
+    between = safe_interval(medians, seed, confidence)
+    assert between is not None
+    return min(interval[0], between[0]), max(interval[1], between[1])
+
+
 def safe_interval(ratios: Sequence[float], seed: int = 0, confidence: float = CONFIDENCE) -> Interval | None:
     """Return an interval of the median of some ratios that keeps its promise for few of them, and for skewed ones.
 
