@@ -220,6 +220,8 @@ def test_default_lengths_fit_a_small_context(capsys: pytest.CaptureFixture[str])
         "2x4": (2, 4),
         "2x8": (2, 8),
     }
+    with pytest.raises(OptionError, match="--batch 8: models for text-generation are measured one sequence at a time"):
+        plan("text-generation", BenchOptions(batch=(1, 8)), [])
     # A prompt that fits leaves the rest to the output; one that does not is all that the error names.
     assert plan("text-generation", BenchOptions(prompt_tokens=60), [("small", 64)]).output_tokens == 4
     with pytest.raises(OptionError, match=r"^--prompt-tokens 70: 72 tokens, `small` holds 64"):

@@ -71,6 +71,9 @@ def plan(task: str, options: BenchOptions, contexts: Sequence[tuple[str, int | N
     """
     known = [(context, name) for name, context in contexts if context is not None]
     context, name = min(known, default=(None, ""))
+    if task in (TEXT_GENERATION, *SEQ2SEQ_TASKS) and (wide := max(numbers(options.batch), default=1)) > 1:
+        hint = "measure encoders in batches; for decoders leave --batch out"
+        raise OptionError(f"--batch {wide}: models for {task} are measured one sequence at a time", hint)
     if task == TEXT_GENERATION:
         return _plan_decoder(task, options, context, name)
     if task in SEQ2SEQ_TASKS:
@@ -100,7 +103,7 @@ def _plan_decoder(task: str, options: BenchOptions, context: int | None, name: s
     seq_len = options.seq_len if options.seq_len is not None else min(SEQ_LEN, context or SEQ_LEN)
     if options.data is not None and context is not None and seq_len > context:
         raise OptionError(f"--seq-len {seq_len}: `{name}` holds {context} tokens", "ask for fewer")
-    return Workload(task, _grid(numbers(options.batch) or (1,), prompts), output, seq_len)
+    return Workload(task, _grid((1,), prompts), output, seq_len)
 
 
 def _plan_seq2seq(task: str, options: BenchOptions, context: int | None, name: str) -> Workload:
@@ -111,7 +114,7 @@ def _plan_seq2seq(task: str, options: BenchOptions, context: int | None, name: s
         if context is not None and size > context:
             raise OptionError(f"{flag}: {size} tokens, `{name}` holds {context}", "ask for fewer")
     seq_len = min(options.seq_len or SEQ_LEN, context or SEQ_LEN)
-    return Workload(task, _grid(numbers(options.batch) or (1,), prompts), output, seq_len)
+    return Workload(task, _grid((1,), prompts), output, seq_len)
 
 
 def _plan_encoder(options: BenchOptions, context: int | None, name: str) -> Shapes:
