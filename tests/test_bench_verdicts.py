@@ -718,3 +718,27 @@ def test_what_stays_with_a_process_widens_the_interval() -> None:
             wrong[key] += not interval[0] <= 1 <= interval[1]
     assert wrong["launches"] <= 7 < 20 <= wrong["rounds"]
     assert launch_interval([1.0, 1.1, 1.2], [0, 0, 1]) == safe_interval([1.0, 1.1, 1.2])
+
+
+def test_models_of_different_tokenizers_compare_by_bits_per_byte(
+    stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        stage.add(name)
+    write_text(tmp_path / "text")
+    models = [make_bundle(tmp_path, name) for name in "ab"]
+    manifest = json.loads((models[1] / "llmfast.json").read_text())
+    tokenizer = json.loads((models[1] / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {word: len(words) - 1 - index for word, index in words.items()}
+    (models[1] / "tokenizer.json").write_text(json.dumps(tokenizer))
+    manifest["files"]["tokenizer.json"]["bytes"] = (models[1] / "tokenizer.json").stat().st_size
+    (models[1] / "llmfast.json").write_text(json.dumps(manifest))
+    theirs, ours = bench(models, replace(QUICK, data=tmp_path / "text"))["rows"]
+    assert theirs["kld"] == 0.0
+    assert [ours[key] for key in ("kld", "kld_p99", "top1_agreement", "perplexity_ratio", "same_answers")] == [None] * 5
+    # Other words for the same ids: the same text is another path through the bigram model.
+    assert 0 < ours["bits_per_byte"] != theirs["bits_per_byte"]
+    err = capsys.readouterr().err
+    assert "`b` has another tokenizer than `a`: there is no KL divergence between them" in err
+    assert "not a finite number" not in err
