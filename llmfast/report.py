@@ -35,10 +35,15 @@ def _listed(array: Any) -> Any:
 
 def to_markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str:
     """Return a GitHub-flavoured table."""
-    lines = ["| " + " | ".join(column.title for column in columns) + " |"]
+    lines = ["| " + " | ".join(escape_markdown(column.title) for column in columns) + " |"]
     lines.append("|" + "|".join("--:" if column.align_right else "---" for column in columns) + "|")
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(row, columns)) + " |" for row in rows]
+    lines += ["| " + " | ".join(map(escape_markdown, _cells(row, columns))) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def escape_markdown(text: str) -> str:
+    """Return a foreign string that can neither end a cell of a table nor begin an element of HTML."""
+    return printable(text).replace("|", "\\|").replace("<", "&lt;")
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

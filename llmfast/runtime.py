@@ -4,6 +4,9 @@ import importlib.util
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _REGISTERED: set[str] = set()  # packages whose plugin library this process has loaded
+_PROFILE: ContextVar[Path | None] = ContextVar("profile", default=None)
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -51,7 +55,6 @@ def open_session(
     provider: str = "cpu",
     threads: int | None = None,
     spin: bool = True,
-    profile: Path | None = None,
     graph: bytes | None = None,
     prepack: bool = True,
 ) -> "onnxruntime.InferenceSession":
@@ -63,7 +66,6 @@ def open_session(
             that fails is noted.
         threads: intra-op threads; None takes the cores this process may use.
         spin: let idle threads spin, which helps latency and costs CPU time.
-        profile: prefix of ONNX Runtime's JSON profile; None writes none.
         graph: a serialized model to open in place of the file's, over the same external weights.
         prepack: copy weights into the order that the kernels like best. Without it weights stay in the mapped
             file, and its pages are all the memory that they take.
@@ -75,10 +77,10 @@ def open_session(
     first, _, others = provider.partition(",")
     if others:
         try:
-            return open_session(model, first, threads, spin, profile, graph, prepack)
+            return open_session(model, first, threads, spin, graph, prepack)
         except UnsupportedError as error:
             note(f"note: {error.message}; going on with {others}")
-            return open_session(model, others, threads, spin, profile, graph, prepack)
+            return open_session(model, others, threads, spin, graph, prepack)
     ort = import_onnxruntime()
     plugin = registry.load("providers", provider)
     options = ort.SessionOptions()
@@ -90,7 +92,7 @@ def open_session(
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    if profile is not None:
+    if (profile := _PROFILE.get()) is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     if graph is not None:
@@ -169,6 +171,20 @@ def suit_provider(bundle: ModelBundle, provider: str) -> str:
         raise UnsupportedError(message, plugin.SLOW[scheme, activations])
     note(f"note: {message}; going on with {others}")
     return others
+
+
+@contextmanager
+def profiled(prefix: Path | None) -> Iterator[None]:
+    """Let every session that the body opens write ONNX Runtime's JSON profile.
+
+    Args:
+        prefix: of the profiles' names; None writes none.
+    """
+    token = _PROFILE.set(prefix)
+    try:
+        yield
+    finally:
+        _PROFILE.reset(token)
 
 
 def placement(session: "onnxruntime.InferenceSession") -> dict[str, int]:

@@ -1,13 +1,22 @@
-"""Plain text on disk: passages for token windows, and line-based data for encoders."""
+"""Plain text on disk: passages for token windows, and lines."""
 
-import math
+import codecs
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmfast import report
 from llmfast.errors import InputError
+from llmfast.records import Records
+
+if TYPE_CHECKING:
+    from llmfast.tokenizer import Tokenizer
+
+# A guess of what to read first; more is read when it was too low.
+_BYTES_PER_TOKEN = 6
+_TORN_TOKENS = 64
 
 
 def read_text(path: Path) -> str:
@@ -29,60 +38,68 @@ def read_text(path: Path) -> str:
 
 def read_lines(path: Path) -> list[str]:
     """Read the lines of a text file that are not blank, without the space around them."""
-    return [text for _, text in _numbered_lines(path)]
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
-def read_pairs(path: Path) -> list[tuple[float, str, str]]:
-    """Read sentence pairs, one `score<TAB>sentence<TAB>sentence` a line.
+def leading_windows(
+    path: Path, tokenizer: "Tokenizer", num_samples: int, seq_len: int, skipped: int, may_be_fewer: bool = False
+) -> list[tuple[np.ndarray, str]]:
+    """Cut the beginning of a text file into windows of tokens that follow one another.
 
-    Raises:
-        InputError: a line of another form; the message names it.
-    """
-    pairs = []
-    for number, line in _numbered_lines(path):
-        try:
-            score, first, second = line.split("\t")
-            if not math.isfinite(float(score)):
-                raise ValueError(score)
-            pairs.append((float(score), first, second))
-        except ValueError as error:
-            raise InputError(
-                f"malformed pair: `{path}`: line {number}", "each line is score<TAB>sentence<TAB>sentence"
-            ) from error
-    return pairs
+    No more of the file is read than the windows need: its size costs no memory.
 
-
-def read_translations(path: Path) -> list[tuple[str, str]]:
-    """Read sources and what is expected of them, one `source<TAB>target` a line.
-
-    Raises:
-        InputError: a line of another form; the message names it.
-    """
-    pairs = []
-    for number, line in _numbered_lines(path):
-        source, separator, target = line.partition("\t")
-        if not separator or "\t" in target or not source.strip() or not target.strip():
-            raise InputError(f"malformed pair: `{path}`: line {number}", "each line is source<TAB>target")
-        pairs.append((source, target))
-    return pairs
-
-
-def read_labelled(path: Path) -> list[tuple[str, str]]:
-    """Read labelled texts, one `label text` a line.
+    Args:
+        path: a text file.
+        tokenizer: of the model.
+        num_samples: how many windows to take; a note says when the text holds fewer.
+        seq_len: tokens in a window.
+        skipped: first tokens of a window that the text returned leaves out.
+        may_be_fewer: without a note, where the text holds fewer.
 
     Returns:
-        (label, text) as written: whether a label is a number or a name is the model's affair.
+        For each window its tokens, int64 [seq_len], and the text of those after the first `skipped`.
 
     Raises:
-        InputError: a line without text; the message names it.
+        InputError: as `read_text`, or the text does not fill one window.
     """
-    texts = []
-    for number, line in _numbered_lines(path):
-        label, _, text = line.partition(" ")
-        if not text.strip():
-            raise InputError(f"no text after the label: `{path}`: line {number}", "each line is: label text")
-        texts.append((label, text.strip()))
-    return texts
+    wanted = num_samples * seq_len
+    size = wanted * _BYTES_PER_TOKEN
+    while True:
+        text, is_whole = _read_beginning(path, size)
+        ids, ends = tokenizer.encode_spans(text)
+        if is_whole or len(ids) > wanted + _TORN_TOKENS:  # the last tokens may be torn by the cut
+            break
+        size *= 2
+    fitting = max(1, len(ids) // seq_len)
+    count = len(token_windows(ids, min(num_samples, fitting) if may_be_fewer else num_samples, seq_len))
+    windows = []
+    for start in range(0, count * seq_len, seq_len):
+        begin, end = int(ends[start + skipped - 1]), int(ends[start + seq_len - 1])
+        windows.append((ids[start : start + seq_len], text[begin:end]))
+    return windows
+
+
+def _read_beginning(path: Path, size: int) -> tuple[str, bool]:
+    """Return the text of a file's first bytes, up to a whole character, and whether that is all of it."""
+    if path.suffix.lower() in (".jsonl", ".csv"):
+        texts: list[str] = []
+        for (text,) in Records(path, "text"):
+            texts.append(text)
+            size -= len(text)
+            if size < 0:
+                return "\n".join(texts), False
+        return "\n".join(texts), True
+    try:
+        with path.open("rb") as file:
+            data = file.read(size + 1)
+    except OSError as error:
+        raise InputError(f"cannot read `{path}`: {error.strerror}") from error
+    if len(data) <= size:
+        return read_text(path), True
+    try:
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(data[:size]), False
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 text: `{path}`: byte {error.start}", "convert it to UTF-8") from error
 
 
 def token_windows(ids: Sequence[int] | np.ndarray, num_samples: int, seq_len: int) -> np.ndarray:
@@ -109,8 +126,3 @@ def token_windows(ids: Sequence[int] | np.ndarray, num_samples: int, seq_len: in
         report.note(f"note: the text holds {held} windows of {seq_len} tokens, {num_samples} were asked for")
     count = min(held, num_samples)
     return np.asarray(ids[: count * seq_len], np.int64).reshape(count, seq_len)
-
-
-def _numbered_lines(path: Path) -> list[tuple[int, str]]:
-    lines = enumerate(read_text(path).split("\n"), start=1)
-    return [(number, line.strip()) for number, line in lines if line.strip()]

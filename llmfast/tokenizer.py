@@ -89,7 +89,7 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """One more than the highest token id; a model may have more rows than that."""
-        return max(self._backend.get_vocab().values()) + 1
+        return max(self.vocabulary.values()) + 1
 
     def has_tokens_of(self, other: "Tokenizer") -> bool:
         """Return whether both mean the same by every token id."""
@@ -110,6 +110,17 @@ class Tokenizer:
                 rendered chat has them already.
         """
         return list(self._backend.encode(_unicode(text), add_special_tokens=add_special_tokens).ids)
+
+    def encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the token ids of a text, int64 [n], and where in it each token ends, int64 [n] characters."""
+        encoded = self._backend.encode(_unicode(text))
+        return np.array(encoded.ids, np.int64), np.array([end for _, end in encoded.offsets], np.int64)
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id."""
+        found: dict[str, int] = self._backend.get_vocab()
+        return found
 
     def encode_batch(self, texts: Sequence[Text], max_length: int) -> dict[str, np.ndarray]:
         """Return the inputs of an encoder for several texts, padded on the right to the longest.

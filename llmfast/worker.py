@@ -49,6 +49,11 @@ class Worker:
         """Call a method of the object and return its answer."""
         return self._request((method, args, kwargs))
 
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
     def close(self) -> None:
         """End the child process."""
         self._process.kill()

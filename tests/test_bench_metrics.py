@@ -1,6 +1,7 @@
 """The metrics of llmfast bench: each against a plain formula, and all against their contract."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,19 @@ import pytest
 from llmfast import registry, report
 from llmfast.bench import subject as subjects
 from llmfast.bench.machine import describe_machine, peak_rss_bytes
-from llmfast.bench.metrics import accuracy, decode, divergence, embedding, latency, output_error, prefill
-from llmfast.bench.options import BenchOptions
-from llmfast.bench.subject import Generation, Trial
+from llmfast.bench.metrics import (
+    accuracy,
+    decode,
+    divergence,
+    embedding,
+    greedy,
+    latency,
+    output_error,
+    prefill,
+    translation,
+)
+from llmfast.bench.options import BenchOptions, parse_shapes
+from llmfast.bench.subject import Generation, Spent, Trial
 from llmfast.bundle import UNKNOWN_TASK, Manifest, ModelBundle
 from llmfast.errors import InputError
 from llmfast.example_inputs import random_inputs
@@ -22,12 +33,14 @@ METRICS = registry.names("bench.metrics")
 
 
 def test_ttft_includes_the_pick_and_prefill_does_not() -> None:
-    subject = SimpleNamespace(generate=lambda trial: Generation(0.5, (0.75, 1.0, 1.5)))
-    trial = Trial((0, 0), VOCAB, 64, 3, {})
+    subject = SimpleNamespace(generate=lambda trial, shape: Generation(0.5, (0.75, 1.0, 1.5)), latencies={})
+    trial = Trial((0, 0), VOCAB, {"1x64": (1, 64)}, 3)
     assert prefill.measure(subject, trial) == {"ttft_s": 0.75, "prefill_tokens_per_s": 128.0}
     figures = decode.measure(subject, trial)
     assert (figures["tpot_s"], figures["decode_tokens_per_s"]) == ((1.5 - 0.75) / 2, 1 / 0.375)
     assert (figures["itl_p50_s"], figures["itl_p95_s"]) == (0.375, pytest.approx(0.4875))
+    assert figures["itl_p99_s"] == pytest.approx(0.4975)
+    assert subject.latencies == {"itl_s": [0.25, 0.5]}
 
 
 def test_encoder_latency_is_the_median_of_a_round_and_per_shape() -> None:
@@ -43,12 +56,16 @@ def test_encoder_latency_is_the_median_of_a_round_and_per_shape() -> None:
     outputs = [SimpleNamespace(name=name) for name in ("sentence_embedding", "last_hidden_state")]
     session = SimpleNamespace(get_inputs=lambda: inputs, get_outputs=lambda: outputs, run=run)
     subject = SimpleNamespace(clock=lambda: now[0], session=session, task=registry.load("tasks", "feature-extraction"))
-    shapes = BenchOptions(shapes="2x4, 1x3").shape_sizes
-    figures = latency.measure(subject, Trial((0, 0), VOCAB, 1, 2, shapes))
+    subject.once = lambda trial, name, work: work()
+    subject.spending = lambda: nullcontext(lambda: Spent(2.0, 1.0))
+    subject.latencies = {}
+    figures = latency.measure(subject, Trial((0, 0), VOCAB, parse_shapes("2x4, 1x3")))
     assert figures == {
         "latency_s_2x4": 0.5,
+        "latency_p95_s_2x4": pytest.approx(6.6),
         "samples_per_s_2x4": 4.0,
         "latency_s_1x3": 0.125,
+        "latency_p95_s_1x3": 0.125,
         "samples_per_s_1x3": 8.0,
     }
     assert feeds[0] == {"input_ids": (2, 4), "attention_mask": (2, 4)}
@@ -91,7 +108,7 @@ def test_spearman_matches_a_hand_made_example() -> None:
     second = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     item = embedding.Texts(("",) * 8, (4.0, 3.0, 3.0, 1.0))
     vectors = np.concatenate([first, second])
-    figures = embedding.figures(embedding.compare(item, vectors, vectors))
+    figures = embedding.figures(embedding.finish(embedding.compare(item, vectors, vectors)))
     # Ranks of the scores 3, 1.5, 1.5, 0 and of the similarities 3, 1, 2, 0: 4.5 / sqrt(4.5 * 5).
     assert figures["spearman"] == pytest.approx(4.5 / np.sqrt(4.5 * 5))
     assert figures["cosine_to_baseline"] == pytest.approx(1.0)
@@ -100,7 +117,7 @@ def test_spearman_matches_a_hand_made_example() -> None:
 def test_single_texts_have_only_the_cosine_to_the_baseline() -> None:
     item = embedding.Texts(("", ""))
     rows = embedding.compare(item, np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[1.0, 1.0], [0.0, 1.0]]))
-    figures = embedding.figures(rows)
+    figures = embedding.figures(embedding.finish(rows))
     assert figures["spearman"] is None
     assert figures["cosine_to_baseline"] == pytest.approx((np.sqrt(0.5) + 1) / 2)
 
@@ -108,7 +125,7 @@ def test_single_texts_have_only_the_cosine_to_the_baseline() -> None:
 def test_vectors_of_another_size_keep_their_rank_correlation() -> None:
     item = embedding.Texts(("",) * 4, (1.0, 2.0))
     vectors = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    figures = embedding.figures(embedding.compare(item, vectors, np.ones((4, 3))))
+    figures = embedding.figures(embedding.finish(embedding.compare(item, vectors, np.ones((4, 3)))))
     assert figures["spearman"] == pytest.approx(1.0)
     assert np.isnan(figures["cosine_to_baseline"])
 
@@ -117,7 +134,7 @@ def test_embedding_data_is_read_in_pairs_or_lines(tmp_path: Path) -> None:
     pairs, lines = tmp_path / "pairs.txt", tmp_path / "lines.txt"
     pairs.write_text("".join(f"{number}\tleft {number}\tright {number}\n" for number in range(11)))
     lines.write_text("".join(f"line {number}\n" for number in range(11)))
-    items = embedding.prepare(None, pairs, BenchOptions())
+    items = list(embedding.prepare(None, pairs, BenchOptions()))
     assert [len(item.texts) for item in items] == [16, 6]
     assert items[1].texts[:4] == ("left 8", "left 9", "left 10", "right 8")
     assert items[1].scores == (8.0, 9.0, 10.0)
@@ -128,7 +145,7 @@ def test_labels_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
     bundle = ModelBundle(tmp_path, Manifest("text-classification", architecture={"labels": ["BAD", "GOOD"]}), tmp_path)
     data = tmp_path / "data.txt"
     data.write_text("0 a\nGood b\n1 c\n")
-    assert accuracy.prepare(bundle, data, BenchOptions())[0].labels == ("0", "Good", "1")
+    assert next(iter(accuracy.prepare(bundle, data, BenchOptions()))).labels == (0, 1, 1)
     for label in ("2", "neutral"):
         data.write_text(f"0 a\n{label} b\n")
         with pytest.raises(InputError, match=f"no label `{label}`"):
@@ -139,15 +156,85 @@ def test_accuracy_reads_pairs(tmp_path: Path) -> None:
     (tmp_path / "pairs").write_text("1 it rains\tit is wet\n0 dull\n")
     bundle = ModelBundle(tmp_path, Manifest("text-classification"), tmp_path)
     [item] = accuracy.prepare(bundle, tmp_path / "pairs", BenchOptions())
-    assert item == accuracy.Examples(("1", "0"), (("it rains", "it is wet"), "dull"))
+    assert item == accuracy.Examples((1, 0), (("it rains", "it is wet"), "dull"))
 
 
-def test_accuracy_takes_labels_by_number_and_by_name() -> None:
-    item = accuracy.Examples(("1", "GOOD", "bad", "0"), ("",) * 4)
-    ours = np.array([("1", "good"), ("1", "good"), ("1", "good"), ("0", "bad")])
-    theirs = np.array([("1", "good"), ("0", "bad"), ("0", "bad"), ("0", "bad")])
+def test_accuracy_and_f1_are_those_of_scikit_learn() -> None:
+    wanted, found = [0, 0, 1, 1, 2, 2, 2, 1], [0, 1, 1, 1, 2, 0, 2, 2]
+    item = accuracy.Examples(tuple(wanted), ("",) * 8, ("bad", "Good", "so so"))
+    names = ["bad", "good", "so so"]
+    ours = np.array([(str(label), names[label]) for label in found])
+    theirs = np.array([("7", names[label]) for label in [0, 0, 1, 1, 2, 2, 2, 1]])  # other numbers, same names
     figures = accuracy.figures(accuracy.compare(item, ours, theirs))
-    assert figures == {"accuracy": 0.75, "flipped_labels": 0.5}
+    # sklearn.metrics.f1_score(wanted, found, average="macro"): per label 1/2, 2/3, 2/3.
+    assert figures == {"accuracy": 0.625, "f1": pytest.approx((1 / 2 + 2 / 3 + 2 / 3) / 3), "flipped_labels": 0.375}
+
+
+def test_recall_counts_the_documents_that_are_nearer() -> None:
+    random = np.random.default_rng(0)
+    documents = random.normal(size=(30, 8))
+    queries = documents + random.normal(size=(30, 8)) * 0.8
+    rows = []
+    for start in range(0, 30, 10):
+        vectors = np.concatenate([queries[start : start + 10], documents[start : start + 10]])
+        item = embedding.Texts(("",) * 20, are_queries=True)
+        rows.append(embedding.compare(item, vectors, vectors))
+    figures = embedding.figures(embedding.finish(np.concatenate(rows)))
+    unit = [array / np.linalg.norm(array, axis=1, keepdims=True) for array in (queries, documents)]
+    ranks = [list(np.argsort(-(query @ unit[1].T))).index(number) for number, query in enumerate(unit[0])]
+    assert figures["recall_at_1"] == np.mean([rank < 1 for rank in ranks]) < 1
+    assert figures["recall_at_10"] == np.mean([rank < 10 for rank in ranks])
+    assert figures["spearman"] is None
+
+
+def test_bleu_and_chrf_are_those_of_sacrebleu(tmp_path: Path) -> None:
+    import sacrebleu
+
+    pairs = [
+        ("a", "the cat sat on the mat today"),
+        ("b", "a dog barks at the moon"),
+        ("c", "rain falls on green hills"),
+    ]
+    answers = ["the cat sat on a mat today", "a dog barked at the moon", "rain falls on the green hills"]
+    rows = np.concatenate([
+        translation.compare(pair, np.array([text]), np.array([text])) for pair, text in zip(pairs, answers, strict=True)
+    ])  # fmt: skip
+    figures = translation.figures(rows)
+    references = [[reference for _, reference in pairs]]
+    assert figures["bleu"] == pytest.approx(sacrebleu.corpus_bleu(answers, references).score)
+    assert figures["chrf"] == pytest.approx(sacrebleu.corpus_chrf(answers, references).score)
+
+
+def test_greedy_answers_are_compared_up_to_the_first_difference() -> None:
+    prompt = greedy.Prompt(np.arange(3), 4)
+    rows = [greedy.compare(prompt, np.array([1, 2, 3, 4]), np.array(theirs)) for theirs in ([1, 2, 3, 4], [1, 2, 9, 4])]
+    assert greedy.figures(np.concatenate(rows)) == {"first_divergent_token": 3.0, "same_answers": 0.5}
+
+
+def test_divergence_equals_a_float64_reference() -> None:
+    """Mean and quantiles of KL divergence, perplexity and bits per byte, to 1e-5, for far and for near candidates."""
+    random = np.random.default_rng(1)
+    for noise in (2.0, 0.1, 0.002):
+        base = random.normal(0, 4, (65, 5000)).astype(np.float32)
+        ours = base + random.normal(0, noise, base.shape).astype(np.float32)
+        ids = random.integers(5000, size=65)
+        window = divergence.Window(ids, num_bytes=200, width=70, context_tokens=17)
+        figures = divergence.figures(divergence.compare(window, ours, base))
+        p, q = (
+            np.exp(array.astype(np.float64)) / np.exp(array.astype(np.float64)).sum(axis=1, keepdims=True)
+            for array in (base, ours)
+        )
+        klds = (p * np.log(p / q)).sum(axis=1)[16:-1]
+        nll = -np.log(q[np.arange(64), ids[1:]])[16:]
+        expected = {
+            "kld": klds.mean(),
+            "kld_median": np.median(klds),
+            "kld_p99": np.quantile(klds, 0.99),
+            "kld_max": klds.max(),
+            "perplexity": np.exp(nll.mean()),
+            "bits_per_byte": nll.sum() / np.log(2) / 200,
+        }
+        assert {key: figures[key] for key in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_machine_says_what_figures_depend_on() -> None:
@@ -171,11 +258,13 @@ def test_metric_honours_the_contract(name: str) -> None:
         assert isinstance(column, report.Column)
         is_ratio = column.key.endswith("_ratio") and column.key not in plugin.HIGHER_IS_BETTER
         assert column.key.removesuffix("_ratio" if is_ratio else "") in plugin.HIGHER_IS_BETTER
+        assert column.title.format(shape="", case="")
         assert isinstance(column.spell(1.5), str)
     functions = {"static": ["measure"], "speed": ["measure"], "quality": ["prepare", "answer", "compare", "figures"]}
     assert all(callable(getattr(plugin, function)) for function in functions[plugin.KIND])
     if plugin.KIND == "quality":
         assert plugin.UNIT
+        assert set(plugin.COMPARED) <= set(plugin.HIGHER_IS_BETTER)
         assert isinstance(plugin.DATA, str)
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from llmfast.errors import InputError
-from llmfast.text import read_labelled, read_lines, read_pairs, read_text, token_windows
+from llmfast.text import read_lines, read_text, token_windows
 
 
 def test_windows_follow_one_another():
@@ -48,26 +48,3 @@ def test_unusable_text_is_refused(tmp_path, content, message):
 def test_lines_are_stripped_and_blank_ones_skipped(tmp_path):
     (tmp_path / "text").write_bytes(b" one \r\n\n  \ntwo")
     assert read_lines(tmp_path / "text") == ["one", "two"]
-
-
-def test_pairs(tmp_path):
-    (tmp_path / "pairs").write_text("4.5\ta dog\ta hound\n\n0\tx\ty z\n")
-    assert read_pairs(tmp_path / "pairs") == [(4.5, "a dog", "a hound"), (0.0, "x", "y z")]
-
-
-@pytest.mark.parametrize("line", ["4.5\tonly one", "high\ta\tb", "1\ta\tb\tc"])
-def test_malformed_pair_names_its_line(tmp_path, line):
-    (tmp_path / "pairs").write_text(f"1\ta\tb\n{line}\n")
-    with pytest.raises(InputError, match="line 2"):
-        read_pairs(tmp_path / "pairs")
-
-
-def test_labelled_texts(tmp_path):
-    (tmp_path / "labelled").write_text("1 a stirring film\nnegative  dull .\n")
-    assert read_labelled(tmp_path / "labelled") == [("1", "a stirring film"), ("negative", "dull .")]
-
-
-def test_label_without_text_names_its_line(tmp_path):
-    (tmp_path / "labelled").write_text("1 fine\n0\n")
-    with pytest.raises(InputError, match="line 2"):
-        read_labelled(tmp_path / "labelled")

@@ -50,7 +50,7 @@ def test_metric_of_a_task(
     assert sum(map(len, same_rows)) == len(SENTENCES)
     assert {key: found[key] for key in same} == same
     assert all(moved[key] != value for key, value in same.items())
-    trial = Trial((0, 0), len(PIECES), 1, 2, {"1x4": (1, 4)})
+    trial = Trial((0, 0), len(PIECES), {"1x4": (1, 4)})
     assert registry.load("bench.metrics", "latency").measure(subject, trial)["latency_s_1x4"] > 0
 
 
@@ -76,8 +76,8 @@ def test_data_of_another_form(heads: Callable[..., Head], tmp_path: Path) -> Non
     data.write_text("no tab and no mask\n")
     for name, task, words in (
         ("token-labels", "fill-mask", r"no `\[MASK\]` in the line"),
-        ("answers", "question-answering", "no context in"),
-        ("ranking", "text-ranking", "no document in"),
+        ("answers", "question-answering", "line 1"),
+        ("ranking", "text-ranking", "line 1"),
     ):
         with pytest.raises(InputError, match=words):
             registry.load("bench.metrics", name).prepare(heads(task).bundle, data, BenchOptions())

@@ -12,7 +12,7 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from llmfast.bench.metrics import decode, divergence, prefill
+from llmfast.bench.metrics import decode, divergence, prefill, translation
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.subject import Subject, Trial
 from llmfast.bundle import ModelBundle
@@ -297,8 +297,8 @@ def test_encoder_decoders_are_measured(bundles: Callable[[str], Path], tmp_path:
     data.write_text("the cat\tdie katze\na dog\tein hund, zwei\n", encoding="utf-8")
     subject = Subject(bundles("m2m_100"), threads=1, max_length=8)
     assert subject.facts()["vocab_size"] == 120
-    trial = Trial((0, 1), 120, 10, 8, {})
-    assert len(subject.generate(trial).tokens_s) == 8
+    trial = Trial((0, 1), 120, {"1x10": (1, 10)}, 8)
+    assert len(subject.generate(trial, "1x10").tokens_s) == 8
     assert prefill.measure(subject, trial)["ttft_s"] > 0
     assert decode.measure(subject, trial)["tpot_s"] > 0
     windows = divergence.prepare(subject.bundle, data, BenchOptions())
@@ -308,8 +308,11 @@ def test_encoder_decoders_are_measured(bundles: Callable[[str], Path], tmp_path:
     assert figures["kld"] == pytest.approx(0, abs=1e-6)
     assert figures["top1_agreement"] == 1.0
     expected = -np.log(np.exp(logits[0] - logits[0].max()) / np.exp(logits[0] - logits[0].max()).sum())
-    first = divergence.compare(divergence.Window(windows[0].ids[:2], windows[0].source), logits[:2], logits[:2])
+    first = divergence.compare(divergence.Window(windows[0].ids[:2], source=windows[0].source), logits[:2], logits[:2])
     assert first[0, 3] == pytest.approx(expected[windows[0].ids[1]], rel=1e-4)
+    translated = translation.answer(subject, ("the cat", "die katze"))
+    figures = translation.figures(translation.compare(("the cat", str(translated[0]) or "x"), translated, translated))
+    assert figures["chrf"] == pytest.approx(100 if translated[0] else 0)
     data.write_text("no target\n")
     with pytest.raises(InputError, match="line 1"):
         divergence.prepare(subject.bundle, data, BenchOptions())

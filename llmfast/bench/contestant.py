@@ -1,70 +1,98 @@
 """The bundles of one run: their names, their worker processes, and what was measured of each."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from llmfast import registry, report
-from llmfast.bench.options import BenchOptions
+from llmfast.bench.options import BenchOptions, numbers
 from llmfast.bundle import UNKNOWN_TASK, ModelBundle
 from llmfast.errors import InputError, LlmfastError, OptionError
-from llmfast.runtime import resolve_threads, suit_provider
+from llmfast.runtime import resolve_threads, suit_provider, with_fallback
 from llmfast.worker import Worker
 
 
 @dataclass(eq=False)
 class Contestant:
-    """One bundle of the run, and what was measured so far.
+    """One bundle of the run on one provider with some threads, and what was measured so far.
 
     Attributes:
         label: its name in the document, unique in the run.
         path: as the user typed it.
         bundle: its facts.
-        worker: the process that holds it, None before `start`.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads.
+        is_baseline: the others are compared with it; a failure of it ends the run.
+        same_tokens: it has the baseline's tokenizer, so that predictions compare token by token.
+        worker: the process that holds it, None before `start` and after `stop`.
+        is_fresh: the process has measured nothing yet.
         vocab_size: token ids it accepts, None when unknown.
         placement: nodes per execution provider.
+        energy_source: how its joules are counted.
+        failure: why it takes no further part.
         figures: name -> figure, and `<name>_spread`, `<name>_ratio` where there are.
         samples: name -> one figure per round or unit.
+        latencies: name -> seconds of single runs and tokens.
+        verdict: name -> `better`, `worse`, `equal` or `inconclusive` against the baseline.
+        profile: what `--profile` found.
     """
 
     label: str
     path: Path
     bundle: ModelBundle
+    provider: str = "cpu"
+    threads: int = 1
+    is_baseline: bool = False
+    same_tokens: bool = True
     worker: Worker | None = None
+    is_fresh: bool = True
     vocab_size: int | None = None
     placement: dict[str, int] = field(default_factory=dict)
+    energy_source: str = ""
+    failure: LlmfastError | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
+    latencies: dict[str, list[float]] = field(default_factory=dict)
+    verdict: dict[str, str] = field(default_factory=dict)
+    profile: dict[str, Any] = field(default_factory=dict)
 
     @property
     def task(self) -> str:
         """What the model is for."""
         return self.bundle.manifest.task
 
-    def start(self, stack: ExitStack, options: BenchOptions, max_length: int | None) -> None:
-        """Open the bundle in a worker process that lives as long as `stack`.
+    def start(self, max_length: int | None, options: BenchOptions, **settings: Any) -> None:
+        """Open the bundle in a worker process.
 
         Args:
-            stack: closes the process.
-            options: of the run.
             max_length: positions a text-generation model must hold.
+            options: of the run.
+            **settings: further ones of `Subject`.
 
         Raises:
             LlmfastError: the bundle can't be opened; the message names it.
         """
-        settings = {"threads": resolve_threads(options.threads), "max_length": max_length}
+        settings |= {"threads": self.threads, "max_length": max_length, "watts_per_core": options.watts_per_core}
         with self._named():
-            provider = suit_provider(self.bundle, options.provider)
-            worker = Worker("llmfast.bench.subject:Subject", self.path, provider=provider, **settings)
-        self.worker = stack.enter_context(worker)
+            provider = suit_provider(self.bundle, with_fallback(self.provider, options.allow_fallback))
+            self.worker = Worker("llmfast.bench.subject:Subject", self.path, provider=provider, **settings)
+        self.is_fresh = True
         facts = self.call("facts")
-        self.vocab_size, self.placement = facts["vocab_size"], facts["placement"]
-        if facts["note"]:
+        if facts["note"] and not self.placement:
             report.note(f"note: `{self.label}`: {facts['note']}")
+        self.vocab_size, self.placement = facts["vocab_size"], facts["placement"]
+        self.energy_source = facts["energy_source"]
+
+    def stop(self) -> None:
+        """End the worker process."""
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the subject in the worker process.
@@ -76,6 +104,27 @@ class Contestant:
         with self._named():
             return self.worker.call(method, *args, **kwargs)
 
+    def attempt(self, work: Callable[[], None]) -> bool:
+        """Do something with this bundle; when it fails, the others go on without it.
+
+        Returns:
+            Whether it succeeded.
+
+        Raises:
+            LlmfastError: this is the baseline, without which there is nothing to compare with.
+        """
+        try:
+            work()
+        except LlmfastError as error:
+            self.stop()
+            if self.is_baseline:
+                raise
+            report.note(f"note: {error.message}: the others go on without it")
+            self.failure = error
+            for found in (self.figures, self.samples, self.latencies):
+                found.clear()
+        return self.failure is None
+
     def lacks(self, metric: ModuleType) -> str:
         """Return what this bundle has not and the metric needs, empty when it can be measured."""
         if metric.TASKS and self.task == UNKNOWN_TASK and UNKNOWN_TASK not in metric.TASKS:
@@ -85,7 +134,7 @@ class Contestant:
         reads_files = self.task != UNKNOWN_TASK and hasattr(registry.load("tasks", self.task), "read_input")
         if "tokenizer" in metric.NEEDS and not reads_files and self.bundle.companion("tokenizer.json") is None:
             return "its tokenizer"
-        if "vocab_size" in metric.NEEDS and self.worker is not None and self.vocab_size is None:
+        if "vocab_size" in metric.NEEDS and self.placement and self.vocab_size is None:
             return "its vocabulary size"
         return ""
 
@@ -97,8 +146,12 @@ class Contestant:
             raise type(error)(f"cannot bench `{self.label}`: {error.message}", error.hint) from error
 
 
-def line_up(models: Sequence[Path], baseline: Path | None) -> tuple[list[Contestant], Contestant]:
+def line_up(
+    models: Sequence[Path], baseline: Path | None, options: BenchOptions
+) -> tuple[list[Contestant], Contestant]:
     """Open the manifests of all bundles and find the baseline, the first one when none is named.
+
+    Every bundle takes part once per provider and number of threads; the baseline runs on the first of both.
 
     Raises:
         OptionError: no model at all.
@@ -110,33 +163,21 @@ def line_up(models: Sequence[Path], baseline: Path | None) -> tuple[list[Contest
     if not paths:
         raise OptionError("no model to bench", "llmfast bench MODEL...")
     bundles = [ModelBundle.open(path) for path in paths]
+    threads = [resolve_threads(count) for count in numbers(options.threads) or (None,)]
+    ways = list(product(options.providers, threads))
     contestants = [
-        Contestant(label, path, bundle)
+        Contestant(f"{label}{_spell_way(provider, count, ways)}", path, bundle, provider, count)
         for label, path, bundle in zip(_labels(paths, bundles), paths, bundles, strict=True)
+        for provider, count in ways
     ]
     tasks = {one.task: one for one in contestants if one.task != UNKNOWN_TASK}
     if len(tasks) > 1:
         spelled = ", ".join(f"`{one.label}` is {task}" for task, one in tasks.items())
         raise InputError(f"models of different tasks: {spelled}", "bench them in separate runs")
     first = baseline or paths[0]
-    return contestants, next(one for one in contestants if one.path.resolve() == first.resolve())
-
-
-def check_lengths(contestants: Sequence[Contestant], lengths: dict[str, int]) -> None:
-    """Refuse lengths that a bundle's context does not hold.
-
-    Args:
-        contestants: the bundles.
-        lengths: flag as typed -> tokens.
-
-    Raises:
-        OptionError: a length over a bundle's context length.
-    """
-    for one in contestants:
-        context = one.bundle.manifest.architecture.get("context_length")
-        for flag, tokens in lengths.items():
-            if context is not None and tokens > context:
-                raise OptionError(f"{flag}: {tokens} tokens, `{one.label}` holds {context}", "ask for fewer")
+    reference = next(one for one in contestants if one.path.resolve() == first.resolve())
+    reference.is_baseline = True
+    return contestants, reference
 
 
 def note_lacks(metric: ModuleType, name: str, contestants: Sequence[Contestant]) -> list[Contestant]:
@@ -148,6 +189,13 @@ def note_lacks(metric: ModuleType, name: str, contestants: Sequence[Contestant])
         else:
             able.append(one)
     return able
+
+
+def _spell_way(provider: str, threads: int, ways: Sequence[tuple[str, int]]) -> str:
+    """Return what tells a bundle's ways of running apart, empty when there is one."""
+    parts = [provider] if len({name for name, _ in ways}) > 1 else []
+    parts += [f"{threads} threads"] if len({count for _, count in ways}) > 1 else []
+    return f" [{', '.join(parts)}]" if parts else ""
 
 
 def _labels(paths: Sequence[Path], bundles: Sequence[ModelBundle]) -> list[str]:

@@ -10,9 +10,6 @@ import numpy as np
 from llmfast import __version__
 from llmfast.runtime import import_onnxruntime, usable_cores
 
-# Above this the other processes of the machine take part in the figures.
-BUSY_LOAD_PER_CORE = 0.5
-
 # The instruction sets that decide which int8, int4 and bf16 kernels run.
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16", "asimddp", "i8mm", "sve")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -34,11 +31,6 @@ def describe_machine() -> dict[str, Any]:
         "llmfast": __version__,
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
-
-
-def load_per_core(machine: dict[str, Any]) -> float:
-    """Return the load average per usable core at the time of `describe_machine`, 0 when unknown."""
-    return (machine["load_average"] or 0.0) / float(machine["cores"])
 
 
 def peak_rss_bytes() -> int | None:

@@ -1,79 +1,166 @@
 """What a benchmark run can be told, and the only copy of the defaults."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from llmfast.errors import OptionError
 from llmfast.verdict import Gate
 
+# Rounds when none are asked for: the fewest whose range holds the median with the confidence that a verdict needs.
+DEFAULT_ROUNDS = 8
+# Seconds of rounds when neither --rounds nor --max-time is given.
+DEFAULT_MAX_TIME_S = 60.0
+
 _SHAPE = re.compile(r"([1-9]\d{0,6})x([1-9]\d{0,6})")
+_RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9})(?:([+*])(\d{1,9}))?)?")
+_MOST_VALUES = 100
+
+Numbers = int | tuple[int, ...] | None
 
 
-def per_shape(key: str, shapes: Iterable[str]) -> list[str]:
-    """Return a metric's key, once per input shape when it names one (`latency_s_{shape}`)."""
-    return [key.format(shape=shape) for shape in shapes] if "{shape}" in key else [key]
+def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
+    """Read a comma list of numbers and ranges, as llama-bench does: `128,512`, `1-4`, `128-512+128`, `1-8*2`.
+
+    Raises:
+        OptionError: not of that form, or more than a hundred numbers.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        if match is None or (match[4] is not None and int(match[4]) < (2 if match[3] == "*" else 1)):
+            raise OptionError(f"{flag}: `{part}` is no number or range", "for example 128,512 or 128-512+128 or 1-8*2")
+        value, last = int(match[1]), int(match[2] or match[1])
+        while value <= last:
+            numbers.append(value)
+            if len(numbers) > _MOST_VALUES:
+                raise OptionError(f"{flag} `{text}`: more than {_MOST_VALUES} values", "ask for fewer")
+            step = int(match[4] or 1)
+            value = max(value + 1, value * step) if match[3] == "*" else value + step
+        if last < int(match[1]):
+            raise OptionError(f"{flag}: the range `{part}` ends before it begins")
+    return tuple(dict.fromkeys(numbers))
+
+
+def parse_shapes(text: str) -> dict[str, tuple[int, int]]:
+    """Return shape as typed -> (batch, length) of a comma list such as `8x128,1x16`.
+
+    Raises:
+        OptionError: a part that is not BATCHxLENGTH.
+    """
+    sizes = {}
+    for shape in (part.strip() for part in text.split(",")):
+        match = _SHAPE.fullmatch(shape)
+        if match is None:
+            raise OptionError(f"--shapes: `{shape}` is not BATCHxLENGTH", "for example: 8x128,1x16")
+        sizes[shape] = (int(match[1]), int(match[2]))
+    return sizes
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Settings of one benchmark run.
+    """Settings of one benchmark run. None takes a default that fits the models, see `workload.plan`.
 
     Attributes:
-        prompt_tokens: length of the random prompt of a text-generation model.
-        output_tokens: tokens generated after it, at least 2.
+        prompt_tokens: lengths of the random input; several make a sweep.
+        output_tokens: tokens a text-generation model generates after it, at least 2.
+        batch: sequences at once; several make a sweep.
         shapes: batch x length of an encoder's random input, a comma list: `8x128,1x16`.
-        rounds: measured rounds; every bundle runs once per round.
+        rounds: measured rounds; every bundle runs once per round. None takes `DEFAULT_ROUNDS` at least, and more
+            until speeds are known to `precision` or `max_time` ends.
+        max_time: seconds of rounds; given, `rounds` are the fewest.
+        precision: half the width of a ratio's interval that is narrow enough; smaller differences count as none.
         warmup: rounds run and thrown away before them.
         data: a file that quality is measured on; None measures speed only.
         num_samples: windows of text that the divergence of text generation is measured on, at most.
         seq_len: tokens per window.
-        provider: a name in `llmfast.providers`.
+        context_tokens: tokens of each window that are given and not scored.
+        provider: names in `llmfast.providers`, a comma list.
+        allow_fallback: go on with the CPU where a provider is missing or took nothing.
         threads: intra-op threads; None takes the cores this process may use.
         seed: of the random token ids and of the bootstrap.
         gates: limits that every bundle but the baseline must keep.
+        max_drops: further gates, `METRIC=X`; see `verdict.parse_drop`.
+        inconclusive: whether a gate passes or fails when the interval of its figure includes the limit.
+        price_per_hour: of the machine, in any currency.
+        watts_per_core: what energy is estimated with where there is no counter.
+        profile: measure time by operator too.
 
     Raises:
         OptionError: a value out of range, or a shape that is not `BATCHxLENGTH`.
     """
 
-    prompt_tokens: int = 512
-    output_tokens: int = 128
-    shapes: str = "8x128"
-    rounds: int = 5
+    prompt_tokens: Numbers = None
+    output_tokens: int | None = None
+    batch: Numbers = None
+    shapes: str | None = None
+    rounds: int | None = None
+    max_time: float | None = None
+    precision: float = 0.02
     warmup: int = 1
     data: Path | None = None
     num_samples: int = 20
-    seq_len: int = 512
+    seq_len: int | None = None
+    context_tokens: int = 1
     provider: str = "cpu"
-    threads: int | None = None
+    allow_fallback: bool = False
+    threads: Numbers = None
     seed: int = 0
     gates: tuple[Gate, ...] = ()
+    max_drops: tuple[str, ...] = ()
+    inconclusive: Literal["pass", "fail"] = "fail"
+    price_per_hour: float | None = None
+    watts_per_core: float = 3.5
+    profile: bool = False
 
     def __post_init__(self) -> None:
         lowest = {
             "prompt_tokens": 1,
             "output_tokens": 2,  # the time per output token is the time between two of them
+            "batch": 1,
             "rounds": 1,
+            "max_time": 0,
+            "precision": 0,
             "warmup": 0,
             "num_samples": 1,
+            "context_tokens": 1,
             "seq_len": 2,  # the first token is not scored
             "seed": 0,
+            "price_per_hour": 0,
+            "watts_per_core": 0,
         }
         for name, least in lowest.items():
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise OptionError(f"--{flag} {getattr(self, name)}: must be at least {least}")
-        _ = self.shape_sizes
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is not None and not least <= one < float("inf"):
+                    flag = name.replace("_", "-")
+                    raise OptionError(f"--{flag} {one}: must be at least {least}")
+        if self.inconclusive not in ("pass", "fail"):
+            raise OptionError(f"--inconclusive `{self.inconclusive}`: unknown", "choose from: pass, fail")
+        if self.shapes is not None:
+            parse_shapes(self.shapes)
 
     @property
-    def shape_sizes(self) -> dict[str, tuple[int, int]]:
-        """Return shape as typed -> (batch, length)."""
-        sizes = {}
-        for shape in (part.strip() for part in self.shapes.split(",")):
-            match = _SHAPE.fullmatch(shape)
-            if match is None:
-                raise OptionError(f"--shapes: `{shape}` is not BATCHxLENGTH", "for example: 8x128,1x16")
-            sizes[shape] = (int(match[1]), int(match[2]))
-        return sizes
+    def fewest_rounds(self) -> int:
+        """Rounds that are run whatever happens."""
+        return self.rounds if self.rounds is not None else DEFAULT_ROUNDS
+
+    @property
+    def time_limit(self) -> float:
+        """Seconds after which no further round begins; 0 runs the fewest rounds only."""
+        if self.max_time is not None:
+            return self.max_time
+        return DEFAULT_MAX_TIME_S if self.rounds is None else 0.0
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The providers to run on, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.provider.split(",")))
+
+
+def numbers(value: Numbers) -> tuple[int, ...]:
+    """Return one number, several or none as a tuple."""
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)

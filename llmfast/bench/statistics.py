@@ -1,7 +1,8 @@
-"""Medians, bootstrap intervals and paired ratios: what a few noisy rounds can honestly say."""
+"""Medians, bootstrap intervals, paired ratios and verdicts: what a few noisy rounds can honestly say."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -17,8 +18,8 @@ def median(samples: Sequence[float]) -> float:
     return float(np.median(samples))
 
 
-def median_interval(samples: Sequence[float], seed: int = 0) -> Interval | None:
-    """Return the 95 % bootstrap interval of the median.
+def median_interval(samples: Sequence[float], seed: int = 0, confidence: float = CONFIDENCE) -> Interval | None:
+    """Return the bootstrap interval of the median, of 95 % unless said otherwise.
 
     The percentile bootstrap: the samples are drawn again with replacement `RESAMPLES` times. Fewer
     than two samples say nothing about spread: None. Few samples can't promise 95 %: see `coverage`.
@@ -26,11 +27,126 @@ def median_interval(samples: Sequence[float], seed: int = 0) -> Interval | None:
     Args:
         samples: one figure per round.
         seed: of the draws; the same samples and seed give the same interval.
+        confidence: share of such intervals that hold the true median.
     """
     if len(samples) < 2:
         return None
+    return _percentiles(_resampled_medians(samples, seed), confidence)
+
+
+def launch_interval(
+    ratios: Sequence[float], launches: Sequence[int], seed: int = 0, confidence: float = CONFIDENCE
+) -> Interval | None:
+    """Return an interval of the median of ratios that were measured in several launches of the processes.
+
+    What a process got when it began (memory, cores, neighbours) stays with it: the ratios of one launch err alike, and
+    no number of them shows it. The interval is widened to that of the launches' medians, where there are three: of
+    95 %, since what stays with a process moves all its figures alike, however many are looked at.
+
+    Args:
+        ratios: one a round.
+        launches: the launch that each was measured in.
+        seed: of the bootstrap.
+        confidence: of the interval over single rounds.
+    """
+    interval = safe_interval(ratios, seed, confidence)
+    medians = [median([one for one, own in zip(ratios, launches, strict=True) if own == number])
+               for number in dict.fromkeys(launches)]  # fmt: skip
+    if interval is None or not 3 <= len(medians) < len(ratios):
+        return interval
+    between = safe_interval(medians, seed)
+    assert between is not None
+    return min(interval[0], between[0]), max(interval[1], between[1])
+
+
+def safe_interval(ratios: Sequence[float], seed: int = 0, confidence: float = CONFIDENCE) -> Interval | None:
+    """Return an interval of the median of some ratios that keeps its promise for few of them, and for skewed ones.
+
+    The bootstrap promises too much there. It is widened to the order statistics between which the median lies with
+    the confidence asked for, whatever the distribution; and where the range of the samples itself can't vouch for it
+    (see `coverage`), to Student's t interval of the logarithms.
+    """
+    interval = median_interval(ratios, seed, confidence)
+    if interval is None or min(ratios) <= 0:
+        return interval
+    count = len(ratios)
+    if coverage(count) >= confidence:
+        ordered, left_out = sorted(ratios), _left_out(count, confidence)
+        low, high = ordered[left_out], ordered[-1 - left_out]
+    else:
+        logs = np.log(ratios)
+        reach = _student_t(count - 1, confidence) * float(logs.std(ddof=1)) / math.sqrt(count)
+        low, high = math.exp(float(logs.mean()) - reach), math.exp(float(logs.mean()) + reach)
+    return min(interval[0], low), max(interval[1], high)
+
+
+@cache
+def _left_out(count: int, confidence: float) -> int:
+    """Return how many of the lowest, and of the highest, samples an interval of the median may leave out.
+
+    The median lies below the k-th lowest of n samples with probability P(Binomial(n, 1/2) < k).
+    """
+    left_out, tail = 0, 0.0
+    while True:
+        tail += math.comb(count, left_out) / 2.0**count
+        if 2 * tail > 1 - confidence:
+            return max(0, left_out - 1)
+        left_out += 1
+
+
+def decide(estimate: float | None, interval: Interval | None, margin: float, neutral: float = 1.0) -> str:
+    """Return what an estimate and its interval show: `better`, `worse`, `equal` or `inconclusive`.
+
+    Args:
+        estimate: an improvement, a ratio or a difference, oriented so that more is better.
+        interval: around it; None shows nothing.
+        margin: differences smaller than this count as none: an interval within it means `equal`, and no verdict
+            of a difference is given on an estimate within it.
+        neutral: the value of no difference, 1 for ratios, 0 for differences.
+    """
+    if estimate is None or interval is None:
+        return "inconclusive"
+    low, high = interval
+    if neutral - margin <= low and high <= neutral + margin:
+        return "equal"
+    if low > neutral and estimate > neutral + margin:
+        return "better"
+    return "worse" if high < neutral and estimate < neutral - margin else "inconclusive"
+
+
+def oriented(interval: Interval | None, sign: int) -> Interval | None:
+    """Return an interval of differences so that more is better: turned round where `sign` is -1."""
+    if interval is None or sign > 0:
+        return interval
+    return -interval[1], -interval[0]
+
+
+def simultaneous(comparisons: int) -> float:
+    """Return the confidence of each of several intervals that together err in 5 % of all runs (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / max(1, comparisons)
+
+
+def unpaired_interval(
+    candidate: Sequence[float], baseline: Sequence[float], higher_is_better: bool, seed: int, confidence: float
+) -> Interval | None:
+    """Return the bootstrap interval of the ratio of two medians whose samples are not of the same rounds."""
+    if min(len(candidate), len(baseline)) < 2:
+        return None
+    ours, theirs = _resampled_medians(candidate, seed), _resampled_medians(baseline, seed + 1)
+    return _percentiles(ours / theirs if higher_is_better else theirs / ours, confidence)
+
+
+def _resampled_medians(samples: Sequence[float], seed: int) -> np.ndarray:
     draws = np.random.default_rng(seed).integers(len(samples), size=(RESAMPLES, len(samples)))
-    return _percentiles(np.median(np.asarray(samples, np.float64)[draws], axis=1))
+    medians: np.ndarray = np.median(np.asarray(samples, np.float64)[draws], axis=1)
+    return medians
+
+
+@cache
+def _student_t(degrees: int, confidence: float) -> float:
+    """Return the two-sided quantile of Student's t, from draws: within 2 % down to two degrees of freedom."""
+    draws = np.abs(np.random.default_rng(0).standard_t(degrees, 400_000))
+    return float(np.quantile(draws, confidence))
 
 
 def coverage(count: int) -> float:
@@ -84,8 +200,8 @@ def relative_spread(value: float | None, interval: Interval | None) -> float:
     return (interval[1] - interval[0]) / 2 / abs(value)
 
 
-def _percentiles(values: np.ndarray) -> Interval:
-    tail = (1 - CONFIDENCE) / 2
+def _percentiles(values: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
+    tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
 

@@ -1,20 +1,24 @@
 """One bundle under measurement, as it lives in its worker process."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from llmfast import registry
+from llmfast.bench.energy import open_meter
 from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
 from llmfast.errors import ResourceError
-from llmfast.runtime import open_session, placement, resolve_threads
+from llmfast.runtime import open_session, placement, profiled, resolve_threads
 
 if TYPE_CHECKING:
     from llmfast.tokenizer import Text
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -24,20 +28,28 @@ class Trial:
     Attributes:
         seed: of the token ids, different in every round.
         vocab_size: ids are below this, the smallest vocabulary of the run.
-        prompt_tokens: length of the prompt of a text-generation model.
-        output_tokens: tokens it generates.
-        shapes: shape as typed -> (batch, length) of an encoder's input.
+        shapes: name -> (batch, length) of the input or prompt.
+        output_tokens: tokens a text-generation model generates.
+        price_per_hour: of the machine, None when nobody asked.
     """
 
     seed: tuple[int, ...]
     vocab_size: int
-    prompt_tokens: int
-    output_tokens: int
     shapes: dict[str, tuple[int, int]]
+    output_tokens: int = 2
+    price_per_hour: float | None = None
 
     def ids(self, *shape: int) -> np.ndarray:
         """Return random token ids, int64 of the given shape; the same for the same trial and shape."""
         return np.random.default_rng(self.seed).integers(self.vocab_size, size=shape, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a piece of work cost: CPU seconds of all threads, and joules as the subject's meter counts them."""
+
+    cpu_s: float
+    joules: float
 
 
 @dataclass(frozen=True)
@@ -47,10 +59,14 @@ class Generation:
     Attributes:
         prefill_s: when the prompt's logits were there.
         tokens_s: when each output token had been picked.
+        prefill: what the prompt and the first token cost.
+        decode: what the tokens after the first cost.
     """
 
     prefill_s: float
     tokens_s: tuple[float, ...]
+    prefill: Spent = Spent(0.0, 0.0)
+    decode: Spent = Spent(0.0, 0.0)
 
 
 class Subject:
@@ -61,6 +77,8 @@ class Subject:
         provider: a name in `llmfast.providers`.
         threads: intra-op threads; None takes the cores this process may use.
         max_length: positions a text-generation model must hold; None takes its context length.
+        watts_per_core: for an estimate of energy.
+        profile: prefix of the profile that ONNX Runtime writes; None writes none.
         clock: monotonic seconds.
 
     Attributes:
@@ -68,6 +86,8 @@ class Subject:
         engine: of a model that generates text, otherwise None.
         session: the ONNX Runtime session; the decoder's where there are two.
         load_s: seconds it took to open, without importing libraries.
+        meter: counts joules.
+        latencies: what `measure` timed one by one, name -> seconds.
     """
 
     def __init__(
@@ -76,16 +96,21 @@ class Subject:
         provider: str = "cpu",
         threads: int | None = None,
         max_length: int | None = None,
+        watts_per_core: float = 0.0,
+        profile: Path | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.bundle = ModelBundle.open(path)
         self.clock = clock
         self.threads = resolve_threads(threads)
         self._tokenizer: Any = None
-        self._generated: tuple[Trial, Generation] | None = None
+        self._shared: tuple[Trial | None, dict[str, Any]] = (None, {})
+        self.meter = open_meter(provider, watts_per_core)
+        self.latencies: dict[str, list[float]] = {}
         open_model = _opener(self.bundle, provider, self.threads, max_length)
         start = clock()
-        self.engine, self.session = open_model()
+        with profiled(profile):
+            self.engine, self.session = open_model()
         self.load_s = clock() - start
 
     @property
@@ -115,25 +140,44 @@ class Subject:
         return registry.load("tasks", self.bundle.manifest.task)
 
     def facts(self) -> dict[str, Any]:
-        """Return `vocab_size` (None when unknown), the engine's `note`, and `placement`: nodes per provider."""
+        """Return `vocab_size` (None when unknown), the engine's `note`, `placement`: nodes per provider, and
+        `energy_source`."""
         facts = {"vocab_size": self.bundle.manifest.architecture.get("vocab_size"), "note": ""}
         if self.engine is not None:
             facts = {"vocab_size": self.engine.vocab_size, "note": self.engine.note}
-        return facts | {"placement": placement(self.session)}
+        return facts | {"placement": placement(self.session), "energy_source": self.meter.source}
 
-    def generate(self, trial: Trial) -> Generation:
+    def generate(self, trial: Trial, shape: str) -> Generation:
         """Run the trial's prompt and decode greedily; metrics of one round share one run."""
-        if self._generated is None or self._generated[0] != trial:
-            self._generated = (trial, self._generate(trial))
-        return self._generated[1]
+        return self.once(trial, shape, lambda: self._generate(trial, shape))
 
-    def measure(self, metrics: Sequence[str], trial: Trial) -> dict[str, float]:
-        """Return the figures of some speed metrics for one round, once the process is idle again."""
+    def once(self, trial: Trial, name: str, work: Callable[[], Result]) -> Result:
+        """Do a piece of a trial's work once, for all metrics that look at it."""
+        if self._shared[0] != trial:
+            self._shared = (trial, {})
+        done = self._shared[1]
+        if name not in done:
+            done[name] = work()
+        result: Result = done[name]
+        return result
+
+    @contextmanager
+    def spending(self) -> Iterator[Callable[[], Spent]]:
+        """Yield a function that says what the body has cost so far."""
+        cpu, joules = time.process_time(), self.meter.read()
+        yield lambda: Spent(time.process_time() - cpu, self.meter.read() - joules)
+
+    def measure(self, metrics: Sequence[str], trial: Trial) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Return the figures of some speed metrics for one round, and what was timed one by one, name -> seconds.
+
+        The process is idle again when this returns.
+        """
         figures: dict[str, float] = {}
+        self.latencies = {}
         for name in metrics:
             figures |= registry.load("bench.metrics", name).measure(self, trial)
         settle()
-        return figures
+        return figures, self.latencies
 
     def describe(self, metrics: Sequence[str]) -> dict[str, float | None]:
         """Return the figures of some static metrics."""
@@ -141,6 +185,12 @@ class Subject:
         for name in metrics:
             figures |= registry.load("bench.metrics", name).measure(self)
         return figures
+
+    def profile(self, trial: Trial) -> list[dict[str, Any]]:
+        """Return where the time goes, of a subject that was opened with a profile."""
+        from llmfast.bench.profile import profile_subject
+
+        return profile_subject(self, trial)
 
     def compare(self, metric: str, item: Any, reference: Path, is_baseline: bool) -> np.ndarray:
         """Answer one item of the data and compare the answer with the baseline's.
@@ -173,18 +223,23 @@ class Subject:
         rows = plugin.compare(item, answer, answer)
         return rows
 
-    def _generate(self, trial: Trial) -> Generation:
-        prompt = trial.ids(trial.prompt_tokens)
+    def _generate(self, trial: Trial, shape: str) -> Generation:
+        _, length = trial.shapes[shape]
+        prompt = trial.ids(length)
         self.engine.reset()
-        start = self.clock()
-        logits = self.engine.prefill(prompt)
-        prefilled = self.clock() - start
-        token = int(logits.argmax())
-        times = [self.clock() - start]
-        for _ in range(trial.output_tokens - 1):
-            token = int(self.engine.decode(token).argmax())
-            times.append(self.clock() - start)
-        return Generation(prefilled, tuple(times))
+        with self.spending() as spent:
+            start = self.clock()
+            logits = self.engine.prefill(prompt)
+            prefilled = self.clock() - start
+            token = int(logits.argmax())
+            times = [self.clock() - start]
+            prefill = spent()
+        with self.spending() as spent:
+            for _ in range(trial.output_tokens - 1):
+                token = int(self.engine.decode(token).argmax())
+                times.append(self.clock() - start)
+            decode = spent()
+        return Generation(prefilled, tuple(times), prefill, decode)
 
 
 def settle(cpu_time: Callable[[], float] = time.process_time, sleep: Callable[[float], None] = time.sleep) -> None:

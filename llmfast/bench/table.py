@@ -1,16 +1,33 @@
-"""A benchmark's document, printed: a table for people, Markdown for a README, JSON and CSV for programs."""
+"""A benchmark's document, printed: a table for people, Markdown for a pull request, JSON and CSV for programs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from llmfast import registry, report
+from llmfast.bench.profile_table import print_profile
+from llmfast.bench.workload import per_case
 from llmfast.errors import OptionError
 from llmfast.report import Column
-from llmfast.verdict import spell
+from llmfast.verdict import INCONCLUSIVE, PASSED, spell
 
 _NAME = Column("bundle", "bundle", align_right=False)
-_UNSURE = "~"
+# Before a ratio: what its verdict is when it is neither better nor worse.
+_MARKS = {"inconclusive": "~", "equal": "="}
+_LEGEND = {
+    "~": "~ inconclusive: the noise is larger than the difference",
+    "=": "= equal within {precision:g} %",
+}
+_ROOFLINE = (
+    Column("MB/token", "bytes_per_token{case}", lambda value: f"{value / 1e6:.1f}"),
+    Column("{case}% of roofline", "roofline_share{case}", lambda value: f"{value * 100:.0f}"),
+)
+_GATES = (
+    Column("", "mark", align_right=False),
+    Column("bundle", "bundle", align_right=False),
+    Column("gate", "gate", align_right=False),
+)
+_EMOJI = {PASSED: "✅", INCONCLUSIVE: "⚠️"}
 
 
 def print_document(document: Mapping[str, Any], format: str = "table") -> None:
@@ -36,35 +53,67 @@ def print_document(document: Mapping[str, Any], format: str = "table") -> None:
     footer = _footer(document, cells)
     plain = [replace(column, spell=str) for column in columns]
     if format == "md":
-        report.out(report.to_markdown(cells, plain) + "\n\n" + "\n".join(f"- {line}" for line in footer))
+        report.out(f"### llmfast bench: {_outcome(document)}\n\n{report.to_markdown(cells, plain)}\n")
+        print_gates(document["verdict"], format)
+        report.out("\n".join(f"- {report.escape_markdown(line)}" for line in footer))
+    else:
+        report.print_table(cells, plain)
+        report.out("\n".join(footer))
+        print_gates(document["verdict"], format)
+    print_profile(document, format)
+
+
+def print_gates(verdict: Sequence[Mapping[str, Any]], format: str) -> None:
+    """Print the number and the verdict of every gate: a table in Markdown, else a line each."""
+    if format != "md":
+        for entry in verdict:
+            report.out(report.printable(spell(entry)))
         return
-    report.print_table(cells, plain)
-    report.out("\n".join(footer))
+    rows = [
+        {"mark": _EMOJI.get(entry["verdict"], "❌"), "bundle": entry["bundle"], "gate": spell(entry)}
+        for entry in verdict
+    ]
+    if rows:
+        report.out(f"{report.to_markdown(rows, _GATES)}\n")
+
+
+def _outcome(document: Mapping[str, Any]) -> str:
+    """Return the run in a few words."""
+    failed = sum("error" in row for row in document["rows"])
+    missed = sum(not entry["passed"] for entry in document["verdict"])
+    parts = [f"{failed} failed"] if failed else []
+    if document["verdict"]:
+        parts.append(f"{missed} of {len(document['verdict'])} gates missed" if missed else "all gates passed")
+    return ", ".join(parts) or "no gates"
 
 
 def _columns(document: Mapping[str, Any]) -> list[Column]:
     """Return the columns of all metrics that this run measured, in the metrics' order."""
     metrics = [registry.load("bench.metrics", name) for name in registry.names("bench.metrics")]
+    shapes = document["settings"]["shapes"]
     columns = [_NAME]
-    for metric in sorted(metrics, key=lambda metric: int(metric.ORDER)):
-        is_per_shape = any("{shape}" in column.key for column in metric.COLUMNS)
-        for shape in document["settings"]["shapes"] if is_per_shape else [""]:
-            columns += [
-                replace(column, title=column.title.format(shape=shape), key=column.key.format(shape=shape))
-                for column in metric.COLUMNS
-            ]
+    groups = [metric.COLUMNS for metric in sorted(metrics, key=lambda metric: int(metric.ORDER))]
+    for group in [*groups, _ROOFLINE]:
+        is_per_case = any("{shape}" in column.key or "{case}" in column.key for column in group)
+        for shape in shapes if is_per_case else [""]:
+            name = f"{shape} " if len(shapes) > 1 else ""
+            for column in group:
+                key = dict(zip(shapes, per_case(column.key, shapes), strict=False)).get(shape, column.key)
+                columns.append(replace(column, title=column.title.format(shape=shape, case=name), key=key))
     measured = {key for row in document["rows"] for key in row}
-    return [column for column in columns if column.key in measured]
+    return [column for column in dict.fromkeys(columns) if column.key in measured]
 
 
 def _spelled(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, str | None]:
-    """Return the row's cells as text; a ratio whose interval includes 1 is marked."""
+    """Return the row's cells as text; a ratio that shows no difference is marked."""
     cells: dict[str, str | None] = {}
     for column in columns:
         value = row.get(column.key)
-        low, high = row.get(f"{column.key}_spread") or (1, 1)
-        mark = _UNSURE if column.key.endswith("_ratio") and low <= 1 <= high and low < high else ""
+        figure = column.key.removesuffix("_ratio")
+        mark = _MARKS.get(row["verdict"].get(figure, ""), "") if figure != column.key else ""
         cells[column.key] = None if value is None else mark + column.spell(value)
+    if "error" in row:
+        cells["bundle"] = f"{row['bundle']} (failed)"
     return cells
 
 
@@ -73,22 +122,31 @@ def _footer(document: Mapping[str, Any], cells: Sequence[Mapping[str, str | None
     machine, settings, rows = document["machine"], document["settings"], document["rows"]
     isa = f" ({' '.join(machine['isa'])})" if machine["isa"] else ""
     load = "" if machine["load_average"] is None else f", load {machine['load_average']:.1f} at start"
+    threads = ", ".join(map(str, settings["threads"]))
     lines = [
         f"{report.printable(machine['cpu'])}{isa}, {machine['cores']} cores{load}",
-        f"onnxruntime {machine['onnxruntime']}, {settings['provider']}, {settings['threads']} threads",
+        f"onnxruntime {machine['onnxruntime']}, {', '.join(settings['provider'])}, {threads} threads",
     ]
     work = []
-    if any("ttft_s" in row for row in rows):
-        work.append(f"{settings['prompt_tokens']} prompt and {settings['output_tokens']} output tokens")
+    if any(key.startswith("ttft_s") for row in rows for key in row):
+        lengths = ", ".join(map(str, settings["prompt_tokens"]))
+        work.append(f"{lengths} prompt and {settings['output_tokens']} output tokens")
     if any("spread" in key for row in rows for key in row):
         work.append(f"medians of {settings['rounds']} interleaved rounds, x against `{document['baseline']}`")
     if settings["data"]:
         work.append(f"quality on `{settings['data']['name']}`")
     lines += ["; ".join(work)] if work else []
-    if any((text or "").startswith(_UNSURE) for row in cells for text in row.values()):
-        lines.append(f"{_UNSURE} the 95 % interval includes 1: no difference shown")
-    lines += [spell(entry) for entry in document["verdict"]]
-    return lines
+    if bandwidth := machine.get("read_bandwidth_bytes_per_s"):
+        spelled = ", ".join(f"{value / 1e9:.1f} GB/s with {count} threads" for count, value in bandwidth.items())
+        lines.append(f"memory reads {spelled}")
+    sources = {row["energy_source"] for row in rows if any(key.startswith("joules") for key in row)}
+    lines += [f"energy: {source}" for source in sorted(source for source in sources if source)]
+    text = " ".join(cell or "" for row in cells for cell in row.values())
+    lines += [
+        line.format(precision=settings["precision"] * 100) for mark, line in _LEGEND.items() if f" {mark}" in f" {text}"
+    ]
+    lines += [f"`{row['bundle']}` failed: {row['error']['message']}" for row in rows if "error" in row]
+    return [report.printable(line) for line in lines]
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,6 +158,10 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
             flat[f"{name}_low"], flat[f"{name}_high"] = value or (None, None)
         elif key == "placement":
             flat[key] = " ".join(f"{provider}:{nodes}" for provider, nodes in value.items())
-        elif key != "samples":
+        elif key == "verdict":
+            flat |= {f"{name}_verdict": word for name, word in value.items()}
+        elif key == "error":
+            flat[key] = value["message"]
+        elif not isinstance(value, (dict, list)):
             flat[key] = value
     return flat

@@ -1,78 +1,200 @@
 """`llmfast bench`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from llmfast.commands._options import AllowFallback, Format, Provider, Threads, check_format, given
+from llmfast import registry, report
+from llmfast.commands._options import AllowFallback, Format, check_format, given, parse_size
+from llmfast.errors import LlmfastError, NativeCrashError, OptionError
 
-SUMMARY = "Speed, memory, size and quality side by side; gates."
+SUMMARY = "Speed, cost, quality and energy side by side; gates."
 
 
 def bench(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Bundles to measure.")],
+    models: Annotated[
+        list[Path] | None, typer.Argument(metavar="MODEL", help="Bundles to measure; documents with --compare.")
+    ] = None,
     baseline: Annotated[Path | None, typer.Option(help="Bundle to compare with; the default is the first.")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", "-p", help="Tokens of the prompt.")] = None,
+    prompt_tokens: Annotated[
+        str | None,
+        typer.Option("--prompt-tokens", "-p", help="Tokens of the input: 512, or a sweep: 128,512 or 128-512+128."),
+    ] = None,
     output_tokens: Annotated[int | None, typer.Option("--output-tokens", "-n", help="Tokens decoded.")] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", "-b", help="Encoders: texts at once, or a sweep: 1,8.")
+    ] = None,
     shapes: Annotated[str | None, typer.Option(help="Encoders: batch x length, e.g. 1x16,8x128.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds per bundle.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Interleaved rounds per bundle; the default is 8 and more until speeds are sure.")
+    ] = None,
+    max_time: Annotated[float | None, typer.Option(help="Seconds of rounds, at most; --rounds are the fewest.")] = None,
+    precision: Annotated[
+        float | None, typer.Option(help="Half an interval that is narrow enough; smaller differences are none.")
+    ] = None,
     warmup: Annotated[int | None, typer.Option(help="Rounds before them that are not counted.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Text for quality; TSV of scored pairs for embeddings; `label text` for classifiers."),
+        typer.Option(help="Text, JSONL, CSV or TSV for quality; what of depends on the task, see the README."),
     ] = None,
     num_samples: Annotated[int | None, typer.Option(help="Windows of text scored.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    provider: Provider = "cpu",
+    context_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a window that are given, not scored; llama-perplexity: 257 of 512.")
+    ] = None,
+    provider: Annotated[
+        str, typer.Option(help=f"Execution provider, or a list: {', '.join(registry.names('providers'))}.")
+    ] = "cpu",
     allow_fallback: AllowFallback = False,
-    threads: Threads = None,
+    threads: Annotated[
+        str | None, typer.Option(help="Threads, or a sweep: 1,2; the default is the cores this process may use.")
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Of the machine: gives prices per million tokens.")
+    ] = None,
+    watts_per_core: Annotated[float | None, typer.Option(help="Estimates energy where no counter can be read.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Time by operator and layer role as well.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the random prompts.")] = None,
     max_kld: Annotated[float | None, typer.Option(help="Gate: KL divergence from the baseline, in nats.")] = None,
     max_perplexity_ratio: Annotated[float | None, typer.Option(help="Gate: perplexity against the baseline's.")] = None,
-    max_size: Annotated[float | None, typer.Option(help="Gate: size in MB.")] = None,
+    max_drop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=X", help="Gate: worse than the baseline by X at most; shares in points."),
+    ] = None,
+    max_size: Annotated[str | None, typer.Option(help="Gate: size, in MB or like 1.5GB.")] = None,
+    max_rss: Annotated[str | None, typer.Option(help="Gate: peak memory, in MB or like 1.5GB.")] = None,
+    max_energy: Annotated[float | None, typer.Option(help="Gate: joules per token.")] = None,
     min_speedup: Annotated[
         list[str] | None,
         typer.Option(metavar="METRIC=X", help="Gate: at least X times the baseline's speed; may be repeated."),
     ] = None,
+    inconclusive: Annotated[
+        str, typer.Option(help="Whether gates pass or fail whose interval includes the limit.")
+    ] = "fail",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare two documents, OLD.json NEW.json; nothing is run.")
+    ] = False,
+    save: Annotated[Path | None, typer.Option(help="Write the JSON document to a file.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the gates as JUnit XML.")] = None,
     output_format: Format = "table",
 ) -> None:
-    """Measure speed, size and quality of bundles side by side, each against the baseline.
+    """Measure speed, cost, quality and energy of bundles side by side, each against the baseline.
 
-    Exits with 7 when a gate is missed.
+    Exits with 7 when a gate is missed or inconclusive, with 9 when a bundle crashed.
 
     Example: llmfast bench fp32 int4 --data text.txt --max-kld 0.3 --min-speedup decode_tokens_per_s=2
     """
     check_format(output_format)
-    from llmfast.bench.options import BenchOptions
-    from llmfast.bench.stage import bench as run
-    from llmfast.bench.table import print_document
-    from llmfast.runtime import with_fallback
+    from llmfast.bench.junit import write_junit
     from llmfast.verdict import Gate, enforce, parse_speedup
 
+    for file in (save, junit):
+        _check_folder(file)
+    if inconclusive not in ("pass", "fail"):
+        raise OptionError(f"--inconclusive `{inconclusive}`: unknown", "choose from: pass, fail")
     limits = {
         "kld": max_kld,
         "perplexity_ratio": max_perplexity_ratio,
-        "size_bytes": None if max_size is None else max_size * 1e6,
+        "size_bytes": _bytes("--max-size", max_size),
+        "peak_rss_bytes": _bytes("--max-rss", max_rss),
+        "joules_per_token": max_energy,
     }
     gates = [Gate(figure, limit, "max") for figure, limit in limits.items() if limit is not None]
     gates += [parse_speedup(text) for text in min_speedup or []]
+    judging = {"gates": tuple(gates), "max_drops": tuple(max_drop or []), "inconclusive": inconclusive}
+    if compare:
+        document, show = _compare(models or [], judging)
+    else:
+        settings = {
+            "prompt_tokens": _numbers("--prompt-tokens", prompt_tokens),
+            "output_tokens": output_tokens,
+            "batch": _numbers("--batch", batch),
+            "shapes": shapes,
+            "rounds": rounds,
+            "max_time": max_time,
+            "precision": precision,
+            "warmup": warmup,
+            "data": data,
+            "num_samples": num_samples,
+            "seq_len": seq_len,
+            "context_tokens": context_tokens,
+            "provider": provider,
+            "allow_fallback": allow_fallback,
+            "threads": _numbers("--threads", threads),
+            "price_per_hour": price_per_hour,
+            "watts_per_core": watts_per_core,
+            "profile": profile,
+            "seed": seed,
+        }
+        document, show = _run(models or [], settings | judging, baseline)
+    if save is not None:
+        from llmfast.bench.document import save_document
 
-    settings = {
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
-        "shapes": shapes,
-        "rounds": rounds,
-        "warmup": warmup,
-        "data": data,
-        "num_samples": num_samples,
-        "seq_len": seq_len,
-        "provider": with_fallback(provider, allow_fallback),
-        "threads": threads,
-        "seed": seed,
-    }
-    document = run(models, BenchOptions(gates=tuple(gates), **given(settings)), baseline)
+        save_document(document, save)
+    if junit is not None:
+        write_junit(document, junit)
     try:
-        print_document(document, output_format)
+        show(document, output_format)
     finally:  # a reader that left does not undo the verdict
+        _raise_failures(document)
         enforce(document["verdict"])
+
+
+def _run(models: list[Path], settings: dict[str, Any], baseline: Path | None) -> tuple[Mapping[str, Any], Any]:
+    from llmfast.bench.options import BenchOptions
+    from llmfast.bench.stage import bench as run
+    from llmfast.bench.table import print_document
+
+    return run(models, BenchOptions(**given(settings)), baseline), print_document
+
+
+def _compare(documents: list[Path], judging: dict[str, Any]) -> tuple[Mapping[str, Any], Any]:
+    from llmfast.bench.comparison import compare_documents, print_comparison
+    from llmfast.bench.document import load_document
+
+    if len(documents) != 2:
+        raise OptionError(f"--compare takes two documents, not {len(documents)}", "llmfast bench --compare OLD NEW")
+    old, new = documents
+    comparison = compare_documents(load_document(old), load_document(new), (old.name, new.name), **judging)
+    for warning in comparison["warnings"]:
+        report.note(f"note: {warning}")
+    return comparison, print_comparison
+
+
+def _raise_failures(document: Mapping[str, Any]) -> None:
+    """Raise the failures of bundles as one error; the gravest one's exit code is that of a crash."""
+    errors = [row["error"] for row in document["rows"] if "error" in row]
+    if not errors:
+        return
+    first = next((error for error in errors if error["kind"] == NativeCrashError.__name__), errors[0])
+    failure = LlmfastError("; ".join(error["message"] for error in errors), first["hint"])
+    failure.exit_code = first["exit_code"]
+    raise failure
+
+
+def _numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
+    from llmfast.bench.options import parse_numbers
+
+    return None if text is None else parse_numbers(text, flag)
+
+
+def _bytes(flag: str, text: str | None) -> float | None:
+    """Return the bytes of a size in MB, or with a unit of its own."""
+    if text is None:
+        return None
+    try:
+        return float(text) * 1e6
+    except ValueError:
+        pass
+    try:
+        return parse_size(text)
+    except OptionError as error:
+        raise OptionError(f"{flag}: {error.message}", error.hint) from error
+
+
+def _check_folder(file: Path | None) -> None:
+    """Refuse a file that can't be written before anything is measured for it."""
+    if file is not None and not file.resolve().parent.is_dir():
+        raise OptionError(f"no such folder: `{file.parent}`", "make it first, or choose another place")

@@ -6,6 +6,7 @@ articles, as SQuAD counts; changed_answers = share with another answer than the 
 
 import re
 import string
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.subject import Subject
 from llmfast.bundle import ModelBundle
-from llmfast.errors import InputError
+from llmfast.records import Mapped, Records
 from llmfast.report import Column
 
 ORDER = 82
@@ -24,6 +25,7 @@ NEEDS = ("tokenizer",)
 UNIT = "lines"
 DATA = "lines of question<TAB>context, for changed answers, and <TAB>answer after it for exact match"
 HIGHER_IS_BETTER = {"exact_match": True, "changed_answers": False}
+COMPARED = ("exact_match",)
 COLUMNS = (
     Column("exact match %", "exact_match", lambda value: f"{value * 100:.1f}"),
     Column("changed answers %", "changed_answers", lambda value: f"{value * 100:.1f}"),
@@ -42,17 +44,10 @@ class Question:
     answers: tuple[str, ...]
 
 
-def prepare(bundle: ModelBundle, data: Path, options: BenchOptions) -> list[Question]:
+def prepare(bundle: ModelBundle, data: Path, options: BenchOptions) -> Collection[Question]:
     """Read the questions; every line is used."""
-    from llmfast.text import read_lines
-
-    questions = []
-    for number, line in enumerate(read_lines(data), start=1):
-        question, *rest = line.split("\t")
-        if not rest:
-            raise InputError(f"no context in `{data}`: question {number}", "each line is question<TAB>context")
-        questions.append(Question(question, rest[0], tuple(rest[1:])))
-    return questions
+    records = Records(data, "question", "context", "answer", optional=1)
+    return Mapped(records, lambda record: Question(record[0], record[1], tuple(filter(None, record[2].split("\t")))))
 
 
 def answer(subject: Subject, item: Question) -> np.ndarray:

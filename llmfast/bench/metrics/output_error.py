@@ -30,6 +30,7 @@ NEEDS = ("example_inputs",)
 UNIT = "samples"
 DATA = ""
 HIGHER_IS_BETTER = {"output_error": False}
+COMPARED: tuple[str, ...] = ()
 COLUMNS = (Column("output error", "output_error", lambda value: f"{value:.4f}"),)
 
 _SAMPLES = 8

@@ -4,6 +4,7 @@ flipped_tokens = share of the tokens, special ones left out, whose most likely l
 fill-mask of the mask tokens only. O(texts) forward passes.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from llmfast.bench.options import BenchOptions
 from llmfast.bench.subject import Subject
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError
+from llmfast.records import Mapped, Records
 from llmfast.report import Column
 
 ORDER = 81
@@ -21,23 +23,23 @@ NEEDS = ("tokenizer",)
 UNIT = "lines"
 DATA = "a text a line (for fill-mask with the mask token), for flipped tokens"
 HIGHER_IS_BETTER = {"flipped_tokens": False}
+COMPARED: tuple[str, ...] = ()
 COLUMNS = (Column("flipped tokens %", "flipped_tokens", lambda value: f"{value * 100:.2f}"),)
 
 _BATCH = 4  # a masked language model's logits are as wide as its vocabulary
 
 
-def prepare(bundle: ModelBundle, data: Path, options: BenchOptions) -> list[tuple[str, ...]]:
+def prepare(bundle: ModelBundle, data: Path, options: BenchOptions) -> Collection[tuple[str, ...]]:
     """Read the lines in batches; every line is used."""
-    from llmfast.text import read_lines
     from llmfast.tokenizer import Tokenizer
 
-    lines = read_lines(data)
+    records = Records(data, "text", parse=lambda line: (line,))
     if bundle.manifest.task == "fill-mask":
         mask = Tokenizer.load(bundle.path).special_tokens.get("mask_token", "")
-        lacking = next((line for line in lines if not mask or mask not in line), None)
+        lacking = next((text for (text,) in records if not mask or mask not in text), None)
         if lacking is not None:
             raise InputError(f"`{data}`: no `{mask}` in the line `{lacking[:60]}`", "each line needs a gap to fill")
-    return [tuple(lines[start : start + _BATCH]) for start in range(0, len(lines), _BATCH)]
+    return Mapped(records.batches(_BATCH), lambda batch: tuple(text for (text,) in batch))
 
 
 def answer(subject: Subject, texts: tuple[str, ...]) -> np.ndarray:

@@ -1,0 +1,56 @@
+"""The gates of a run: what the user typed, against what this run measures."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import ModuleType
+
+from llmfast.bench.options import BenchOptions
+from llmfast.bench.workload import Workload, per_case
+from llmfast.errors import OptionError
+from llmfast.verdict import Gate, parse_drop
+
+_RATIO = "_ratio"
+
+
+def resolve_gates(metrics: Mapping[str, ModuleType], options: BenchOptions, workload: Workload) -> tuple[Gate, ...]:
+    """Return the gates on this run's figures; one on a swept figure becomes one for each length.
+
+    Raises:
+        OptionError: a gate on what this run will not measure: it must not pass unnoticed.
+    """
+    kinds = {
+        key: metric.KIND
+        for metric in metrics.values()
+        for template in metric.HIGHER_IS_BETTER
+        for key in per_case(template, workload.shapes)
+    }
+    quality = [metric for metric in metrics.values() if metric.KIND == "quality"]
+    higher = {key: is_higher for metric in quality for key, is_higher in metric.HIGHER_IS_BETTER.items()}
+    compared = [key for metric in quality for key in metric.COMPARED]
+    gates = [*options.gates, *(parse_drop(text, higher, compared) for text in options.max_drops)]
+    return tuple(one for gate in gates for one in _resolve(gate, kinds, options, workload, metrics))
+
+
+def _resolve(
+    gate: Gate, kinds: Mapping[str, str], options: BenchOptions, workload: Workload, metrics: Mapping[str, ModuleType]
+) -> list[Gate]:
+    if gate.kind == "min" and gate.figure.endswith(_RATIO):
+        asked, speeds = gate.figure.removesuffix(_RATIO), [key for key, kind in kinds.items() if kind == "speed"]
+        if asked in speeds:
+            return [gate]
+        swept = [key for key in _cases(asked, workload) if key in speeds]
+        if not swept:
+            raise OptionError(f"--min-speedup `{asked}`: no speed of this run", f"choose from: {', '.join(speeds)}")
+        return [replace(gate, figure=f"{key}{_RATIO}") for key in swept]
+    figure = gate.figure.removesuffix("_change")
+    found = [figure] if figure in kinds else [key for key in _cases(figure, workload) if key in kinds]
+    if not found:
+        raise OptionError(f"gate on `{gate.figure}`: this run does not measure it")
+    needy = {key for one in metrics.values() if one.KIND == "quality" and one.DATA for key in one.HIGHER_IS_BETTER}
+    if figure in needy and options.data is None:
+        raise OptionError(f"gate on `{gate.figure}` needs --data", "give the text to measure quality on")
+    return [replace(gate, figure=gate.figure.replace(figure, key, 1)) for key in found]
+
+
+def _cases(figure: str, workload: Workload) -> list[str]:
+    return [f"{figure}_{shape}" for shape in workload.shapes]
