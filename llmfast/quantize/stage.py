@@ -23,6 +23,7 @@ from llmfast.bundle import (
     write_manifest,
 )
 from llmfast.errors import InputError, OptionError, UnsupportedError
+from llmfast.graph.feeds import graph_inputs, sequence_feeds
 from llmfast.graph.floats import FloatFormat
 from llmfast.graph.linear import Linear
 from llmfast.graph.model import OnnxModel, count_weight_bytes
@@ -268,8 +269,9 @@ def _transform(
     plan: Plan, bundle: ModelBundle, model: OnnxModel, layers: Layers, calibration: Calibration
 ) -> Workpiece:
     """Run the transforms and return what they made."""
-    samples = calibration.split(bundle)[0] if plan.needs_calibration else []
-    workpiece = Workpiece(model, layers, samples)
+    ids = calibration.split(bundle)[0] if plan.needs_calibration else []
+    inputs = graph_inputs(model.proto.graph)
+    workpiece = Workpiece(model, layers, [sequence_feeds(inputs, one[None]) for one in ids])
     for transform in plan.transforms:
         transform.plugin.transform(workpiece, transform.options)
     return workpiece
