@@ -133,6 +133,7 @@ def _start_fitting(
         options.budget,
         options.calibration,
         options.sensitivity,
+        plan.rounding.name,
         plan.scheme.plugin.grid(plan.scheme.options).symmetric,
         bundle,
         model,
