@@ -13,7 +13,7 @@ from llmfast.quantize import sensitivity
 from llmfast.quantize.allocate import Option, allocate
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.checkpoint import Checkpoint
-from llmfast.quantize.measure import hold_out
+from llmfast.quantize.measure import damage_of, hold_out
 from llmfast.quantize.plan import Layers
 from llmfast.quantize.rewrite import RoundWeight
 from llmfast.quantize.sensitivity import LayerDamage, grid_errors, weights_of
@@ -199,12 +199,12 @@ class Fitting:
         self._written = layers
         return layers
 
-    def is_met(self, written: OnnxModel, damage: float | None) -> bool:
+    def is_met(self, written: OnnxModel, figures: Mapping[str, float]) -> bool:
         """Judge what was written; False asks for another attempt.
 
         Args:
             written: the quantized graph.
-            damage: as measured.
+            figures: of its answers, none when they were not compared.
 
         Raises:
             GateError: the budget can't be met.
@@ -215,9 +215,8 @@ class Fitting:
             if excess > 0 and not self._tried:
                 self._max_bytes -= excess  # padding, or scales that float16 can't hold
                 return False
-            return damage is None or self._is_best(damage if excess <= 0 else float("inf"))
-        assert damage is not None
-        return self._is_close(damage, self._budget.max_kld, num_bytes)
+            return not figures or self._is_best(damage_of(figures)[1] if excess <= 0 else float("inf"))
+        return self._is_close(*damage_of(figures), self._budget.max_kld, num_bytes)
 
     def _is_best(self, damage: float) -> bool:
         """Take note of what was written, and return whether nothing better is known; otherwise that comes next."""
@@ -235,7 +234,7 @@ class Fitting:
         self._rival = layers
         return False
 
-    def _is_close(self, damage: float, limit: float, num_bytes: int) -> bool:
+    def _is_close(self, name: str, damage: float, limit: float, num_bytes: int) -> bool:
         tried = self._max_damage
         if damage <= limit:
             if tried == self._passed:
@@ -247,7 +246,7 @@ class Fitting:
             self._failed = min(self._failed, tried)
             if self._passed is None and (self._expected > tried or self._attempts >= _MOST_ATTEMPTS):
                 raise GateError(
-                    f"budget missed: kld {damage:.4g} at {num_bytes / 1e6:.1f} MB is the best that can be, "
+                    f"budget missed: {name} {damage:.4g} at {num_bytes / 1e6:.1f} MB is the best that can be, "
                     f"asked at most {limit:g}",
                     "raise --max-kld, try --method gptq, or leave layers as floats with --exclude",
                 )

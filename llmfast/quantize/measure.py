@@ -283,13 +283,19 @@ def _with_own_cache(values: Values, session: Any) -> dict[str, np.ndarray]:
     return {name: value.astype(caches.get(name, value.dtype), copy=False) for name, value in values.items()}
 
 
-def damage_of(figures: Mapping[str, float]) -> float | None:
-    """Return the one figure that budgets are about: kld, else 1 - cosine, else the squared relative error."""
+def damage_of(figures: Mapping[str, float]) -> tuple[str, float]:
+    """Return the one figure that budgets are about, and its name: kld, else 1 - cosine, else relative error squared.
+
+    Raises:
+        UnsupportedError: nothing was measured.
+    """
     if "kld" in figures:
-        return figures["kld"]
+        return "kld", figures["kld"]
     if "cosine" in figures:
-        return 1 - figures["cosine"]
-    return figures["relative_error"] ** 2 if figures else None
+        return "1 - cosine", 1 - figures["cosine"]
+    if "relative_error" in figures:
+        return "relative error squared", figures["relative_error"] ** 2
+    raise UnsupportedError("the answers of this model can't be compared", "choose a --scheme in place of a budget")
 
 
 def _random_samples(bundle: ModelBundle, model: OnnxModel, count: int, seed: int) -> list[Values]:

@@ -96,7 +96,7 @@ class WeightProbe:
         comparison = Comparison(self._all_outputs, self._task)
         for one, reference in zip(self._samples, self._references, strict=True):
             comparison.add(one, self._run(one, weight, values), reference)
-        return damage_of(comparison.figures()) or 0.0
+        return damage_of(comparison.figures())[1]
 
     def _run(self, values: Values, weight: str, array: np.ndarray) -> list[np.ndarray]:
         outputs: list[np.ndarray] = self._session.run(self._outputs, {**values, weight: array})
