@@ -43,7 +43,7 @@ def main() -> None:
                 seconds, peaks = run(["llmfast", *map(str, command)])
                 for process, (peak, anonymous) in peaks.items():
                     print(
-                        f"| {layers} | {parameters / 1e9:.2f} B | {command[0]} | {seconds:.0f} | {process} "
+                        f"| {layers} | {parameters / 1e9:.2f} B | {command[0]} | {seconds:.1f} | {process} "
                         f"| {peak / 1e6:.0f} | {anonymous / 1e6:.0f} |",
                         flush=True,
                     )
@@ -127,7 +127,7 @@ def run(command: list[str]) -> tuple[float, dict[str, tuple[int, int]]]:
     seconds = children_seconds() - start
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{process.stderr.read()}")
-    return seconds, {names[pid]: peaks for pid, peaks in known.items()}
+    return seconds, {names[pid]: peaks for pid, peaks in known.items() if names[pid]}  # others ended at once
 
 
 def children_seconds() -> float:
