@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle, check_out
 from llmfast.errors import GateError, UnsupportedError
 from llmfast.quantize.options import QuantizeOptions
 from llmfast.quantize.stage import quantize
-from llmfast.report import Column, note
+from llmfast.report import Column, note, without_notes
 from llmfast.verdict import Gate, judge, spell
 
 # Instruction sets whose kernels multiply int8 without saturating: one of them makes W8A8 safe.
@@ -84,17 +84,17 @@ def candidates(task: str, provider: str, isa: Sequence[str]) -> list[Candidate]:
     return found or [Candidate("w8", "rtn"), Candidate("int4", "rtn")]
 
 
-def quantize_best(source: Path, output: Path, options: AutoOptions) -> tuple[ModelBundle, list[dict[str, Any]]]:
+def quantize_best(
+    source: Path, output: Path, options: AutoOptions, show: Callable[[list[dict[str, Any]]], None]
+) -> ModelBundle:
     """Quantize in several ways, and keep the fastest that passes all gates.
 
     Args:
         source: a float bundle.
         output: the new bundle's directory.
         options: see `AutoOptions`.
-
-    Returns:
-        The bundle kept, and a row per candidate: `bundle`, `size_bytes`, `speed_ratio` (geometric mean of its
-        speeds against the float model's), figures of quality, `verdict`.
+        show: called with a row per candidate, also when none is kept: `bundle`, `size_bytes`, `speed_ratio` (geometric
+            mean of its speeds against the float model's), figures of quality, `verdict`.
 
     Raises:
         GateError: no candidate passes and is faster than the float model; nothing is written.
@@ -112,14 +112,20 @@ def quantize_best(source: Path, output: Path, options: AutoOptions) -> tuple[Mod
     )
     with stage_output(output, options.quantize.overwrite) as staged:
         made = {one.name: _quantize(source, staged / one.name, one, options.quantize) for one in tried}
-        document = bench([source, *(small.path for small in made.values())], options.bench)
+        note("timing them beside the float model")
+        with without_notes():
+            document = bench([source, *(small.path for small in made.values())], options.bench)
         rows = [_row(row, made) for row in document["rows"] if row["bundle"] in made]
-        best = _best(rows, options.gates, bundle.name)
+        best = _best(rows, options.gates)
+        show(rows)
+        if best is None:
+            reasons = "; ".join(f"`{row['bundle']}`: {row['verdict']}" for row in rows)
+            raise GateError(f"keep `{bundle.name}`: no candidate is better here: {reasons}", "loosen the gates")
         for file in made[best].path.iterdir():
             os.rename(file, staged / file.name)
         for name in made:
             shutil.rmtree(staged / name)
-    return ModelBundle.open(output), rows
+    return ModelBundle.open(output)
 
 
 def _quantize(source: Path, output: Path, candidate: Candidate, options: QuantizeOptions) -> ModelBundle:
@@ -137,8 +143,8 @@ def _row(row: dict[str, Any], made: dict[str, ModelBundle]) -> dict[str, Any]:
     return {"bundle": row["bundle"], "size_bytes": row["size_bytes"], "speed_ratio": speed, **quality, **row}
 
 
-def _best(rows: list[dict[str, Any]], gates: Sequence[Gate], baseline: str) -> str:
-    """Return the fastest row that passes, and write a verdict on each into its row."""
+def _best(rows: list[dict[str, Any]], gates: Sequence[Gate]) -> str | None:
+    """Return the fastest bundle that passes, None if none does, and write a verdict on each into its row."""
     passing = []
     for row in rows:
         missed = [spell(entry) for entry in judge([row], "", gates) if not entry["passed"]]
@@ -151,8 +157,7 @@ def _best(rows: list[dict[str, Any]], gates: Sequence[Gate], baseline: str) -> s
             row["verdict"] = "passed"
             passing.append(row)
     if not passing:
-        reasons = "; ".join(f"`{row['bundle']}`: {row['verdict']}" for row in rows)
-        raise GateError(f"keep `{baseline}`: no candidate is better here: {reasons}", "loosen the gates")
+        return None
     best = max(passing, key=lambda row: float(row["speed_ratio"]))
     best["verdict"] = "kept"
     return str(best["bundle"])

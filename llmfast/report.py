@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 _WIDE = 10_000
 _is_shown = False  # a progress bar; a terminal has room for one
 FORMATS = ("table", "md", "json", "csv")
+_is_quiet = ContextVar("is_quiet", default=False)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,18 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], out
 
 def note(message: str) -> None:
     """Print one line on stderr."""
-    print(message, file=sys.stderr, flush=True)  # noqa: T201
+    if not _is_quiet.get():
+        print(message, file=sys.stderr, flush=True)  # noqa: T201
+
+
+@contextmanager
+def without_notes() -> Iterator[None]:
+    """Print no notes while the body runs: those of a stage that is a means to another one's end."""
+    before = _is_quiet.set(True)
+    try:
+        yield
+    finally:
+        _is_quiet.reset(before)
 
 
 def out(text: str) -> None:

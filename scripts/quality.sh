@@ -28,7 +28,8 @@ quantize int4 --scheme int4
 quantize "int4-$method" --scheme int4 --method "$method"
 known=()
 for size in $sizes; do
-    quantize "mixed-$size" --target-size "${size}MB" --method "$method" "${known[@]}"
+    # Compared, so that one grid for all layers is taken where it serves better.
+    quantize "mixed-$size" --target-size "${size}MB" --method "$method" --measure "${known[@]}"
     known=(--sensitivity "$out/mixed-$size")  # what layers cost is measured once
 done
 

@@ -59,7 +59,8 @@ def test_candidates_of_gpus_multiply_in_half_precision() -> None:
 
 def test_the_fastest_that_passes_is_kept(fp32_bundle: Path, tmp_path: Path, speeds: dict) -> None:
     speeds |= {"int8-smoothquant": (2.0, 2.0), "int4-gptq": (0.5, 3.0), "w8-rtn": (1.1, 1.1)}
-    bundle, rows = quantize_best(fp32_bundle, tmp_path / "out", _options())
+    rows: list[dict] = []
+    bundle = quantize_best(fp32_bundle, tmp_path / "out", _options(), rows.extend)
     assert bundle.manifest.lineage[-1].method == "int8:smoothquant,rtn"
     assert [row["verdict"] for row in rows] == ["kept", "passed", "passed"]
     assert rows[1]["speed_ratio"] == pytest.approx(1.5**0.5)
@@ -68,15 +69,22 @@ def test_the_fastest_that_passes_is_kept(fp32_bundle: Path, tmp_path: Path, spee
 
     # With a gate on speed that only one keeps, that one.
     with pytest.raises(OutputExistsError):
-        quantize_best(fp32_bundle, tmp_path / "out", _options())
-    bundle, _ = quantize_best(fp32_bundle, tmp_path / "two", _options(Gate("decode_tokens_per_s_ratio", 2.5, "min")))
+        quantize_best(fp32_bundle, tmp_path / "out", _options(), rows.extend)
+    gated = _options(Gate("decode_tokens_per_s_ratio", 2.5, "min"))
+    bundle = quantize_best(fp32_bundle, tmp_path / "two", gated, rows.extend)
     assert bundle.manifest.lineage[-1].method == "int4:gptq"
 
 
 def test_fp32_is_kept_when_nothing_is_better(fp32_bundle: Path, tmp_path: Path, speeds: dict) -> None:
     speeds |= {"int8-smoothquant": (0.9, 0.9), "int4-gptq": (2.0, 2.0), "w8-rtn": (1.0, 1.0)}
+    rows: list[dict] = []
     with pytest.raises(GateError, match=r"keep `fp32`.*`int8-smoothquant`: 0.90 x the speed.*`int4-gptq`: kld 0"):
-        quantize_best(fp32_bundle, tmp_path / "out", _options(Gate("kld", 0.01, "max")))
+        quantize_best(fp32_bundle, tmp_path / "out", _options(Gate("kld", 0.01, "max")), rows.extend)
+    assert [row["verdict"].split(",")[-1] for row in rows] == [
+        " asked more than 1",
+        " asked at most 0.01",
+        " asked more than 1",
+    ]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -84,7 +92,7 @@ def test_a_model_without_a_task_has_no_speed(tmp_path: Path) -> None:
     save_encoder(tmp_path / "encoder")
     bundle = export(str(tmp_path / "encoder"), tmp_path / "fp32")
     with pytest.raises(UnsupportedError, match="does not say what its model is for"):
-        quantize_best(bundle.model, tmp_path / "out", _options())
+        quantize_best(bundle.model, tmp_path / "out", _options(), list)
 
 
 @pytest.mark.parametrize(
@@ -109,4 +117,6 @@ def test_command_measures_for_real(fp32_bundle: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "--seq-len", "64"])
     assert result.exit_code in (0, 7), result.output
     assert ("kept" in result.stdout) == (tmp_path / "out").exists() == (result.exit_code == 0)
+    assert "int8-smoothquant" in result.stdout  # the table, also when nothing is kept
     assert "trying" in result.stderr
+    assert "speed only" not in result.stderr  # bench's own note

@@ -129,6 +129,28 @@ def test_size_budgets_are_kept_and_used(fp32_bundle: Path, tmp_path: Path, capsy
     assert repeated.model.read_bytes() == bundle.model.read_bytes()
 
 
+def test_a_choice_by_layer_is_not_worse_than_one_grid(
+    fp32_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uniform = quantize(fp32_bundle, tmp_path / "uniform", QuantizeOptions("int4"))
+    model = OnnxModel.load(fp32_bundle / "model.onnx")
+    parts = weights_of(choose_layers(model, Plan.make("int4", "rtn", {}), "", ""))
+    # As if the last layers were worth everything, and the table nothing.
+    rows = [
+        {"weight": weight, "name": name, "role": role, "damage": float(".layers.1.mlp" in weight)}
+        | {"shape": list(model.initializers[weight].dims)[:: -1 if linear and not linear.stored_transposed else 1]}
+        for weight, (name, role, linear) in parts.items()
+    ]
+    path = tmp_path / FILE
+    path.write_text(json.dumps({"format": 1, "method": "gptq", "layers": rows}), encoding="utf-8")
+    budget = Budget(max_bits=1.001 * uniform.manifest.bits_per_weight)
+    bundle = quantize(fp32_bundle, tmp_path / "out", QuantizeOptions("int4", budget=budget, sensitivity=path))
+    assert bundle.model.read_bytes() == uniform.model.read_bytes()
+    said = capsys.readouterr().err
+    assert f"`{path}` was measured with gptq" in said
+    assert "the same blocks everywhere" in said
+
+
 def test_sizes_of_grids_are_those_that_are_written(fp32_bundle: Path, tmp_path: Path) -> None:
     bundle = quantize(fp32_bundle, tmp_path / "out", QuantizeOptions("int4", measure=False))
     written = OnnxModel.load(bundle.model)

@@ -20,6 +20,7 @@ from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_cache
 from llmfast.quantize.options import QuantizeOptions
 from llmfast.quantize.stage import quantize
+from llmfast.quantize.summary import figure_columns
 from tests.tiny_encoder import save_encoder
 
 PROMPT = np.random.default_rng(3).integers(0, 259, 40)
@@ -99,7 +100,8 @@ def test_quantize_stores_the_cache_as_int8(fp32_bundle: Path, text: Path, tmp_pa
     past = [entry for entry in engine.session.get_inputs() if entry.name.startswith("past_key_values.")]
     assert {entry.type for entry in past} == {"tensor(int8)"}
     step = bundle.manifest.lineage[-1]
-    assert step.options["kv"] == "int8"
+    assert step.options["kv"] == bundle.manifest.measured["quantize"]["kv"] == "int8"
+    assert "KV cache" in [column.title for column in figure_columns(bundle.manifest.measured["quantize"])]
     assert step.calibration is not None
     assert bundle.manifest.measured["quantize"]["kld"] < 0.5
     plain = Engine(ModelBundle.open(fp32_bundle), threads=1, max_length=64).score(PROMPT)

@@ -12,6 +12,7 @@ from llmfast import registry
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.export.stage import export
+from llmfast.graph.feeds import graph_inputs, sequence_feeds
 from llmfast.graph.fold import divide, find_fold_sites
 from llmfast.graph.linear import find_linears
 from llmfast.graph.model import OnnxModel
@@ -55,7 +56,9 @@ def _output_error(weight: np.ndarray, rounded: np.ndarray, statistics: Statistic
 
 def _workpiece(bundle: Path, samples: list[np.ndarray], scheme: str = "int4") -> Workpiece:
     model = OnnxModel.load(ModelBundle.open(bundle).model)
-    return Workpiece(model, choose_layers(model, Plan.make(scheme, "rtn", {}), "", ""), samples)
+    inputs = graph_inputs(model.proto.graph)
+    feeds = [sequence_feeds(inputs, ids[None]) for ids in samples]
+    return Workpiece(model, choose_layers(model, Plan.make(scheme, "rtn", {}), "", ""), feeds)
 
 
 def _windows(count: int = 3, length: int = 32) -> list[np.ndarray]:
@@ -135,11 +138,11 @@ def test_rotation_leaves_the_function_as_it_is(
     """To the rounding of float32, with a tied head and an untied one, packed attention and split, and biases."""
     export(str(checkpoints(architecture)), tmp_path / "fp32")
     windows = _windows(1)
-    expected = _workpiece(tmp_path / "fp32", windows).replay().until("logits")[0]
+    (expected,) = _workpiece(tmp_path / "fp32", windows).replay().until("logits")
     workpiece = _workpiece(tmp_path / "fp32", windows)
     before = {linear.name: workpiece.read(linear) for linear in workpiece.linears}
     rotate.transform(workpiece, rotate.Options())
-    actual = workpiece.replay().until("logits")[0]
+    (actual,) = workpiece.replay().until("logits")
     np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
     for linear in workpiece.linears:
         assert linear.role == "rotation" or np.abs(workpiece.read(linear) - before[linear.name]).max() > 0.01

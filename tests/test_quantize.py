@@ -11,10 +11,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from llmfast import registry
 from llmfast.bundle import ModelBundle
-from llmfast.errors import InputError, OptionError, UnsupportedError
+from llmfast.cli import app
+from llmfast.errors import GateError, InputError, OptionError, UnsupportedError
 from llmfast.export.stage import export
 from llmfast.graph.floats import FloatFormat
 from llmfast.graph.linear import find_embeddings, find_linears
@@ -22,9 +24,13 @@ from llmfast.graph.model import OnnxModel
 from llmfast.graph.packed import Grid
 from llmfast.infer.engine import Engine
 from llmfast.quantize import stage
+from llmfast.quantize.budget import Budget
 from llmfast.quantize.plan import block_wise_grid
 from llmfast.quantize.rounding import rtn
 from llmfast.quantize.stage import QuantizeOptions, plan_layers, quantize
+from llmfast.quantize.summary import slow_forms
+from llmfast.verdict import Gate
+from tests.tiny_encoder import save_encoder
 
 SCHEMES = registry.names("quantize.schemes")
 
@@ -264,3 +270,44 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"`w1`.*1 values that are NaN or infinite, the first at \[3, 5\]"):
         quantize(path, tmp_path / "out", QuantizeOptions("int8"))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["foreign.onnx"]
+
+
+@pytest.mark.parametrize("scheme", registry.names("quantize.schemes"))
+def test_no_scheme_writes_slow_forms(scheme: str, fp32_bundle: Path, tmp_path: Path) -> None:
+    bundle = quantize(fp32_bundle, tmp_path / "out", QuantizeOptions(scheme, measure=False))
+    assert bundle.manifest.measured["quantize"]["slow_forms"] == []
+
+
+def test_slow_forms_are_named_unless_the_float_graph_has_them(fp32_bundle: Path, tmp_path: Path) -> None:
+    bundle = quantize(fp32_bundle, tmp_path / "out", QuantizeOptions("int4", measure=False))
+    fast, slow = (OnnxModel.load(bundle.model) for _ in range(2))
+    nodes = [node for node in slow.proto.graph.node if node.op_type == "MatMulNBits"]
+    for node in nodes:
+        (level,) = (one for one in node.attribute if one.name == "accuracy_level")
+        node.attribute.remove(level)
+    (form,) = slow_forms([fast], [slow])
+    assert f"[nbits-accuracy-level: {len(nodes)} nodes of model.onnx]" in form
+    assert slow_forms([slow], [slow]) == []
+
+
+def test_what_is_missing_on_the_command_line_is_named(fp32_bundle: Path, tmp_path: Path) -> None:
+    model, output = str(fp32_bundle), ["-o", str(tmp_path / "out")]
+    for arguments, missing in [
+        ([], "quantize needs a MODEL, and --output, and --scheme, a budget or --auto"),
+        ([model, "--scheme", "int8"], "quantize needs --output"),
+        ([model, *output], "quantize needs --scheme, a budget or --auto"),
+        ([*output, "--target-bits", "5"], "quantize needs a MODEL"),
+    ]:
+        result = CliRunner().invoke(app, ["quantize", *arguments])
+        assert result.exit_code == 2, result.output
+        assert f"error: {missing}\n" in result.stderr
+
+
+def test_gates_that_do_not_fit_the_model_say_which_do(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "checkpoint")
+    fp32 = export(str(tmp_path / "checkpoint"), tmp_path / "fp32").path
+    with pytest.raises(GateError, match="`out` kld not measured") as raised:
+        quantize(fp32, tmp_path / "out", QuantizeOptions("int8", gates=(Gate("kld", 1.0, "max"),)))
+    assert "compared by cosine" in raised.value.hint
+    with pytest.raises(GateError, match="budget missed: 1 - cosine"):
+        quantize(fp32, tmp_path / "out", QuantizeOptions("int4", budget=Budget(max_kld=1e-9)))

@@ -79,10 +79,19 @@ def quantize(
     provider: Annotated[str | None, typer.Option(help="Execution provider that --auto measures on.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that --auto measures with.")] = None,
     kv: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="Store a decoder's KV cache as int8, calibrated.")
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Store the KV cache as int8, calibrated. Decoders with GroupQueryAttention only: llmfast's.",
+        ),
     ] = None,
     trim_vocabulary: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="First leave out the tokens that this text does not need.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="First leave out the tokens that this text does not need. Decoders and encoders that llmfast exported "
+            "only, without a head over the vocabulary if encoders.",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     overwrite: Overwrite = False,
@@ -105,10 +114,10 @@ def quantize(
     if scheme is None and max_kld is not None and not given(budget) and not auto:
         budget["max_kld"] = max_kld
     if model is None or output is None or (scheme is None and not given(budget) and not auto):
-        raise OptionError(
-            "quantize needs a MODEL, --output, and --scheme, a budget or --auto",
-            "llmfast quantize fp32 -o int4 --scheme int4",
-        )
+        format_missing = scheme is None and not given(budget) and not auto
+        parts = {"a MODEL": model is None, "--output": output is None, "--scheme, a budget or --auto": format_missing}
+        missing = ", and ".join(name for name, is_missing in parts.items() if is_missing)
+        raise OptionError(f"quantize needs {missing}", "llmfast quantize fp32 -o int4 --scheme int4")
     _check_auto(
         auto,
         excluded={"--scheme": scheme, "--method": method, "--activations": activations}
@@ -178,8 +187,11 @@ def _check_auto(auto: bool, excluded: dict[str, Any], needs: dict[str, Any], oth
     """Refuse options that --auto has no use for, and those that are its own without it."""
     unfit = {**excluded, **others} if auto else needs
     for name, value in unfit.items():
+        if value and auto:
+            raise OptionError(f"{name} does not go with --auto", "leave one of the two out")
         if value:
-            raise OptionError(f"{name} {'does not go with' if auto else 'needs'} --auto", "leave one of the two out")
+            hint = f"quantize times nothing else; `llmfast bench MODEL OUTPUT {name} ...` times what it made"
+            raise OptionError(f"{name} needs --auto", hint)
 
 
 def _quantize_best(
@@ -197,8 +209,11 @@ def _quantize_best(
 
     auto = AutoOptions(options, (*options.gates, *map(parse_speedup, min_speedup)))
     auto = replace(auto, bench=replace(auto.bench, **given(bench)))
-    _, rows = quantize_best(model, output, auto)
-    report.print_rows(rows, [one for one in COLUMNS if any(one.key in row for row in rows)], output_format)
+
+    def show(rows: list[dict[str, Any]]) -> None:
+        report.print_rows(rows, [one for one in COLUMNS if any(one.key in row for row in rows)], output_format)
+
+    quantize_best(model, output, auto, show)
 
 
 def _print(bundle: "ModelBundle", model: Path, output_format: str) -> None:
@@ -214,6 +229,8 @@ def _print(bundle: "ModelBundle", model: Path, output_format: str) -> None:
     if output_format != "csv":  # which holds one table
         report.print_rows([{**sizes, **measured}], figure_columns({**sizes, **measured}), output_format)
     report.note(spell_worst(measured["worst_layers"]))
+    for form in measured["slow_forms"]:
+        report.note(f"note: slow form: {form}")
     task = bundle.manifest.task
     takes_data = task != UNKNOWN_TASK and not hasattr(registry.load("tasks", task), "INPUT")
     # Predictions over a trimmed vocabulary compare with no other's.

@@ -2,7 +2,8 @@
 
 PyTorch and ONNX Runtime run one after the other, each in a process of its own: neither's memory is
 held while the other loads its model, and the bundle is seen to run where PyTorch was never imported.
-Both leave the weights in memory-mapped files, so that no model is too large to be compared.
+Both leave the weights in memory-mapped files, and give back what they have used of them, so that no model is too
+large to be compared.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from llmfast.bundle import Manifest, ModelBundle
 from llmfast.errors import GateError
 from llmfast.graph.feeds import sequence_feeds
 from llmfast.infer.engine import Engine
+from llmfast.residency import bounded_residency
 from llmfast.worker import Worker
 
 # Float32 kernels that sum in another order differ by this much on real models; a wrong graph by far more.
@@ -70,12 +72,13 @@ class Reference:
         if rotary_factors == "long":
             use_long_factors(checkpoint.config)
         self.model = checkpoint.load_reference()
+        self._path = checkpoint.path
 
     def logits(self, prompts: list[np.ndarray]) -> list[np.ndarray]:
         """Return float32 [length, vocab] for each prompt, int64 [length]."""
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), bounded_residency(self._path):
             return [self.model(torch.from_numpy(prompt[None]), use_cache=False).logits[0].numpy() for prompt in prompts]
 
 
@@ -86,6 +89,7 @@ class Exported:
         bundle = ModelBundle(folder, manifest, folder / manifest.graphs["model"]["file"])
         # Without prepacking the weights stay in the file, however large the model.
         self.engine = Engine(bundle, threads=threads, max_length=_LONG, prepack=False)
+        self._folder = folder
 
     def compare(self, prompts: list[np.ndarray], expected: list[np.ndarray]) -> dict[str, Any]:
         """Compare with PyTorch's logits of the long and the short prompt, and of their beginnings.
@@ -95,6 +99,10 @@ class Exported:
         Raises:
             GateError: a difference over the tolerance, or another most likely token.
         """
+        with bounded_residency(self._folder):
+            return self._compare(prompts, expected)
+
+    def _compare(self, prompts: list[np.ndarray], expected: list[np.ndarray]) -> dict[str, Any]:
         total = Difference()
         (whole, short), (logits, short_logits) = prompts, expected
         for length in sorted({min(length, len(whole)) for length in (*_BEGINNINGS, _LONG)}):

@@ -1,9 +1,12 @@
 """What a graph is fed with, whether llmfast or another exporter made it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx import helper
 
 from llmfast.errors import UnsupportedError
 
@@ -26,6 +29,29 @@ DTYPES = {
 }
 
 
+@dataclass(frozen=True)
+class GraphInput:
+    """An input of a graph, with the attributes that those of a session have."""
+
+    name: str
+    type: str
+    shape: list[int | str | None]
+
+
+def graph_inputs(graph: onnx.GraphProto) -> list[GraphInput]:
+    """Return the inputs as a session's `get_inputs` gives them, without a session."""
+    initializers = {tensor.name for tensor in graph.initializer}
+    return [_graph_input(value) for value in graph.input if value.name not in initializers]
+
+
+def _graph_input(value: onnx.ValueInfoProto) -> GraphInput:
+    tensor = value.type.tensor_type
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    names = [name for name, known in DTYPES.items() if np.dtype(known) == dtype]
+    shape = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim]
+    return GraphInput(value.name, names[0] if names else f"tensor({dtype})", shape)
+
+
 def present_of(past: str) -> str:
     """Return the output that a cache comes back in."""
     return past.replace(PAST, PRESENT, 1)
@@ -35,7 +61,7 @@ def sequence_feeds(inputs: Sequence[Any], ids: np.ndarray) -> dict[str, np.ndarr
     """Return the inputs for sequences of one length, from an empty cache, with logits at every position.
 
     Args:
-        inputs: the session's inputs, as `get_inputs` gives them.
+        inputs: as `graph_inputs`, or a session's `get_inputs`, gives them.
         ids: int64 [batch, seq].
 
     Raises:

@@ -13,7 +13,7 @@ from llmfast.quantize import sensitivity
 from llmfast.quantize.allocate import Option, allocate
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.checkpoint import Checkpoint
-from llmfast.quantize.measure import hold_out
+from llmfast.quantize.measure import damage_of, hold_out
 from llmfast.quantize.plan import Layers
 from llmfast.quantize.rewrite import RoundWeight
 from llmfast.quantize.sensitivity import LayerDamage, grid_errors, weights_of
@@ -78,6 +78,8 @@ class GridChoice:
 
     def __init__(self, model: OnnxModel, layers: Layers, damages: Sequence[LayerDamage], symmetric: bool) -> None:
         self._layers = layers
+        self._symmetric = symmetric
+        self._shapes = {one.weight: one.shape for one in damages}
         parts = weights_of(layers)
         self.fixed_bytes = count_weight_bytes([model]) - sum(
             tensor_bytes(model.initializers[weight]) for weight in parts
@@ -109,6 +111,18 @@ class GridChoice:
         grids: Mapping[str, Grid] = {weight: one.choice for weight, one in zip(self._options, chosen, strict=True)}
         return replace(self._layers, grids={**self._layers.grids, **grids}), sum(one.damage for one in chosen)
 
+    def uniform_under(self, max_bytes: float) -> Layers | None:
+        """Return the layers on one grid, tables and heads on the scheme's: the finest that fits, None if none."""
+        for grid in _grids(self._symmetric)[::-1]:
+            grids = {
+                weight: self._layers.grids[weight] if weight in self._layers.block_wise else grid
+                for weight in self._shapes
+            }
+            size = sum(block_bytes(self._shapes[weight], one) for weight, one in grids.items() if isinstance(one, Grid))
+            if self.fixed_bytes + size <= max_bytes:
+                return replace(self._layers, grids={**self._layers.grids, **grids})
+        return None
+
     @property
     def smallest_bytes(self) -> int:
         """The least that all weights can take."""
@@ -125,10 +139,11 @@ def block_bytes(shape: tuple[int, int], grid: Grid) -> int:
 
 
 def _grids(symmetric: bool) -> list[Grid]:
+    """Return the grids to choose from, by rising size."""
     return [
         Grid(bits, block_size, symmetric or bits == 8)  # eight bits need no zero point
         for bits in _BITS
-        for block_size in _BLOCK_SIZES
+        for block_size in _BLOCK_SIZES[::-1]
     ]
 
 
@@ -139,6 +154,9 @@ _MOST_ATTEMPTS = 5
 
 class Fitting:
     """The attempts to meet a budget: what is expected, corrected by what the written model really does.
+
+    Under a size, blocks of one kind everywhere are tried too: damages of single layers add up only roughly, and the
+    choice by layer must not be worse than the one that needs no measuring.
 
     Args:
         choice: gives layers for limits.
@@ -155,6 +173,9 @@ class Fitting:
         self._max_damage = budget.max_kld or 0.0
         self._attempts = 0
         self._expected = 0.0
+        self._written: Layers | None = None
+        self._rival: Layers | None = None  # what is written next, in place of a choice by layer
+        self._tried: list[tuple[float, Layers]] = []
         self._passed: float | None = None  # the largest damage limit whose model kept the budget
         self._failed = float("inf")  # the smallest whose model did not
 
@@ -164,6 +185,9 @@ class Fitting:
         Raises:
             GateError: no grids meet the budget.
         """
+        if self._rival is not None:
+            self._written, self._rival = self._rival, None
+            return self._written
         self._attempts += 1
         layers, self._expected = self._choice.under(self._max_bytes, self._max_damage)
         if layers is None:
@@ -172,14 +196,15 @@ class Fitting:
                 f"budget missed: at least {smallest / 1e6:.4g} MB are needed, asked at most {self._limit / 1e6:.4g} MB",
                 "raise the target, or leave out more with --trim-vocabulary",
             )
+        self._written = layers
         return layers
 
-    def is_met(self, written: OnnxModel, damage: float | None) -> bool:
+    def is_met(self, written: OnnxModel, figures: Mapping[str, float]) -> bool:
         """Judge what was written; False asks for another attempt.
 
         Args:
             written: the quantized graph.
-            damage: as measured.
+            figures: of its answers, none when they were not compared.
 
         Raises:
             GateError: the budget can't be met.
@@ -187,12 +212,29 @@ class Fitting:
         num_bytes = self._budget.size(written)
         if self._budget.max_kld is None:
             excess = num_bytes - self._limit
-            self._max_bytes -= max(excess, 0)  # padding, or scales that float16 can't hold
-            return excess <= 0
-        assert damage is not None
-        return self._is_close(damage, self._budget.max_kld, num_bytes)
+            if excess > 0 and not self._tried:
+                self._max_bytes -= excess  # padding, or scales that float16 can't hold
+                return False
+            return not figures or self._is_best(damage_of(figures)[1] if excess <= 0 else float("inf"))
+        return self._is_close(*damage_of(figures), self._budget.max_kld, num_bytes)
 
-    def _is_close(self, damage: float, limit: float, num_bytes: int) -> bool:
+    def _is_best(self, damage: float) -> bool:
+        """Take note of what was written, and return whether nothing better is known; otherwise that comes next."""
+        assert self._written is not None
+        if len(self._tried) == 2:
+            return True  # the better of the two, written once more
+        self._tried.append((damage, self._written))
+        if len(self._tried) == 1:
+            self._rival = self._choice.uniform_under(self._max_bytes)
+            return self._rival is None or self._rival.grids == self._written.grids
+        (by_layer, layers), (uniform, _) = self._tried
+        note(f"the choice by layer costs {by_layer:.4f}, the same blocks everywhere {uniform:.4f}")
+        if uniform < by_layer:
+            return True
+        self._rival = layers
+        return False
+
+    def _is_close(self, name: str, damage: float, limit: float, num_bytes: int) -> bool:
         tried = self._max_damage
         if damage <= limit:
             if tried == self._passed:
@@ -204,7 +246,7 @@ class Fitting:
             self._failed = min(self._failed, tried)
             if self._passed is None and (self._expected > tried or self._attempts >= _MOST_ATTEMPTS):
                 raise GateError(
-                    f"budget missed: kld {damage:.4g} at {num_bytes / 1e6:.1f} MB is the best that can be, "
+                    f"budget missed: {name} {damage:.4g} at {num_bytes / 1e6:.1f} MB is the best that can be, "
                     f"asked at most {limit:g}",
                     "raise --max-kld, try --method gptq, or leave layers as floats with --exclude",
                 )
@@ -222,6 +264,7 @@ def start_fitting(
     budget: Budget,
     calibration: Calibration,
     known: Path | None,
+    method: str,
     symmetric: bool,
     bundle: ModelBundle,
     model: OnnxModel,
@@ -236,6 +279,7 @@ def start_fitting(
         budget: what is asked.
         calibration: the text to measure on.
         known: what an earlier run measured, in place of measuring.
+        method: the rounding's name.
         symmetric: leave out the zero points of 4-bit blocks.
         bundle: the float bundle.
         model: its graph.
@@ -248,7 +292,7 @@ def start_fitting(
         UnsupportedError: the graph runs on no inputs that can be made for it.
     """
     if known is not None:
-        damages = sensitivity.load(known, layers, model)
+        damages = sensitivity.load(known, layers, model, method)
     else:
         samples = hold_out(bundle, model, calibration.corpus, calibration, False, _DAMAGE_SAMPLES).samples
         if not samples:
@@ -262,7 +306,7 @@ def start_fitting(
         f"what layers cost when they alone are rounded to {sensitivity.PROBE.bits} bits (all are in "
         f"{sensitivity.FILE}): {', '.join(f'{one.name} {one.damage:.4f}' for one in costliest)}, ..."
     )
-    sensitivity.save(folder / sensitivity.FILE, damages, {"calibration": calibration.describe()})
+    sensitivity.save(folder / sensitivity.FILE, damages, {"method": method, "calibration": calibration.describe()})
     choice = GridChoice(model, layers, damages, symmetric)
     overhead = 0
     if budget.max_bytes is not None:

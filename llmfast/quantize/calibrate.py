@@ -1,6 +1,6 @@
 """The text that methods calibrate on, and statistics of the activations that it makes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,20 +77,19 @@ class Statistics:
     gram: np.ndarray | None = None
 
 
-def summarize(samples: Sequence[np.ndarray], gram: bool = False) -> Statistics:
-    """Return the statistics of activations.
+def summarize(samples: Iterable[np.ndarray], gram: bool = False) -> Statistics:
+    """Return the statistics of activations, looked at one sample after the other.
 
     Args:
-        samples: float32 [..., K] each.
+        samples: float32 [..., K] each, at least one.
         gram: also collect the [K, K] matrix.
     """
-    features = samples[0].shape[-1]
-    num_tokens = sum(sample.size // features for sample in samples)
-    abs_max = np.zeros(features, np.float32)
-    sums = np.zeros((features, features), np.float32) if gram else None
+    num_tokens = 0
+    abs_max, sums = np.zeros(1, np.float32), np.zeros((1, 1), np.float32)
     for sample in samples:
-        rows = sample.reshape(-1, features)
-        np.maximum(abs_max, np.abs(rows).max(0), out=abs_max)
-        if sums is not None:
-            sums += rows.T @ rows
-    return Statistics(num_tokens, abs_max, None if sums is None else sums / np.float32(num_tokens))
+        rows = sample.reshape(-1, sample.shape[-1])
+        num_tokens += len(rows)
+        abs_max = np.maximum(abs_max, np.abs(rows).max(0))
+        if gram:
+            sums = sums + rows.T @ rows
+    return Statistics(num_tokens, abs_max, sums / np.float32(num_tokens) if gram else None)

@@ -17,6 +17,7 @@ from llmfast.errors import UnsupportedError
 from llmfast.graph.feeds import PAST, PRESENT, sequence_feeds
 from llmfast.graph.model import OnnxModel
 from llmfast.report import progress
+from llmfast.residency import bounded_residency
 from llmfast.runtime import open_session
 
 BITS = 8
@@ -52,9 +53,9 @@ def measure_ranges(model: OnnxModel, samples: Sequence[np.ndarray]) -> dict[str,
         UnsupportedError: as `cached_values`.
     """
     names = cached_values(model)
-    session = open_session(model.path, graph=model.proto.SerializeToString())
+    session = open_session(model.path, graph=model.proto.SerializeToString(), prepack=False)
     ranges: dict[str, np.ndarray] = {}
-    with progress("calibrating the KV cache", len(samples)) as advance:
+    with bounded_residency(model.path.parent), progress("calibrating the KV cache", len(samples)) as advance:
         for ids in samples:
             values = session.run(names, sequence_feeds(session.get_inputs(), ids[None]))
             for name, value in zip(names, values, strict=True):

@@ -16,7 +16,7 @@ from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, ModelBundle
 from llmfast.divergence import cosines, kl_divergence, log_softmax, prediction_figures, prediction_sums
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.example_inputs import random_inputs
-from llmfast.graph.feeds import DTYPES, PAST, sequence_feeds
+from llmfast.graph.feeds import DTYPES, PAST, GraphInput, graph_inputs, sequence_feeds
 from llmfast.graph.linear import Linear
 from llmfast.graph.model import OnnxModel
 from llmfast.quantize.calibrate import Calibration
@@ -24,6 +24,7 @@ from llmfast.quantize.corpus import SHIPPED_HELD_OUT, Corpus, pick
 from llmfast.quantize.replay import Replay
 from llmfast.quantize.workpiece import Workpiece
 from llmfast.report import note, progress
+from llmfast.residency import bounded_residency
 from llmfast.runtime import open_session
 from llmfast.verdict import Gate
 
@@ -101,8 +102,7 @@ def hold_out(
     Raises:
         InputError: `data` or the calibration's file has too little text, or there is no tokenizer for it.
     """
-    session = open_session(model.path, spin=False, graph=model.proto.SerializeToString())
-    inputs = session.get_inputs()
+    inputs = graph_inputs(model.proto.graph)
     try:
         if data is not None:
             corpus, ids = data, data.samples(bundle, SEQ_LEN)
@@ -114,7 +114,7 @@ def hold_out(
         if data is not None or calibration.path is not None:
             raise
         note(f"note: `{model.path.name}` is compared on random inputs: {error.message}")
-        return HeldOut(_random_samples(bundle, model, session, num_samples, calibration.seed or 0), None)
+        return HeldOut(_random_samples(bundle, model, num_samples, calibration.seed or 0), None)
     return HeldOut(samples, {**corpus.describe(), "num_samples": len(samples)})
 
 
@@ -234,7 +234,7 @@ class Proof:
         """Return what gives some rows of each layer's input, asked for in the graph's order, on the first sample."""
         held_out = self._held_out.get(role)
         taken = held_out.samples[:1] if held_out else []
-        samples = [values["input_ids"][0] for values in taken if "input_ids" in values]
+        samples = [values for values in taken if "input_ids" in values]
         replay = Replay(workpiece.model, samples, workpiece.edits.snapshot())
         last: dict[str, np.ndarray] = {}
 
@@ -264,11 +264,13 @@ class Proof:
         return {key: min(values) if key in _HIGHER_IS_BETTER else max(values) for key, values in worst.items()}
 
     def _compare(self, role: str, candidate: OnnxModel) -> dict[str, float]:
-        theirs = open_session(self._paths[role], spin=False, graph=self._graphs[role])
+        path = self._paths[role]
+        # Weights as they lie in the file: ordered for speed they would take the float model's size in memory.
+        theirs = open_session(path, spin=False, graph=self._graphs[role], prepack=False)
         ours = open_session(candidate.path, spin=False)
         comparison = Comparison([output.name for output in ours.get_outputs()], self._task)
         samples = self._held_out[role].samples
-        with progress("comparing with the float model", len(samples)) as advance:
+        with bounded_residency(path.parent), progress("comparing with the float model", len(samples)) as advance:
             for values in samples:
                 reference = theirs.run(comparison.outputs, values)
                 comparison.add(values, ours.run(comparison.outputs, _with_own_cache(values, ours)), reference)
@@ -282,23 +284,31 @@ def _with_own_cache(values: Values, session: Any) -> dict[str, np.ndarray]:
     return {name: value.astype(caches.get(name, value.dtype), copy=False) for name, value in values.items()}
 
 
-def damage_of(figures: Mapping[str, float]) -> float | None:
-    """Return the one figure that budgets are about: kld, else 1 - cosine, else the squared relative error."""
+def damage_of(figures: Mapping[str, float]) -> tuple[str, float]:
+    """Return the one figure that budgets are about, and its name: kld, else 1 - cosine, else relative error squared.
+
+    Raises:
+        UnsupportedError: nothing was measured.
+    """
     if "kld" in figures:
-        return figures["kld"]
+        return "kld", figures["kld"]
     if "cosine" in figures:
-        return 1 - figures["cosine"]
-    return figures["relative_error"] ** 2 if figures else None
+        return "1 - cosine", 1 - figures["cosine"]
+    if "relative_error" in figures:
+        return "relative error squared", figures["relative_error"] ** 2
+    raise UnsupportedError("the answers of this model can't be compared", "choose a --scheme in place of a budget")
 
 
-def _random_samples(bundle: ModelBundle, model: OnnxModel, session: Any, count: int, seed: int) -> list[Values]:
+def _random_samples(bundle: ModelBundle, model: OnnxModel, count: int, seed: int) -> list[Values]:
     """Return samples that the graph runs on, none when it refuses random inputs, with a note."""
     rng = np.random.default_rng(seed)
     try:
         if "example_inputs" in bundle.manifest.architecture:
             samples = [random_inputs(bundle, (seed, number)) for number in range(count)]
         else:
-            samples = [_random_values(model, session.get_inputs(), rng) for _ in range(count)]
+            inputs = graph_inputs(model.proto.graph)
+            samples = [_random_values(model, inputs, rng) for _ in range(count)]
+        session = open_session(model.path, spin=False, graph=model.proto.SerializeToString(), prepack=False)
         session.run(None, samples[0])
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         reason = error.message if isinstance(error, UnsupportedError) else str(error).strip().splitlines()[0][:200]
@@ -307,7 +317,7 @@ def _random_samples(bundle: ModelBundle, model: OnnxModel, session: Any, count: 
     return samples
 
 
-def _random_values(model: OnnxModel, inputs: Sequence[Any], rng: np.random.Generator) -> Values:
+def _random_values(model: OnnxModel, inputs: Sequence[GraphInput], rng: np.random.Generator) -> Values:
     """Return normal floats, and integers below the rows of the table that they look up in, or 2."""
     values = {}
     for value in inputs:

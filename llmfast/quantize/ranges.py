@@ -1,6 +1,6 @@
 """The range of activations that a static scale covers: what lies outside is clipped."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -12,7 +12,7 @@ _CANDIDATES = 64
 _PERCENTILE = 0.9999
 
 
-def find_range(samples: Sequence[np.ndarray], method: str) -> tuple[float, float]:
+def find_range(samples: Iterable[np.ndarray], method: str) -> tuple[float, float]:
     """Return the ends of a range that holds zero.
 
     minmax covers everything that was seen; percentile all magnitudes but one in ten thousand; entropy clips where the
@@ -20,11 +20,11 @@ def find_range(samples: Sequence[np.ndarray], method: str) -> tuple[float, float
     TensorRT").
 
     Args:
-        samples: float32 arrays of any shape.
+        samples: float32 arrays of any shape, gone through several times.
         method: one of `RANGES`.
     """
-    low = min(0.0, min(float(sample.min()) for sample in samples))
-    high = max(0.0, max(float(sample.max()) for sample in samples))
+    ends = [(float(sample.min()), float(sample.max())) for sample in samples]
+    low, high = min(0.0, *(end for end, _ in ends)), max(0.0, *(end for _, end in ends))
     largest = max(-low, high)
     if method == "minmax" or largest == 0:
         return low, high

@@ -28,6 +28,7 @@ from llmfast.quantize.measure import Comparison, Values, damage_of
 from llmfast.quantize.plan import EMBEDDING_ROLE, HEAD_ROLE, Layers
 from llmfast.quantize.rewrite import RoundWeight
 from llmfast.quantize.rounding import rtn
+from llmfast.report import note
 from llmfast.runtime import open_session
 
 FILE = "sensitivity.json"
@@ -95,7 +96,7 @@ class WeightProbe:
         comparison = Comparison(self._all_outputs, self._task)
         for one, reference in zip(self._samples, self._references, strict=True):
             comparison.add(one, self._run(one, weight, values), reference)
-        return damage_of(comparison.figures()) or 0.0
+        return damage_of(comparison.figures())[1]
 
     def _run(self, values: Values, weight: str, array: np.ndarray) -> list[np.ndarray]:
         outputs: list[np.ndarray] = self._session.run(self._outputs, {**values, weight: array})
@@ -179,13 +180,14 @@ def file_of(path: Path) -> Path:
     return path / FILE if path.is_dir() else path
 
 
-def load(path: Path, layers: Layers, model: OnnxModel) -> list[LayerDamage]:
+def load(path: Path, layers: Layers, model: OnnxModel, method: str) -> list[LayerDamage]:
     """Read the damages of all layers from a file.
 
     Args:
         path: a file that `save` wrote, or a bundle that holds one.
         layers: those that will be quantized.
         model: the graph they are in.
+        method: the rounding that will be used; a note says so when it is not the one that was measured with.
 
     Raises:
         InputError: unreadable, malformed, or of another model.
@@ -201,6 +203,12 @@ def load(path: Path, layers: Layers, model: OnnxModel) -> list[LayerDamage]:
         raise InputError(
             f"malformed sensitivity: `{path}`: {error}", "it is written by quantize --target-bits"
         ) from error
+    measured_with = document.get("method", method)
+    if measured_with != method:
+        note(
+            f"note: `{path}` was measured with {measured_with}: what {method} gains differs from layer to layer; "
+            "the choice is better without --sensitivity"
+        )
     for weight, (name, _, linear) in weights_of(layers).items():
         dims = tuple(model.initializers[weight].dims)
         shape = dims if linear is None or linear.stored_transposed else dims[::-1]

@@ -1,51 +1,48 @@
 """`llmfast quantize`: a float bundle or .onnx file becomes a smaller one."""
 
-import importlib.metadata
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import llmfast
 from llmfast import registry
 from llmfast.bundle import (
     COMPANIONS,
     MANIFEST,
-    Manifest,
     ModelBundle,
-    Step,
     check_output,
     sha256,
     stage_output,
     write_manifest,
 )
 from llmfast.errors import InputError, OptionError, UnsupportedError
+from llmfast.graph.feeds import graph_inputs, sequence_feeds
 from llmfast.graph.floats import FloatFormat
 from llmfast.graph.linear import Linear
-from llmfast.graph.model import OnnxModel, count_weight_bytes
+from llmfast.graph.model import OnnxModel
 from llmfast.graph.packed import Grid, QuantizedWeight
 from llmfast.graph.weights import WeightFile
 from llmfast.quantize import sensitivity
-from llmfast.quantize.budget import Fitting, num_parameters, start_fitting
+from llmfast.quantize.budget import Fitting, start_fitting
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.checkpoint import Checkpoint, kept_for_resuming
 from llmfast.quantize.corpus import Corpus
 from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_cache
-from llmfast.quantize.measure import Proof, damage_of
+from llmfast.quantize.measure import Proof
 from llmfast.quantize.options import MIXED_SCHEME, QuantizeOptions
 from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Plan, choose_layers, list_layers
 from llmfast.quantize.rewrite import LayerReport, QuantizedGraph, RoundWeight, Weight
-from llmfast.quantize.summary import summarize
+from llmfast.quantize.summary import make_manifest, slow_forms, summarize, versions
 from llmfast.quantize.vocabulary import trimmed
 from llmfast.quantize.workpiece import InputStatistics, Workpiece
 from llmfast.report import note, progress
 from llmfast.runtime import open_session, usable_cores
 from llmfast.text import read_text
 from llmfast.thirdparty import adopt, can_adopt
-from llmfast.verdict import enforce, judge
+from llmfast.verdict import Gate, enforce, judge
 
 
 def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundle:
@@ -89,18 +86,19 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
             for written in after.values():
                 _check_loads(written.path, source)
             figures = proof.compare(after) if proof else {}
-            if fitting is None or fitting.is_met(after["model"], damage_of(figures)):
+            if fitting is None or fitting.is_met(after["model"], figures):
                 break
             for file in staged.glob("model.*"):
                 file.unlink()
         verdict = judge([{"bundle": output.name, **figures}], "", options.gates)
-        enforce(verdict, "nothing was written; try --method gptq or a budget, or loosen the gate")
+        enforce(verdict, _hint(figures, options.gates))
         for name in COMPANIONS:
             if companion := bundle.companion(name):
                 shutil.copyfile(companion, staged / name)
-        measured = {**summarize(reports), **figures, "gates": verdict, "text": proof and proof.text}
         before = [model for model, _ in graphs.values()]
-        write_manifest(staged, _manifest(bundle, before, after, plan, options, measured))
+        forms = {"slow_forms": slow_forms(before, after.values())} | ({"kv": options.kv} if options.kv else {})
+        measured = {**summarize(reports), **forms, **figures, "gates": verdict, "text": proof and proof.text}
+        write_manifest(staged, make_manifest(bundle, before, after, plan, options, measured))
     return ModelBundle.open(output)
 
 
@@ -132,6 +130,7 @@ def _start_fitting(
         options.budget,
         options.calibration,
         options.sensitivity,
+        plan.rounding.name,
         plan.scheme.plugin.grid(plan.scheme.options).symmetric,
         bundle,
         model,
@@ -216,9 +215,18 @@ def _facts(bundle: ModelBundle, models: list[OnnxModel], plan: Plan, options: Qu
         "budget": options.budget and asdict(options.budget),
         "sensitivity": options.sensitivity and sha256(sensitivity.file_of(options.sensitivity)),
         "calibration": [options.calibration.describe(), options.calibration.field, options.calibration.seed],
-        "versions": _versions(),
+        "versions": versions(),
         "cores": usable_cores(),
     }
+
+
+def _hint(figures: Mapping[str, float], gates: Sequence[Gate]) -> str:
+    """Return what to do about a missed gate."""
+    if figures and any(gate.figure not in figures for gate in gates):
+        return (
+            f"the answers of this model are compared by {', '.join(figures)}: --max-kld or --max-drop with one of them"
+        )
+    return "nothing was written; try --method gptq or a budget, or loosen the gate"
 
 
 def _check_loads(model: Path, source: Path) -> None:
@@ -268,8 +276,9 @@ def _transform(
     plan: Plan, bundle: ModelBundle, model: OnnxModel, layers: Layers, calibration: Calibration
 ) -> Workpiece:
     """Run the transforms and return what they made."""
-    samples = calibration.split(bundle)[0] if plan.needs_calibration else []
-    workpiece = Workpiece(model, layers, samples)
+    ids = calibration.split(bundle)[0] if plan.needs_calibration else []
+    inputs = graph_inputs(model.proto.graph)
+    workpiece = Workpiece(model, layers, [sequence_feeds(inputs, one[None]) for one in ids])
     for transform in plan.transforms:
         transform.plugin.transform(workpiece, transform.options)
     return workpiece
@@ -308,46 +317,3 @@ def _rounding(plan: Plan, workpiece: Workpiece, checkpoint: Checkpoint | None, k
         return quantized
 
     return round_weight
-
-
-def _manifest(
-    bundle: ModelBundle,
-    before: list[OnnxModel],
-    after: dict[str, OnnxModel],
-    plan: Plan,
-    options: QuantizeOptions,
-    measured: dict[str, Any],
-) -> Manifest:
-    source = bundle.manifest.source or {"id": bundle.model.name, "revision": None, "sha256": sha256(bundle.model)}
-    parameters = num_parameters(bundle, before)
-    chosen = {"budget": options.budget and asdict(options.budget), "kv": options.kv}
-    step = Step(
-        stage="quantize",
-        method=f"{plan.scheme.name}:{plan.method}",
-        options={"include": options.include, "exclude": options.exclude}
-        | {name: value for name, value in chosen.items() if value}
-        | plan.options,
-        versions=_versions(),
-        seed=options.calibration.seed,
-        calibration=options.calibration.describe() if plan.needs_calibration or options.budget or options.kv else None,
-    )
-    return replace(
-        bundle.manifest,
-        source=source,
-        architecture={**bundle.manifest.architecture, "num_parameters": parameters},
-        graphs={
-            role: {
-                "file": model.path.name,
-                "inputs": [value.name for value in model.proto.graph.input],
-                "outputs": [value.name for value in model.proto.graph.output],
-            }
-            for role, model in after.items()
-        },
-        bits_per_weight=8 * count_weight_bytes(after.values()) / parameters,
-        lineage=(*bundle.manifest.lineage, step),
-        measured={**bundle.manifest.measured, "quantize": measured},
-    )
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("numpy", "onnx")} | {"llmfast": llmfast.__version__}

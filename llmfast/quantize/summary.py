@@ -1,9 +1,18 @@
 """What a quantization did to the layers, as rows for people and for the manifest."""
 
+import importlib.metadata
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
+import llmfast
+from llmfast.bundle import Manifest, ModelBundle, Step, sha256
+from llmfast.graph.lint import lint
+from llmfast.graph.model import OnnxModel, count_weight_bytes
+from llmfast.quantize.budget import num_parameters
+from llmfast.quantize.options import QuantizeOptions
+from llmfast.quantize.plan import Plan
 from llmfast.quantize.rewrite import LayerReport
 from llmfast.report import Column
 
@@ -18,6 +27,7 @@ LAYER_COLUMNS = (
 FIGURE_COLUMNS = (
     Column("MB", "size_bytes", lambda value: f"{value / 1e6:.1f}"),
     Column("bits/weight", "bits_per_weight", "{:.2f}".format),
+    Column("KV cache", "kv"),
     Column("KLD", "kld", "{:.4f}".format),
     Column("top-1 %", "top1_agreement", lambda value: f"{value * 100:.1f}"),
     Column("ppl x", "perplexity_ratio", "{:.3f}".format),
@@ -55,6 +65,17 @@ def summarize(reports: Sequence[LayerReport]) -> dict[str, Any]:
     return {"layers": rows, "worst_layers": single}
 
 
+def slow_forms(before: Iterable[OnnxModel], after: Iterable[OnnxModel]) -> list[str]:
+    """Return the slow forms that `llmfast inspect` finds in the quantized graphs and not in the float ones."""
+    known = {finding.rule.name for model in before for finding in lint(model)}
+    return [
+        f"{finding.rule.reason} [{finding.rule.name}: {len(finding.nodes)} nodes of {model.path.name}]"
+        for model in after
+        for finding in lint(model)
+        if finding.rule.affects == "speed" and finding.rule.name not in known
+    ]
+
+
 def figure_columns(figures: Mapping[str, Any]) -> list[Column]:
     """Return the columns of the figures that were measured."""
     return [column for column in FIGURE_COLUMNS if column.key in figures]
@@ -78,3 +99,57 @@ def _errors(group: Sequence[LayerReport]) -> dict[str, float | None]:
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
     return math.sqrt(sum(error for error, _ in pairs) / max(sum(power for _, power in pairs), 1e-30))
+
+
+def make_manifest(
+    bundle: ModelBundle,
+    before: list[OnnxModel],
+    after: dict[str, OnnxModel],
+    plan: Plan,
+    options: QuantizeOptions,
+    measured: dict[str, Any],
+) -> Manifest:
+    """Return the manifest of a quantized bundle.
+
+    Args:
+        bundle: the float bundle.
+        before: its graphs.
+        after: the quantized ones by role.
+        plan: what was done.
+        options: what was asked.
+        measured: what is said of layers and answers.
+    """
+    source = bundle.manifest.source or {"id": bundle.model.name, "revision": None, "sha256": sha256(bundle.model)}
+    parameters = num_parameters(bundle, before)
+    chosen = {"budget": options.budget and asdict(options.budget), "kv": options.kv}
+    step = Step(
+        stage="quantize",
+        method=f"{plan.scheme.name}:{plan.method}",
+        options={"include": options.include, "exclude": options.exclude}
+        | {name: value for name, value in chosen.items() if value}
+        | plan.options,
+        versions=versions(),
+        seed=options.calibration.seed,
+        calibration=options.calibration.describe() if plan.needs_calibration or options.budget or options.kv else None,
+    )
+    return replace(
+        bundle.manifest,
+        source=source,
+        architecture={**bundle.manifest.architecture, "num_parameters": parameters},
+        graphs={
+            role: {
+                "file": model.path.name,
+                "inputs": [value.name for value in model.proto.graph.input],
+                "outputs": [value.name for value in model.proto.graph.output],
+            }
+            for role, model in after.items()
+        },
+        bits_per_weight=8 * count_weight_bytes(after.values()) / parameters,
+        lineage=(*bundle.manifest.lineage, step),
+        measured={**bundle.manifest.measured, "quantize": measured},
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides on the bytes that are written."""
+    return {name: importlib.metadata.version(name) for name in ("numpy", "onnx")} | {"llmfast": llmfast.__version__}

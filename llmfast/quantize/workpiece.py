@@ -1,6 +1,6 @@
 """The model in the middle of a quantization: its graph, its layers, and what was done to their weights so far."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from onnx import helper, numpy_helper
@@ -22,13 +22,13 @@ class Workpiece:
     Args:
         model: the float graph.
         layers: which weights will be quantized, and their grids.
-        samples: token ids to calibrate on, int64 [seq] each; empty without a calibration text.
+        samples: the graph's inputs for each sample to calibrate on; none without a calibration text.
 
     Attributes:
         edits: the changes to weights so far.
     """
 
-    def __init__(self, model: OnnxModel, layers: Layers, samples: Sequence[np.ndarray] = ()) -> None:
+    def __init__(self, model: OnnxModel, layers: Layers, samples: Sequence[Mapping[str, np.ndarray]] = ()) -> None:
         self.model = model
         self.layers = layers
         self.samples = samples

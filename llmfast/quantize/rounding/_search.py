@@ -48,7 +48,7 @@ def search_blocks(weight: np.ndarray, grid: Grid, steps: int, floor: float, impo
         codes uint8 [N, blocks, block_size], scales float32 [N, blocks], zero points uint8 [N, blocks].
     """
     blocks = to_blocks(weight, grid)
-    weights = np.ones(blocks.shape[1:], np.float32) if importance is None else to_blocks(importance[None], grid)[0]
+    weights = None if importance is None else to_blocks(importance[None], grid)[0]
     rows = max(1, _GROUP_ELEMENTS // blocks[0].size)
     groups = [blocks[start : start + rows] for start in range(0, len(blocks), rows)]
     shares = np.linspace(1.0, floor, steps, dtype=np.float32)
@@ -61,36 +61,37 @@ def search_blocks(weight: np.ndarray, grid: Grid, steps: int, floor: float, impo
     return codes, scales, zero_points
 
 
-def _search(blocks: np.ndarray, grid: Grid, shares: np.ndarray, weights: np.ndarray) -> Found:
+def _search(blocks: np.ndarray, grid: Grid, shares: np.ndarray, weights: np.ndarray | None) -> Found:
     blocks = np.ascontiguousarray(blocks, np.float32)
+    ends = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
     best_error = np.full(blocks.shape[:2], np.inf, np.float32)
-    best_codes = np.zeros(blocks.shape, np.uint8)
+    best_shares = np.ones(blocks.shape[:2], np.float32)
     best_scales = np.zeros(blocks.shape[:2], np.float32)
-    best_zeros = np.zeros(blocks.shape[:2], np.uint8)
+    steps, moved, weighted = np.empty_like(blocks), np.empty_like(blocks), np.empty_like(blocks)
     for share in shares:
-        for scales, zeros in _candidates(blocks, grid, share):
-            steps = np.rint(blocks / scales[..., None])
-            np.clip(steps, -zeros[..., None], (grid.largest - zeros)[..., None], out=steps)
-            scales = storable_scales(_fit(blocks, steps, scales, weights), grid)
-            error = (np.square(blocks - steps * scales[..., None]) * weights).sum(-1)
-            better = error < best_error
-            best_error[better] = error[better]
-            best_scales[better] = scales[better]
-            best_zeros[better] = zeros[better].astype(np.uint8)
-            best_codes[better] = (steps[better] + zeros[better][:, None]).astype(np.uint8)
-    return best_codes, best_scales, best_zeros
+        candidate, zeros = _candidate(*ends, grid, share)
+        _round(blocks, candidate, zeros, grid, steps)
+        scales = storable_scales(_fit(blocks, steps, candidate, weights, weighted), grid)
+        np.subtract(blocks, np.multiply(steps, scales[..., None], out=moved), out=moved)
+        error = _inner(moved, moved if weights is None else np.multiply(moved, weights, out=weighted))
+        better = error < best_error
+        best_error[better] = error[better]
+        best_scales[better] = scales[better]
+        best_shares[better] = share
+    candidate, zeros = _candidate(*ends, grid, best_shares)
+    codes = _round(blocks, candidate, zeros, grid, steps)
+    codes += zeros[..., None]
+    return codes.astype(np.uint8), best_scales, zeros.astype(np.uint8)
 
 
-def _candidates(blocks: np.ndarray, grid: Grid, share: np.float32) -> list[tuple[np.ndarray, np.ndarray]]:
+def _candidate(low: np.ndarray, high: np.ndarray, grid: Grid, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return scales and zero points that cover a share of each block's range."""
     if grid.symmetric:
-        magnitude = np.abs(blocks).max(-1) * share
-        scales = _positive(magnitude / np.float32(grid.middle - 1))
-        return [(scales, np.full(scales.shape, grid.middle, np.float32))]
-    low = np.minimum(blocks.min(-1), 0) * share
-    high = np.maximum(blocks.max(-1), 0) * share
+        scales = _positive(np.maximum(-low, high) * share / np.float32(grid.middle - 1))
+        return scales, np.full(scales.shape, grid.middle, np.float32)
+    low, high = low * share, high * share
     scales = _positive((high - low) / np.float32(grid.largest))
-    return [(scales, np.clip(np.rint(-low / scales), 0, grid.largest))]
+    return scales, np.clip(np.rint(-low / scales), 0, grid.largest)
 
 
 def _positive(scales: np.ndarray) -> np.ndarray:
@@ -98,9 +99,26 @@ def _positive(scales: np.ndarray) -> np.ndarray:
     return np.where(scales > _SMALLEST_SCALE, scales, _ZERO_SCALE)
 
 
-def _fit(blocks: np.ndarray, steps: np.ndarray, scales: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _round(blocks: np.ndarray, scales: np.ndarray, zeros: np.ndarray, grid: Grid, out: np.ndarray) -> np.ndarray:
+    """Return codes less their zero points."""
+    np.rint(np.divide(blocks, scales[..., None], out=out), out=out)
+    return np.clip(out, -zeros[..., None], (grid.largest - zeros)[..., None], out=out)
+
+
+def _fit(
+    blocks: np.ndarray, steps: np.ndarray, scales: np.ndarray, weights: np.ndarray | None, weighted: np.ndarray
+) -> np.ndarray:
     """Return the scales with the least squared error for given steps: <w, q> / <q, q>."""
-    weighted = steps * weights
-    power = (weighted * steps).sum(-1)
-    fitted = (blocks * weighted).sum(-1) / np.where(power > 0, power, 1)
-    return np.where((power > 0) & (fitted > 0), fitted, scales).astype(np.float32)
+    if weights is None:
+        weighted = steps
+    else:
+        np.multiply(steps, weights, out=weighted)
+    power, fitted = _inner(weighted, steps), _inner(blocks, weighted)
+    fitted /= np.where(power > 0, power, 1)
+    return np.where((power > 0) & (fitted > 0), fitted, scales)
+
+
+def _inner(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return the inner products over the last axis."""
+    products: np.ndarray = np.einsum("nbk,nbk->nb", left, right)
+    return products
