@@ -87,7 +87,12 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """One more than the highest token id; a model may have more rows than that."""
-        return max(self._backend.get_vocab().values()) + 1
+        return max(self.vocabulary.values()) + 1
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id."""
+        return dict(self._backend.get_vocab())
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token as it is spelled in the vocabulary, None when there is none."""
