@@ -38,8 +38,10 @@ def parse_scheme(typed: str) -> Plan:
     plan = Plan.make(scheme, "", {key: value for key, _, value in pairs})
     if not isinstance(plan.grid, Grid):
         raise OptionError(f"--quantize-aware {scheme}: it rounds each value by itself", "int4, int8 or w8")
-    if getattr(plan.scheme.options, "activations", "dynamic") != "dynamic":
-        raise OptionError(f"--quantize-aware {typed}: static ranges are calibrated after training", "use dynamic ones")
+    wanted = {"activations": "dynamic", "granularity": "token"}
+    for name, value in wanted.items():
+        if getattr(plan.scheme.options, name, value) != value:
+            raise OptionError(f"--quantize-aware {typed}: activations are trained with a dynamic scale per token only")
     return plan
 
 

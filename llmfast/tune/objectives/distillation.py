@@ -218,6 +218,12 @@ def _check_pair(job: Job, tokenizer: Tokenizer, teacher: Path, config: Any, teac
             f"student `{job.source}` and teacher `{teacher}` have different vocabularies: {sizes}",
             "distil from the model that the student was made from, or one with the same tokenizer",
         )
+    widths = [one.hidden_size for one in (config, teacher_config)]
+    if model_class(config) == ENCODER_CLASS and widths[0] != widths[1]:
+        raise InputError(
+            f"vectors of the student `{job.source}` are {widths[0]} wide, those of the teacher `{teacher}` {widths[1]}",
+            "sentence encoders are compared by their vectors: take a teacher as wide",
+        )
     if model_class(config) == CLASSIFIER_CLASS and config.id2label != teacher_config.id2label:
         raise InputError(
             f"student `{job.source}` and teacher `{teacher}` have different labels: "
