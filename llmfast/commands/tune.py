@@ -67,6 +67,9 @@ def tune(
     learning_rate: Annotated[float | None, typer.Option("--lr", help="The highest learning rate.")] = None,
     schedule: Annotated[str | None, typer.Option(help="How it falls: cosine, linear, constant.")] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps in which it rises.")] = None,
+    layer_decay: Annotated[
+        float | None, typer.Option(help="Share of a layer's learning rate that the layer below it has.")
+    ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of matrices.")] = None,
     max_grad_norm: Annotated[
         float | None, typer.Option(help="Clip longer gradients to this length; 0 does not.")
@@ -135,6 +138,7 @@ def tune(
         "learning_rate": learning_rate,
         "schedule": schedule,
         "warmup": warmup,
+        "layer_decay": layer_decay,
         "weight_decay": weight_decay,
         "max_grad_norm": max_grad_norm,
         "epochs": epochs,

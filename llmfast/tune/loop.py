@@ -119,7 +119,7 @@ class Trainer:
                         step=step,
                         epoch=round(step / self._epoch_steps, 4),
                         loss=loss_sum / items if items else None,
-                        learning_rate=self._optimizer.param_groups[0]["lr"],
+                        learning_rate=learning_rate_at(step - 1, self.total, self._options, self._highest_rate),
                         gradient_norm=norm if taken else None,
                         tokens_per_s=round(tokens / seconds, 1),
                         peak_memory_bytes=peak_memory(self._parallel.device),
@@ -175,7 +175,7 @@ class Trainer:
         model, parallel = self._model, self._parallel
         rate = learning_rate_at(self.progress.step, self.total, self._options, self._highest_rate)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         model.train()
         # The mean over the whole batch, however it is split: into passes, and over processes that average gradients.
         factor = parallel.world / sum(row.items for row in rows)

@@ -23,6 +23,7 @@ class Defaults:
     epochs: int
     batch_size: int
     seq_len: int
+    layer_decay: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ class TuneOptions:
         learning_rate: the highest.
         schedule: how it falls afterwards.
         warmup: share of the steps in which it rises.
+        layer_decay: a layer's learning rate is the next one's times this, the head's is the highest: what lies deep
+            was learnt from more data, and stays.
         weight_decay: of matrices; vectors are left alone.
         max_grad_norm: longer gradients are scaled down to it; 0 leaves them.
         epochs: passes over the data.
@@ -75,6 +77,7 @@ class TuneOptions:
     learning_rate: float | None = None
     schedule: str = "cosine"
     warmup: float = 0.1
+    layer_decay: float | None = None
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     epochs: int | None = None
@@ -114,6 +117,7 @@ class TuneOptions:
         for name, number, low, high in (
             ("lr", self.learning_rate, 0, 10),
             ("warmup", self.warmup, 0, 1),
+            ("layer-decay", self.layer_decay, 0.1, 1),
             ("validation-split", self.validation_split, 0, 0.9),
             ("weight-decay", self.weight_decay, 0, 1),
             ("max-grad-norm", self.max_grad_norm, 0, float("inf")),

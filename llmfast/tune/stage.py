@@ -209,6 +209,7 @@ def _resolve(options: TuneOptions, plugin: ModuleType, precision: str, parallel:
         objective=_name(plugin),
         precision=precision,
         learning_rate=rate,
+        layer_decay=options.layer_decay or defaults.layer_decay,
         epochs=options.epochs or defaults.epochs,
         batch_size=batch_size,
         seq_len=options.seq_len or defaults.seq_len,

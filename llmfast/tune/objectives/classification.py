@@ -31,7 +31,7 @@ from llmfast.tune.student import (
 if TYPE_CHECKING:
     import torch
 
-DEFAULTS = Defaults(learning_rate=1e-4, epochs=4, batch_size=32, seq_len=128)
+DEFAULTS = Defaults(learning_rate=1e-4, epochs=5, batch_size=16, seq_len=128, layer_decay=0.8)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Options:
         label_smoothing: share of the target that is spread over all labels.
     """
 
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
