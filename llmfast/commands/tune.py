@@ -13,6 +13,7 @@ from llmfast.errors import OptionError
 if TYPE_CHECKING:
     from llmfast.tune.stage import Tuned
 
+_SPELLED = {"epoch": "{:g}".format}
 SUMMARY = "A checkpoint trained on data of yours, or repaired after pruning."
 
 
@@ -183,7 +184,7 @@ def _print(tuned: "Tuned", module: str | None, output_format: str) -> None:
         report.out(report.to_json({"checkpoint": str(tuned.path), **figures}))
         return
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    columns = [report.Column(key.replace("_", " "), key, _spell) for key in keys]
+    columns = [report.Column(key.replace("_", " "), key, _SPELLED.get(key, _spell)) for key in keys]
     report.print_rows(rows, columns, output_format)
     skipped = f", {figures['skipped_steps']} of them skipped" if figures["skipped_steps"] else ""
     report.note(
