@@ -198,14 +198,14 @@ def test_a_resumed_run_ends_with_the_same_bits(
     with monkeypatch.context() as patched, pytest.raises(_Stop):
         _stop_after(patched, 8)
         run(source, tmp_path / "parts", data, **settings)
-    left = sorted(path.name for path in (tmp_path / ".parts.llmfast-resume").iterdir())
+    left = sorted(path.name for path in (tmp_path / ".parts.tune-resume").iterdir())
     assert left == ["run.json", "step-00000006.pt", "training.jsonl"]
     torch.manual_seed(123)  # nothing may depend on what was random before
     resumed = run(source, tmp_path / "parts", data, **settings, resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert whole.figures["validations"] == resumed.figures["validations"]
-    assert not (tmp_path / ".parts.llmfast-resume").exists()
+    assert not (tmp_path / ".parts.tune-resume").exists()
 
 
 def test_a_run_is_not_resumed_with_other_options_or_data(
@@ -230,7 +230,7 @@ def test_a_run_is_not_resumed_with_other_options_or_data(
 
 def test_ctrl_c_saves_what_a_resumed_run_goes_on_with(decoder: Path, text: Path, tmp_path: Path) -> None:
     _tune(decoder, tmp_path / "whole", text, max_steps=40)
-    threading.Thread(target=_interrupt_when, args=(tmp_path / ".out.llmfast-resume" / "training.jsonl",)).start()
+    threading.Thread(target=_interrupt_when, args=(tmp_path / ".out.tune-resume" / "training.jsonl",)).start()
     with pytest.raises(KeyboardInterrupt):
         _tune(decoder, tmp_path / "out", text, max_steps=40)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -256,7 +256,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
               schedule="constant", warmup=0.0, precision=name)  # fmt: skip
     assert "--lr" in caught.value.hint
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / ".out.llmfast-resume").exists()
+    assert not (tmp_path / ".out.tune-resume").exists()
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(decoder: Path, text: Path, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ except ResourceError as error:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 6, result.stderr
     assert "the checkpoint of step 2 is intact" in result.stdout
-    left = sorted(path.name for path in (tmp_path / ".out.llmfast-resume").iterdir())
+    left = sorted(path.name for path in (tmp_path / ".out.tune-resume").iterdir())
     assert left == ["run.json", "step-00000002.pt", "training.jsonl"]
     _tune(decoder, tmp_path / "out", text, save_every=2, resume=True)
     _tune(decoder, tmp_path / "whole", text)

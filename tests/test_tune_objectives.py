@@ -341,6 +341,10 @@ def test_checkpoints_that_cannot_be_trained(checkpoints: Callable[[str], Path], 
         run(checkpoints("llama"), tmp_path / "out", text, objective="regression")
     with pytest.raises(InputError, match="not found"):
         run(tmp_path / "nowhere", tmp_path / "out", text)
+    with pytest.raises(UnsupportedError, match="is a decoder"):
+        run(checkpoints("llama"), tmp_path / "out", text, objective="classification")
+    with pytest.raises(OptionError, match="--seq-len 100: the model takes 40 tokens"):
+        run(encoder, tmp_path / "out", write_labelled(tmp_path / "data.txt"), seq_len=100)
     with pytest.raises(InputError, match="text too short"):
         run(checkpoints("llama"), tmp_path / "out", text, seq_len=100_000)
 

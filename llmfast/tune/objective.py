@@ -61,6 +61,12 @@ class Job:
     options: "TuneOptions"
     companions: Path
 
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a row at most."""
+        assert self.options.seq_len is not None
+        return self.options.seq_len
+
 
 class Objective(Protocol):
     """A model, its data and its loss."""

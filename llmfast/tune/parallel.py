@@ -8,6 +8,7 @@ Sources: Li et al. 2020, https://arxiv.org/abs/2006.15704; Zhao et al. 2023, htt
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ class Parallel:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Connect the processes while the body runs."""
+        """Connect the processes while the body runs; all but the first are silent, their errors aside."""
         import torch.distributed as dist
 
         if self.world == 1:
@@ -66,7 +67,8 @@ class Parallel:
             return
         dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         try:
-            yield
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(sys.stderr if self.is_main else nowhere):
+                yield
         finally:
             dist.destroy_process_group()
 

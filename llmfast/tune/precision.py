@@ -33,7 +33,7 @@ def choose_precision(asked: str | None, device: "torch.device") -> str:
         multiplies_fp16 = True
     else:
         multiplies_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        multiplies_fp16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        multiplies_fp16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
     best = "bf16" if multiplies_bf16 else "fp32"
     if asked == "fp16" and not multiplies_fp16:
         raise UnsupportedError(

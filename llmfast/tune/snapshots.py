@@ -35,7 +35,7 @@ class Snapshots:
     """
 
     def __init__(self, output: Path, facts: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
-        self.folder = output.parent / f".{output.name}.llmfast-resume"
+        self.folder = output.parent / f".{output.name}.tune-resume"
         self._facts = json.loads(json.dumps(facts))
         last = self.last()
         if resume:

@@ -79,7 +79,7 @@ def tune(source: str | None, output: Path, options: TuneOptions) -> Tuned:
     plan = parse_scheme(options.quantize_aware) if options.quantize_aware else None
     torch.set_num_threads(resolve_threads(options.threads))
     parallel = Parallel(options.device, options.parallel)
-    options = _resolve(options, plugin, choose_precision(options.precision, parallel.device), parallel)
+    options = _resolve(folder, options, plugin, choose_precision(options.precision, parallel.device), parallel)
     facts = _facts(folder, options, chosen, parallel)
     snapshots = Snapshots(output, facts, options.resume, options.overwrite)
     with parallel.running(), tempfile.TemporaryDirectory() as companions, _quiet():
@@ -124,7 +124,7 @@ def describe_tuning(source: str | None, output: Path, options: TuneOptions) -> s
     from llmfast.tune.precision import choose_precision
 
     parallel = Parallel(options.device, options.parallel)
-    options = _resolve(options, plugin, choose_precision(options.precision, parallel.device), parallel)
+    options = _resolve(folder, options, plugin, choose_precision(options.precision, parallel.device), parallel)
     with tempfile.TemporaryDirectory() as companions, _quiet():
         objective = _load(folder, plugin, chosen, options, Path(companions))
     counts = _count(objective.model)
@@ -193,7 +193,9 @@ def _suitable(folder: Path, options: TuneOptions) -> str:
     return "causal-lm" if model_class(load_config(folder)) == DECODER_CLASS else "classification"
 
 
-def _resolve(options: TuneOptions, plugin: ModuleType, precision: str, parallel: "Parallel") -> TuneOptions:
+def _resolve(
+    folder: Path, options: TuneOptions, plugin: ModuleType, precision: str, parallel: "Parallel"
+) -> TuneOptions:
     """Fill in what the objective and the machine decide."""
     defaults = plugin.DEFAULTS
     batch_size = options.batch_size or defaults.batch_size
@@ -212,9 +214,17 @@ def _resolve(options: TuneOptions, plugin: ModuleType, precision: str, parallel:
         layer_decay=options.layer_decay or defaults.layer_decay,
         epochs=options.epochs or defaults.epochs,
         batch_size=batch_size,
-        seq_len=options.seq_len or defaults.seq_len,
+        seq_len=options.seq_len or min(defaults.seq_len, _positions(folder, options)),
         device=parallel.device.type,
     )
+
+
+def _positions(folder: Path, options: TuneOptions) -> int:
+    """Return how many positions a checkpoint's model has, as far as its config says."""
+    from llmfast.export.checkpoint import load_config
+
+    config = None if options.module else load_config(folder)
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def _load(folder: Path, plugin: ModuleType, chosen: Any, options: TuneOptions, companions: Path) -> Objective:

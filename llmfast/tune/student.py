@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmfast.errors import InputError, UnsupportedError
+from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.export.checkpoint import SafetensorsCheckpoint, copy_companions, load_config, resolve_folder
-from llmfast.export.encoder import first_line, token_types
+from llmfast.export.encoder import context_length, first_line, token_types
 from llmfast.report import note
 from llmfast.tokenizer import Text, Tokenizer
 from llmfast.tune.objective import Row
@@ -38,7 +38,13 @@ def open_folder(source: str) -> Path:
 
 
 def model_class(config: Any) -> str:
-    """Return the class of `transformers` that a checkpoint is made for: a decoder, a classifier or an encoder."""
+    """Return the class of `transformers` that a checkpoint is made for: a decoder, a classifier or an encoder.
+
+    Raises:
+        UnsupportedError: it has both an encoder and a decoder.
+    """
+    if config.is_encoder_decoder:
+        raise UnsupportedError(f"a `{config.model_type}` is an encoder and a decoder, which can't be trained yet")
     name = (config.architectures or [""])[0]
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return DECODER_CLASS
@@ -93,6 +99,18 @@ def load_model(folder: Path, auto_model: str, config: Any = None, new_head: bool
         if not torch.isfinite(parameter).all():
             raise InputError(f"weight `{name}` of `{folder}` has NaN or infinite values")
     return model
+
+
+def check_length(model: Any, length: int) -> None:
+    """Refuse rows that are longer than the model takes.
+
+    Raises:
+        OptionError: they are.
+    """
+    is_encoder = model_class(model.config) != DECODER_CLASS
+    limit = context_length(model) if is_encoder else getattr(model.config, "max_position_embeddings", length)
+    if length > limit:
+        raise OptionError(f"--seq-len {length}: the model takes {limit} tokens", f"--seq-len {limit}, or fewer")
 
 
 def encode(

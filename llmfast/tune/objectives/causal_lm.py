@@ -19,7 +19,7 @@ from llmfast.text import token_windows
 from llmfast.tokenizer import Tokenizer
 from llmfast.tune.objective import Defaults, Job, Row
 from llmfast.tune.rows import read_passages, split
-from llmfast.tune.student import DECODER_CLASS, load_model, model_class, save_model
+from llmfast.tune.student import DECODER_CLASS, check_length, load_model, model_class, save_model
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,9 @@ def prepare(job: Job, options: Options) -> "CausalLm":
         validation = _read(job.options.validation, tokenizer, job)
     else:
         train, validation = split(train, job.options.validation_split, job.options.seed)
-    return CausalLm(load_model(job.source, DECODER_CLASS, config), train, validation)
+    model = load_model(job.source, DECODER_CLASS, config)
+    check_length(model, job.seq_len)
+    return CausalLm(model, train, validation)
 
 
 class CausalLm:
@@ -88,6 +90,5 @@ def _read(path: Path, tokenizer: Tokenizer, job: Job) -> list[Row]:
     end = list(tokenizer.eos_ids[:1])
     passages = read_passages(path, job.options.fields)
     ids = [token for text in passages for token in (*tokenizer.encode(text), *end)]
-    length = int(job.options.seq_len or DEFAULTS.seq_len)
-    windows = token_windows(ids, max(1, len(ids) // length), length)
-    return [Row({"input_ids": window}, items=length - 1) for window in windows.tolist()]
+    windows = token_windows(ids, max(1, len(ids) // job.seq_len), job.seq_len)
+    return [Row({"input_ids": window}, items=job.seq_len - 1) for window in windows.tolist()]

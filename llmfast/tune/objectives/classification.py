@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmfast.errors import OptionError
+from llmfast.errors import OptionError, UnsupportedError
 from llmfast.export.checkpoint import load_config
 from llmfast.tokenizer import Tokenizer
 from llmfast.tune.labels import check_labels, find_label, label_names, read_labels
@@ -20,6 +20,8 @@ from llmfast.tune.objective import Defaults, Job, Row
 from llmfast.tune.rows import Record, split
 from llmfast.tune.student import (
     CLASSIFIER_CLASS,
+    DECODER_CLASS,
+    check_length,
     collate,
     encode,
     load_model,
@@ -52,6 +54,10 @@ class Options:
 def prepare(job: Job, options: Options) -> "Classification":
     """Read the texts, settle the labels, and load the classifier."""
     config = load_config(job.source)
+    if model_class(config) == DECODER_CLASS:
+        raise UnsupportedError(
+            f"`{job.source}` is a decoder, and export knows no classifier made of one", "take an encoder"
+        )
     data, validation = job.options.data, job.options.validation
     train = read_labels(data, job.options.fields)
     held = read_labels(validation, job.options.fields) if validation else []
@@ -73,11 +79,11 @@ def prepare(job: Job, options: Options) -> "Classification":
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
     model = load_model(job.source, CLASSIFIER_CLASS, config, new_head=not has_head)
+    check_length(model, job.seq_len)
 
     def encoded(records: list[Record]) -> list[Row]:
         texts = [record.values[1] for record in records]
-        length = int(job.options.seq_len or DEFAULTS.seq_len)
-        inputs = encode(Tokenizer.load(job.companions), texts, length, model)
+        inputs = encode(Tokenizer.load(job.companions), texts, job.seq_len, model)
         targets = [find_label(record.values[0], names) for record in records]
         return [Row(one, target) for one, target in zip(inputs, targets, strict=True)]
 

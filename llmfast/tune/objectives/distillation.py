@@ -30,6 +30,7 @@ from llmfast.tune.student import (
     CLASSIFIER_CLASS,
     DECODER_CLASS,
     ENCODER_CLASS,
+    check_length,
     collate,
     encode,
     load_model,
@@ -81,6 +82,7 @@ def prepare(job: Job, options: Options) -> "Distillation":
     _check_pair(job, tokenizer, teacher_folder, config, teacher_config)
     student = load_model(job.source, kind, config)
     teacher = load_model(teacher_folder, kind, teacher_config).eval().requires_grad_(False)
+    check_length(student, job.seq_len)
     pooling = read_pooling(job.source) if kind == ENCODER_CLASS else None
     if pooling and getattr(student, "pooler", None) is not None:
         student.pooler.requires_grad_(False)  # it feeds nothing here
@@ -233,7 +235,7 @@ def _check_pair(job: Job, tokenizer: Tokenizer, teacher: Path, config: Any, teac
 
 
 def _read(path: Path, tokenizer: Tokenizer, job: Job, model: Any, names: Sequence[str]) -> list[Row]:
-    length = int(job.options.seq_len or DEFAULTS.seq_len)
+    length = job.seq_len
     kind = model_class(model.config)
     if kind == DECODER_CLASS:
         end = list(tokenizer.eos_ids[:1])

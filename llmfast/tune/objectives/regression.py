@@ -28,6 +28,7 @@ from llmfast.tune.student import (
     CLASSIFIER_CLASS,
     DECODER_CLASS,
     ENCODER_CLASS,
+    check_length,
     collate,
     encode,
     load_model,
@@ -78,7 +79,8 @@ def prepare(job: Job, options: Options) -> "Regression":
     pooling = None if reads_pairs else read_pooling(job.source)
     if pooling and getattr(model, "pooler", None) is not None:
         model.pooler.requires_grad_(False)  # it feeds nothing here
-    tokenizer, length = Tokenizer.load(job.companions), int(job.options.seq_len or DEFAULTS.seq_len)
+    check_length(model, job.seq_len)
+    tokenizer, length = Tokenizer.load(job.companions), job.seq_len
 
     def encoded(pairs: list[Pair]) -> list[Row]:
         targets = [score / scale for score, _, _ in pairs]
