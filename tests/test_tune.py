@@ -260,7 +260,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(decoder: Path, text: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk: the second checkpoint has the optimizer's best weights too."""
+    """A limit on the size of files stands for the disk."""
     program = f"""
 import resource, sys
 from pathlib import Path

@@ -17,7 +17,7 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
 # Batches are made of rows of like length, found among so many batches' worth of rows in random order.
 _SORTED_BATCHES = 50
-Any_ = TypeVar("Any_")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def read_passages(path: Path, fields: Mapping[str, str]) -> list[str]:
     return [text for record in read_table(path, ["text"], fields) if (text := record.values[0])]
 
 
-def split(rows: Sequence[Any_], share: float, seed: int) -> tuple[list[Any_], list[Any_]]:
+def split(rows: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
     """Hold rows back, picked at random; at least one when any are wanted.
 
     Raises:
