@@ -12,9 +12,12 @@ from llmfast import registry
 
 ROOT = Path(llmfast.__file__).parent
 HEAVY = {"torch", "transformers", "optimum", "numpy", "onnx", "onnxruntime", "tokenizers", "rich", "jinja2", "gguf"}
-CHECKPOINT_STACK = {"torch", "transformers", "optimum", "gguf", "huggingface_hub"}
+HEAVY |= {"peft", "matplotlib"}
+CHECKPOINT_STACK = {"torch", "transformers", "optimum", "gguf", "huggingface_hub", "peft"}
+CHECKPOINT_STAGES = ("export", "tune")
 PLUGIN_FOLDERS = ("quantize.schemes", "quantize.rounding", "bench.metrics", "tasks", "providers", "export.decoders")
-STAGES = {f"llmfast.{stage}.stage" for stage in ("export", "quantize", "bench", "infer", "inspect", "doctor")}
+PLUGIN_FOLDERS += ("tune.objectives",)
+STAGES = {f"llmfast.{stage}.stage" for stage in ("export", "tune", "quantize", "bench", "infer", "inspect", "doctor")}
 
 
 def _modules() -> list[Path]:
@@ -33,7 +36,7 @@ def _imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], *([command] for command in ("export", "quantize", "bench", "infer", "inspect", "doctor"))]
+    "arguments", [[], *([command] for command in ("export", "tune", "quantize", "bench", "infer", "inspect", "doctor"))]
 )
 def test_help_loads_no_heavy_module(arguments: list[str]) -> None:
     program = (
@@ -48,9 +51,9 @@ def test_help_loads_no_heavy_module(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_training_stack_is_imported_by_export_only(path: Path) -> None:
+def test_the_training_stack_is_imported_where_checkpoints_are(path: Path) -> None:
     roots = {name.partition(".")[0] for name in _imports(path)}
-    if path.relative_to(ROOT).parts[0] != "export":
+    if path.relative_to(ROOT).parts[0] not in CHECKPOINT_STAGES:
         assert not roots & CHECKPOINT_STACK
 
 

@@ -55,8 +55,8 @@ def test_scripts_of_the_readme_exist() -> None:
         assert (ROOT / name).stat().st_mode & 0o111
 
 
-def test_readme_names_every_scheme_and_method() -> None:
-    for folder in ("quantize.schemes", "quantize.transforms", "quantize.rounding"):
+def test_readme_names_every_scheme_method_and_objective() -> None:
+    for folder in ("quantize.schemes", "quantize.transforms", "quantize.rounding", "tune.objectives"):
         for name in registry.names(folder):
             assert f"| `{name}`" in README
 

@@ -26,6 +26,7 @@ from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.export.requirements import require_export_extra
 from llmfast.export.stage import ExportOptions, make_step
 from llmfast.graph.model import OnnxModel, count_parameters
+from llmfast.lineage import read_lineage
 from llmfast.report import note, progress
 from llmfast.worker import Worker
 
@@ -125,12 +126,13 @@ def export_module(module: str, output: Path, options: ExportOptions, weights: Pa
             _check_task(options.task, traced)
         if not traced.dynamic_axes:
             note("note: every axis is as long as in the examples; return dynamic axes as a third value to free some")
+        before = read_lineage(weights.parent) if weights else ()  # weights that llmfast trained have steps
         manifest = Manifest(
             task=task,
             source={"id": f"{path.name}:{factory}", "revision": None, "sha256": _hashes(path, weights)},
             architecture=_describe(traced, task, OnnxModel.load(staged / MODEL)),
             graphs={"model": {"file": MODEL, "inputs": list(traced.inputs), "outputs": list(traced.outputs)}},
-            lineage=(make_step("module", options, **_choices(path, factory, weights)),),
+            lineage=(*before, make_step("module", options, **_choices(path, factory, weights))),
             measured={"export": {"parity": traced.parity}},
         )
         write_manifest(staged, manifest)

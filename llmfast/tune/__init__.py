@@ -1,0 +1,1 @@
+"""`llmfast tune`: mixed-precision training of PyTorch checkpoints."""
