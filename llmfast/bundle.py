@@ -16,6 +16,7 @@ from llmfast.errors import InputError, OptionError, OutputExistsError, ResourceE
 
 FORMAT = 1
 MANIFEST = "llmfast.json"
+LINEAGE = "llmfast-lineage.json"  # of a checkpoint that llmfast wrote, see lineage.py
 MODEL = "model.onnx"
 UNKNOWN_TASK = "unknown"
 TEXT_GENERATION = "text-generation"  # a decoder alone
@@ -208,10 +209,11 @@ def check_output(output: Path, inputs: tuple[Path, ...], overwrite: bool) -> Non
     if not overwrite:
         raise OutputExistsError(f"output exists: `{output}`", "choose another -o directory, or add --overwrite")
     is_empty = output.is_dir() and not any(output.iterdir())
-    if output.is_symlink() or not (is_empty or (output / MANIFEST).is_file()):
+    is_ours = any((output / name).is_file() for name in (MANIFEST, LINEAGE))
+    if output.is_symlink() or not (is_empty or is_ours):
         raise OutputExistsError(
             f"output is not an llmfast bundle: `{output}`",
-            "--overwrite replaces bundles only; remove it yourself",
+            "--overwrite replaces what llmfast wrote only; remove it yourself",
         )
 
 

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmfast import __version__, report
-from llmfast.commands import bench, export, infer, inspect, quantize
+from llmfast.commands import bench, export, infer, inspect, prune, quantize
 from llmfast.errors import LlmfastError, ResourceError
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -100,6 +100,6 @@ def _root(
     """
 
 
-for _module in (export, quantize, bench, infer, inspect):  # as --help lists them: the order of the pipeline
+for _module in (export, prune, quantize, bench, infer, inspect):  # as --help lists them: the order of the pipeline
     _name = _module.__name__.rpartition(".")[2]
     app.command(_name, short_help=_module.SUMMARY)(getattr(_module, _name))

@@ -8,6 +8,8 @@ from pathlib import Path
 from llmfast.errors import OptionError
 from llmfast.verdict import Gate
 
+# Keys of a row that compare a speed with the baseline's.
+SPEED_RATIO = re.compile(r"forward_s_ratio|(tokens|.*_tokens|samples)_per_s(_\d+x\d+)?_ratio")
 _SHAPE = re.compile(r"([1-9]\d{0,6})x([1-9]\d{0,6})")
 
 

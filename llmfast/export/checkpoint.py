@@ -127,6 +127,13 @@ class SafetensorsCheckpoint:
         """Return the names of all weights."""
         return self._owners
 
+    @property
+    def stored_type(self) -> str:
+        """Which type most weights have, by its name in PyTorch."""
+        types = [entry["dtype"] for shard in self._shards for entry in shard.entries.values()]
+        most = max(sorted(set(types)), key=types.count)
+        return str(_FLOATS[most].name) if most in _FLOATS else "float32"
+
     def source(self) -> dict[str, Any]:
         """Return the folder's name and the hash of each weight file."""
         return folder_source(self.path)

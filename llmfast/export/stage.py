@@ -22,6 +22,7 @@ from llmfast.errors import OptionError
 from llmfast.export.requirements import require_export_extra
 from llmfast.graph.model import OnnxModel, count_parameters, count_weight_bytes
 from llmfast.graph.packed import allow_int8_kernels
+from llmfast.lineage import read_lineage
 from llmfast.report import note, progress
 
 _VERSIONED = ("onnx", "onnxruntime", "torch", "transformers")
@@ -68,9 +69,10 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
         models = [OnnxModel.load(staged / graph["file"]) for graph in manifest.graphs.values()]
         parameters = count_parameters(models)
         architecture = {**manifest.architecture, "num_parameters": parameters}
-        if "packing" in manifest.lineage[0].options:
+        if "packing" in manifest.lineage[-1].options:
             manifest = replace(manifest, bits_per_weight=8 * count_weight_bytes(models) / parameters)
-        write_manifest(staged, replace(manifest, architecture=architecture))
+        lineage = (*read_lineage(Path(source)), *manifest.lineage)  # a checkpoint that llmfast wrote has steps
+        write_manifest(staged, replace(manifest, architecture=architecture, lineage=lineage))
     return ModelBundle.open(output)
 
 
