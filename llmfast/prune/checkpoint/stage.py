@@ -101,12 +101,17 @@ def prune_checkpoint(source: str, output: Path, choices: Sequence[Choice], optio
         copy_settings(checkpoint.path, staged)
         workpiece = Workpiece(checkpoint, task, staged, options.calibration.path)
         bundle = as_bundle(staged, task, workpiece.model)
-        if any(choice.plugin.TAKES_RATIO for choice in choices):
+        is_calibrated = any(choice.plugin.TAKES_RATIO for choice in choices)
+        if is_calibrated:
             workpiece.samples, _ = options.calibration.split(bundle)
         if options.allocation == "sensitivity" and options.target_params:
             shares = _allocate(workpiece, checkpoint, shrinker, choices, options.target_params)
-        samples, text = choose_text(bundle, options) if options.measure else ([], None)
-        proof = Proof(checkpoint, task, samples) if options.measure else None
+        proof = text = None
+        if options.measure and is_calibrated:
+            samples, text = choose_text(bundle, options)
+            proof = Proof(checkpoint, task, samples)
+        elif options.measure:
+            note("note: not compared with the original: the logits of the tokens that stay are those of before")
         removed, figures = _prune(workpiece, choices, shares, proof)
         sizes = sizes_of(workpiece.config, task, source)
         size = save_checkpoint(workpiece.model, workpiece.dtype, staged)
@@ -132,23 +137,22 @@ def prune_checkpoint(source: str, output: Path, choices: Sequence[Choice], optio
 def _prune(
     workpiece: Workpiece, choices: Sequence[Choice], shares: Shrinking, proof: Proof | None
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Run the methods; predictions are compared before tokens go, for those of another vocabulary can't be."""
+    """Run the methods; return what each removed, and the figures of the comparison.
+
+    Predictions over another vocabulary compare with no other's, so they are compared before tokens go.
+    """
     removed: dict[str, Any] = {}
-    figures: dict[str, float] | None = None
-    for choice in choices:
-        if not choice.plugin.TAKES_RATIO and figures is None and proof and len(choices) > 1:
-            figures = proof.compare(workpiece.model)
-        ratio = shares.ratios.get(choice.name, 0.0)
-        changes = choice.plugin.resize(workpiece.config, workpiece.family, ratio, choice.options)
-        if changes or not choice.plugin.TAKES_RATIO:
+    figures: dict[str, float] = {}
+    takers = [choice for choice in choices if choice.plugin.TAKES_RATIO]
+    for choice in takers:
+        changes = choice.plugin.resize(workpiece.config, workpiece.family, shares.ratios[choice.name], choice.options)
+        if changes:
             removed[choice.name] = choice.plugin.prune(workpiece, changes, choice.options)
-    if figures is None and proof:
-        if any(not choice.plugin.TAKES_RATIO for choice in choices):
-            note("note: not compared with the original: the logits of the tokens that stay are those of before")
-            figures = {}
-        else:
-            figures = proof.compare(workpiece.model)
-    return removed, figures or {}
+    if proof:
+        figures = proof.compare(workpiece.model)
+    for choice in choices[len(takers) :]:
+        removed[choice.name] = choice.plugin.prune(workpiece, {}, choice.options)
+    return removed, figures
 
 
 def _allocate(

@@ -25,12 +25,18 @@ class Moments:
     after: "torch.Tensor"
     tokens: int = 0
 
-    def refit(self, weight: "torch.Tensor") -> "torch.Tensor":
-        """Return the weight [N, k] whose outputs on m are nearest to those of `weight`, float32 [N, d], on n."""
+    def refit(self, weight: "torch.Tensor", basis: "torch.Tensor") -> "torch.Tensor":
+        """Return the weight [N, k] whose outputs on m are nearest to those of `weight`, float32 [N, d], on n.
+
+        Where the text says little it stays at `weight` in the directions that are left, float32 [d, k].
+        """
         import torch
 
-        solved = torch.linalg.solve(damp(self.after / self.tokens), self.cross.double().T / self.tokens)
-        return (weight.double() @ solved.T).float()
+        cross, after = self.cross.double() / self.tokens, self.after.double() / self.tokens
+        # A norm over fewer channels gives larger ones.
+        start = weight.double() @ basis.double() * ((basis * cross).sum() / after.trace())
+        missed = weight.double() @ cross - start @ after
+        return (start + torch.linalg.solve(damp(after), missed.T).T).float()
 
     def rescale(self, scale: "torch.Tensor", kept: "torch.Tensor") -> "torch.Tensor":
         """Return the scale [k] of m's channels, which are `kept` of n's, that is nearest to `scale` [d] of n's."""

@@ -23,7 +23,7 @@ from llmfast.prune.checkpoint.workpiece import Workpiece, tensors_of
 from llmfast.report import note, progress
 
 TAKES_RATIO = True
-_SCORES = ("loss", "influence", "angular")
+_SCORES = ("influence", "angular", "loss")
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Options:
     """Options of dropping blocks.
 
     Attributes:
-        score: how blocks are chosen: loss, influence or angular.
+        score: how blocks are chosen: influence, angular or loss.
         probe_samples: calibration samples that `loss` is measured on.
         probe_tokens: tokens of each.
     """
 
-    score: str = "loss"
+    score: str = "influence"
     probe_samples: int = 4
-    probe_tokens: int = 256
+    probe_tokens: int = 128
 
     def __post_init__(self) -> None:
         if self.score not in _SCORES:

@@ -168,7 +168,7 @@ def _cut(
             replaced["lm_head.weight"] = replaced[f"{base}.embed_tokens.weight"]
             continue
         for reader in readers:
-            replaced[f"{reader}.weight"] = moments[norm].refit(workpiece.read(f"{reader}.weight") * scale)
+            replaced[f"{reader}.weight"] = moments[norm].refit(workpiece.read(f"{reader}.weight") * scale, basis)
     for index in range(workpiece.num_blocks):
         for part in (family.attention_output, family.mlp_output):
             name = workpiece.block_name(index, part)
