@@ -50,7 +50,7 @@ def test_scripts_of_the_readme_exist() -> None:
 
 
 def test_readme_names_every_scheme_and_method() -> None:
-    for folder in ("quantize.schemes", "quantize.transforms", "quantize.rounding"):
+    for folder in ("quantize.schemes", "quantize.transforms", "quantize.rounding", "prune.structured", "prune.masks"):
         for name in registry.names(folder):
             assert f"| `{name}`" in README
 

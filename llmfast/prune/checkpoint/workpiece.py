@@ -108,9 +108,9 @@ class Workpiece:
 
         self.rebuild(changes, read)
 
-    def run(self, sample: np.ndarray, **options: Any) -> Any:
+    def run(self, sample: np.ndarray) -> Any:
         """Run the model on token ids, int64 [seq]."""
-        return run_model(self.model, sample, **options)
+        return run_model(self.model, sample)
 
     def observe(self, hooks: "Mapping[str, Callable[[torch.Tensor], object]]", description: str) -> None:
         """Run all samples, and show each hook what its module is given, float32 [tokens, K]."""
@@ -132,6 +132,25 @@ class Workpiece:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def states(self, sample: np.ndarray) -> "list[torch.Tensor]":
+        """Return the residual stream before each block and after the last one, before any final norm, [tokens, K]."""
+        found: list[torch.Tensor] = []
+        handles = [
+            self.block(index).register_forward_pre_hook(lambda _, inputs: found.append(inputs[0][0]))
+            for index in range(self.num_blocks)
+        ]
+        handles.append(
+            self.block(self.num_blocks - 1).register_forward_hook(
+                lambda _, inputs, output: found.append((output[0] if isinstance(output, tuple) else output)[0])
+            )
+        )
+        try:
+            self.run(sample)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
 
     def grams(self, names: Sequence[str]) -> "Iterator[tuple[str, torch.Tensor]]":
         """Yield the mean of x x^T over the inputs x of linear layers, float32 [K, K], in the given order.
@@ -227,13 +246,12 @@ def tensors_of(model: Any) -> "dict[str, torch.Tensor]":
     return {name: tensor.detach() for name, tensor in model.named_parameters(remove_duplicate=False)}
 
 
-def run_model(model: Any, sample: np.ndarray, **options: Any) -> Any:
-    """Run a model on token ids, int64 [seq], without a cache."""
+def run_model(model: Any, sample: np.ndarray) -> Any:
+    """Run a model on token ids, int64 [seq], a decoder without a cache."""
     import torch
 
     ids = torch.from_numpy(np.ascontiguousarray(sample))[None]
-    if hasattr(model, "generate") and hasattr(model, "lm_head"):
-        options["use_cache"] = False
+    options = {"use_cache": False} if model.can_generate() else {}
     with torch.inference_mode():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
 

@@ -100,7 +100,7 @@ def _pass_on_most(workpiece: Workpiece, count: int, score: str) -> list[int]:
     tokens = 0
     with progress("measuring blocks", len(workpiece.samples)) as advance:
         for sample in workpiece.samples:
-            states = workpiece.run(sample, output_hidden_states=True).hidden_states
+            states = workpiece.states(sample)
             for first in range(len(sums)):
                 cosine = _cosines(states[first], states[first + span])
                 angle = cosine if span == 1 and score == "influence" else -cosine.clamp(-1, 1).arccos() / math.pi
@@ -151,11 +151,11 @@ def _loss(workpiece: Workpiece, samples: Sequence[np.ndarray], reference: Sequen
 
 
 def _last_states(workpiece: Workpiece, sample: np.ndarray) -> Any:
-    return workpiece.run(sample, output_hidden_states=True).hidden_states[-1]
+    return workpiece.states(sample)[-1]
 
 
 def _cosines(left: Any, right: Any) -> Any:
     """Return the cosine of each token, float64 [tokens]."""
     import torch
 
-    return torch.nn.functional.cosine_similarity(left[0].double(), right[0].double(), dim=-1)
+    return torch.nn.functional.cosine_similarity(left.double(), right.double(), dim=-1)
