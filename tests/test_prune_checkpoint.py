@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -425,6 +426,23 @@ def test_a_missed_gate_leaves_nothing(checkpoints: Callable[[str], Path], tmp_pa
     )  # fmt: skip
     assert result.exit_code == 7
     assert "kld" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(
+    checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    source = checkpoints("llama-tied")
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    result = _run(
+        source, "-o", tmp_path / "out", "--method", "ffn", "--ratio", "0.5", "--no-measure",
+        "--num-samples", "2", "--seq-len", "48"
+    )  # fmt: skip
+    assert result.exit_code == 6, result.output
+    assert "No space left" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfast.bundle import LINEAGE, read_json
+from llmfast.errors import ResourceError
 from llmfast.export.checkpoint import copy_companions
 
 # Files of tokenizers and of sentence-transformers; weights, code and documents are left behind.
@@ -32,9 +33,18 @@ def copy_settings(source: Path, folder: Path) -> None:
 
 
 def save_checkpoint(model: Any, dtype: Any, folder: Path) -> int:
-    """Write config and weights in the type they had; return the bytes of the weights."""
+    """Write config and weights in the type they had; return the bytes of the weights.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    from safetensors import SafetensorError
+
     width = model.config.hidden_size
-    model.to(dtype).save_pretrained(folder)
+    try:
+        model.to(dtype).save_pretrained(folder)
+    except SafetensorError as error:  # which is no OSError
+        raise ResourceError(f"cannot write the weights to `{folder.parent}`: {error}") from error
     for settings in folder.glob("*_Pooling/config.json"):
         document = read_json(settings)
         if document.get("word_embedding_dimension", width) != width:
