@@ -178,7 +178,7 @@ def test_size_and_zipped_size_are_those_of_the_files(fp32_bundle: Path, tmp_path
     for folder, row in zip((fp32_bundle, tmp_path / "most"), measured["rows"], strict=True):
         data = (folder / "model.onnx").read_bytes()
         assert row["size_bytes"] == len(data)
-        assert row["zipped_bytes"] == pytest.approx(len(zlib.compress(data)), rel=0.01)
+        assert row["zipped_bytes"] == pytest.approx(len(zlib.compress(data, 1)), rel=0.01)
     before, after = measured["rows"]
     assert after["size_bytes"] == pytest.approx(before["size_bytes"], rel=0.01)
     assert after["zipped_bytes"] < 0.7 * before["zipped_bytes"]

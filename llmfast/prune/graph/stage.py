@@ -242,11 +242,11 @@ def _files(models: Iterable[OnnxModel]) -> list[Path]:
 
 
 def _zipped_bytes(files: Sequence[Path]) -> int:
-    """Return the bytes of files compressed as zip does (deflate, level 6)."""
+    """Return the bytes of files deflated at the fastest level; the default takes a tenth off and five times as long."""
     total = 0
     with progress("compressing", sum(file.stat().st_size for file in files)) as advance:
         for file in files:
-            packer = zlib.compressobj()
+            packer = zlib.compressobj(level=1)
             with file.open("rb") as opened:
                 while block := opened.read(_BLOCK_BYTES):
                     total += len(packer.compress(block))
