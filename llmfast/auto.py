@@ -5,7 +5,6 @@ It stands above the stages: each candidate is quantized by one and timed by anot
 
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfast.bench.machine import describe_machine
-from llmfast.bench.options import BenchOptions
+from llmfast.bench.options import SPEED_RATIO, BenchOptions
 from llmfast.bench.stage import bench
 from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle, check_output, stage_output
 from llmfast.errors import GateError, UnsupportedError
@@ -24,8 +23,6 @@ from llmfast.verdict import Gate, judge, spell
 
 # Instruction sets whose kernels multiply int8 without saturating: one of them makes W8A8 safe.
 _INT8_DOT = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
-
-_SPEED = re.compile(r"forward_s_ratio|(tokens|.*_tokens|samples)_per_s(_\d+x\d+)?_ratio")
 
 COLUMNS = (
     Column("candidate", "bundle", align_right=False),
@@ -137,7 +134,7 @@ def _quantize(source: Path, output: Path, candidate: Candidate, options: Quantiz
 def _row(row: dict[str, Any], made: dict[str, ModelBundle]) -> dict[str, Any]:
     """Return a candidate's figures of speed and quality, and the mean of its speeds against the float model's."""
     measured = made[row["bundle"]].manifest.measured["quantize"]
-    ratios = [value for key, value in row.items() if value and _SPEED.fullmatch(key)]
+    ratios = [value for key, value in row.items() if value and SPEED_RATIO.fullmatch(key)]
     speed = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
     quality = {key: value for key, value in measured.items() if isinstance(value, float)}
     return {"bundle": row["bundle"], "size_bytes": row["size_bytes"], "speed_ratio": speed, **quality, **row}

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmfast import __version__, report
-from llmfast.commands import bench, doctor, export, infer, inspect, quantize, tune
+from llmfast.commands import bench, doctor, export, infer, inspect, prune, quantize, tune
 from llmfast.errors import LlmfastError, ResourceError
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -100,14 +100,7 @@ def _root(
     """
 
 
-for _module in (
-    export,
-    tune,
-    quantize,
-    bench,
-    infer,
-    inspect,
-    doctor,
-):  # as --help lists them: the order of the pipeline
+# As --help lists them: the order of the pipeline.
+for _module in (export, prune, tune, quantize, bench, infer, inspect, doctor):
     _name = _module.__name__.rpartition(".")[2]
     app.command(_name, short_help=_module.SUMMARY)(getattr(_module, _name))

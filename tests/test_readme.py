@@ -56,7 +56,8 @@ def test_scripts_of_the_readme_exist() -> None:
 
 
 def test_readme_names_every_scheme_method_and_objective() -> None:
-    for folder in ("quantize.schemes", "quantize.transforms", "quantize.rounding", "tune.objectives"):
+    folders = ("schemes", "transforms", "rounding")
+    for folder in (*(f"quantize.{name}" for name in folders), "prune.structured", "prune.masks", "tune.objectives"):
         for name in registry.names(folder):
             assert f"| `{name}`" in README
 

@@ -17,6 +17,9 @@ from llmfast.bundle import ModelBundle
 from llmfast.export.gguf_checkpoint import GgufCheckpoint
 from llmfast.export.stage import export
 from llmfast.infer.stage import answer, infer
+from llmfast.prune.options import PruneOptions
+from llmfast.prune.stage import prune
+from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.stage import QuantizeOptions, quantize
 from tests.conftest import REAL_MODELS
 
@@ -63,6 +66,26 @@ def test_smollm2_is_exported_exactly_and_answers(bundle_of: Callable[..., Path])
     generation = infer(bundle, "What is the capital of France?", emit=lambda piece: None)
     assert "Paris" in generation.text
     assert generation.finish_reason == "eos"
+
+
+def test_wanda_keeps_smollm2_nearer_than_magnitude(bundle_of: Callable[..., Path], tmp_path: Path) -> None:
+    ratios = {}
+    for method in ("magnitude", "wanda"):
+        options = PruneOptions(method, {"": 0.5}, calibration=Calibration(num_samples=16, seq_len=128))
+        row = prune(str(bundle_of(SMOLLM2)), tmp_path / method, options)["rows"][1]
+        assert row["sparsity"] > 0.39
+        ratios[method] = row["perplexity_ratio"]
+    assert ratios["wanda"] < 0.7 * ratios["magnitude"]
+
+
+def test_minilm_stays_near_without_a_quarter_of_its_channels(bundle_of: Callable[..., Path], tmp_path: Path) -> None:
+    if not MINILM.exists():
+        pytest.skip(f"{MINILM} is absent: run scripts/fetch_models.sh")
+    row = prune(str(MINILM), tmp_path / "pruned", PruneOptions("ffn", {"": 0.25}))["rows"][1]
+    assert row["cosine"] > 0.93
+    bundle = export(str(tmp_path / "pruned"), tmp_path / "fp32")
+    assert bundle.manifest.measured["export"]["parity"]["max_abs_diff"] < 1e-3
+    assert bundle.size_bytes < 0.94 * ModelBundle.open(bundle_of(MINILM)).size_bytes
 
 
 @pytest.mark.parametrize(("scheme", "max_kld", "max_mb"), [("int8", 0.06, 170), ("int4", 0.35, 105)])

@@ -13,6 +13,8 @@ DEFAULT_ROUNDS = 8
 # Seconds of rounds when neither --rounds nor --max-time is given.
 DEFAULT_MAX_TIME_S = 60.0
 
+# Keys of a row that compare a speed with the baseline's.
+SPEED_RATIO = re.compile(r"forward_s_ratio|(tokens|.*_tokens|samples)_per_s(_\d+x\d+)?_ratio")
 _SHAPE = re.compile(r"([1-9]\d{0,6})x([1-9]\d{0,6})")
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9})(?:([+*])(\d{1,9}))?)?")
 _MOST_VALUES = 100

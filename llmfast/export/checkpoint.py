@@ -12,7 +12,7 @@ from llmfast.bundle import COMPANIONS, read_json, sha256
 from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
 from llmfast.export.architectures import supported_model_types
 from llmfast.export.packed_checkpoint import PackedLayer, read_packing
-from llmfast.export.safetensors_file import Shard
+from llmfast.export.safetensors_file import FLOATS, Shard
 from llmfast.preprocessor import PREPROCESSOR
 
 # Fields that make transformers import code from the model's folder.
@@ -128,6 +128,13 @@ class SafetensorsCheckpoint:
             return self._owners
         pairs = [(name, prefix) for prefix in _TEXT_PREFIXES for name in self._owners if name.startswith(prefix)]
         return [f"model.{name.removeprefix(prefix)}" for name, prefix in pairs]
+
+    @property
+    def stored_type(self) -> str:
+        """Which type most weights have, by its name in PyTorch."""
+        types = [entry["dtype"] for shard in self._shards for entry in shard.entries.values()]
+        most = max(sorted(set(types)), key=types.count)
+        return str(FLOATS[most].name) if most in FLOATS else "float32"
 
     def source(self) -> dict[str, Any]:
         """Return the folder's name and the hash of each weight file."""

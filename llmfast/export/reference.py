@@ -49,7 +49,7 @@ def build_streamed(config: Any, read: Callable[[str], Any]) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _parameters_on_meta():
+    with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_OPTIONS)
     stream_weights(model, read)
     return model.eval()
@@ -80,7 +80,7 @@ def _stream_module(module: Any, names: dict[str, str], read: Callable[[str], Any
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Give modules made inside parameters without memory, and real buffers."""
     import torch
 

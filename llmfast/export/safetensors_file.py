@@ -9,7 +9,7 @@ import numpy as np
 
 from llmfast.errors import InputError, UnsupportedError
 
-_FLOATS = {
+FLOATS = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -40,7 +40,7 @@ class Shard:
 
     def read(self, name: str) -> np.ndarray:
         entry = self.entries[name]
-        if entry["dtype"] not in _FLOATS:
+        if entry["dtype"] not in FLOATS:
             raise UnsupportedError(
                 f"weight `{name}` of `{self.path}` has type {entry['dtype']}, not floating point",
                 "export the checkpoint it was quantized from",
@@ -50,7 +50,7 @@ class Shard:
     def read_stored(self, name: str) -> np.ndarray:
         """Return a tensor in its own type."""
         entry = self.entries[name]
-        dtype = (_FLOATS | _INTEGERS).get(entry["dtype"])
+        dtype = (FLOATS | _INTEGERS).get(entry["dtype"])
         if dtype is None:
             raise UnsupportedError(
                 f"tensor `{name}` of `{self.path}` has type {entry['dtype']}, which is not supported"

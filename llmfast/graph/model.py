@@ -96,8 +96,18 @@ def count_weight_bytes(models: Iterable[OnnxModel]) -> int:
     return sum(tensor_bytes(tensor) for tensor in _weights(models))
 
 
+def count_zeros(models: Iterable[OnnxModel]) -> int:
+    """Count the zeros among the trained values that are stored as floats; what graphs share once."""
+    arrays = (model.read(tensor) for model, tensor in _owned_weights(models) if tensor.data_type in FLOATS)
+    return sum(int(array.size - np.count_nonzero(array)) for array in arrays)
+
+
 def _weights(models: Iterable[OnnxModel]) -> Iterator[TensorProto]:
-    """Yield the weights of a bundle's graphs; what they share once."""
+    return (tensor for _, tensor in _owned_weights(models))
+
+
+def _owned_weights(models: Iterable[OnnxModel]) -> Iterator[tuple[OnnxModel, TensorProto]]:
+    """Yield the weights of a bundle's graphs, each with a graph that has it; what they share once."""
     seen = set()
     for model in models:
         for tensor in model.proto.graph.initializer:
@@ -105,7 +115,7 @@ def _weights(models: Iterable[OnnxModel]) -> Iterator[TensorProto]:
             if tensor.name.startswith(COMPUTED_PREFIXES) or (place and (tensor.name, place) in seen):
                 continue
             seen.add((tensor.name, place))
-            yield tensor
+            yield model, tensor
 
 
 def walk(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

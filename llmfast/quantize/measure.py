@@ -107,7 +107,7 @@ def hold_out(
         if data is not None:
             corpus, ids = data, data.samples(bundle, SEQ_LEN)
         else:
-            corpus, ids = _left_over(bundle, calibration, calibrated)
+            corpus, ids = left_over(bundle, calibration, calibrated)
         chosen, _ = pick(ids, num_samples, calibration.seed)
         samples = [sequence_feeds(inputs, one[None, :SEQ_LEN]) for one in chosen]
     except (InputError, UnsupportedError) as error:
@@ -118,7 +118,8 @@ def hold_out(
     return HeldOut(samples, {**corpus.describe(), "num_samples": len(samples)})
 
 
-def _left_over(bundle: ModelBundle, calibration: Calibration, calibrated: bool) -> tuple[Corpus, list[np.ndarray]]:
+def left_over(bundle: ModelBundle, calibration: Calibration, calibrated: bool) -> tuple[Corpus, list[np.ndarray]]:
+    """Return the text to compare on when the user named none: the calibration file's rest, or what llmfast ships."""
     if calibration.path is not None:
         used, rest = calibration.split(bundle)
         if rest or not calibrated:
@@ -169,6 +170,16 @@ class Comparison:
             figures = prediction_figures(np.concatenate(self._rows))
             return {key: float(value) for key, value in figures.items() if value is not None and key != "perplexity"}
         return {key: float(np.mean([one[key] for one in self._samples])) for key in self._samples[0]}
+
+    def perplexities(self) -> dict[str, float]:
+        """Return `perplexity` and `baseline_perplexity` of a decoder, nothing of anything else."""
+        if not self._rows:
+            return {}
+        figures = prediction_figures(np.concatenate(self._rows))
+        after, ratio = figures["perplexity"], figures["perplexity_ratio"]
+        assert after is not None
+        assert ratio is not None
+        return {"perplexity": float(after), "baseline_perplexity": float(after / ratio)}
 
     @staticmethod
     def _labels(values: Values, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mapping[str, float]:

@@ -87,7 +87,7 @@ class Plan:
         folders = [("quantize.schemes", scheme), *(("quantize.transforms", name) for name in transforms)]
         folders.append(("quantize.rounding", rounding))
         plugins = {name: registry.load(folder, name) for folder, name in folders}
-        chosen = _share_out(settings, plugins)
+        chosen = share_out(settings, plugins)
         first, *middle, last = [
             Choice(name, plugin, registry.make_options(plugin, chosen[name])) for name, plugin in plugins.items()
         ]
@@ -153,11 +153,7 @@ def choose_layers(model: OnnxModel, plan: Plan, include: str, exclude: str) -> L
         OptionError: not a regular expression.
         UnsupportedError: nothing to quantize, or already quantized.
     """
-    quantized = next((node.op_type for node in model.proto.graph.node if node.op_type in _QUANTIZED_OPS), None)
-    if quantized:
-        raise UnsupportedError(
-            f"`{model.path}` is already quantized: it has {quantized} nodes", "start from the float model"
-        )
+    refuse_quantized(model)
     try:
         wanted, unwanted = re.compile(include), re.compile(exclude or r"(?!)")
     except re.error as error:
@@ -182,6 +178,15 @@ def choose_layers(model: OnnxModel, plan: Plan, include: str, exclude: str) -> L
             hint = "--include/--exclude leave none of its layers"
         raise UnsupportedError(f"nothing to quantize in `{model.path}`", hint)
     return _assign_grids(linears, embeddings, tied, plan)
+
+
+def refuse_quantized(model: OnnxModel) -> None:
+    """Raise an UnsupportedError when a graph has quantized layers."""
+    quantized = next((node.op_type for node in model.proto.graph.node if node.op_type in _QUANTIZED_OPS), None)
+    if quantized:
+        raise UnsupportedError(
+            f"`{model.path}` is already quantized: it has {quantized} nodes", "start from the float model"
+        )
 
 
 def _assign_grids(linears: list[Linear], embeddings: list[Embedding], tied: set[str], plan: Plan) -> Layers:
@@ -217,7 +222,7 @@ def _split_method(method: str) -> tuple[list[str], str]:
     return names, DEFAULT_ROUNDING
 
 
-def _share_out(settings: Mapping[str, str], plugins: Mapping[str, ModuleType]) -> dict[str, dict[str, str]]:
+def share_out(settings: Mapping[str, str], plugins: Mapping[str, ModuleType]) -> dict[str, dict[str, str]]:
     """Give each setting to the plug-in that has it."""
     keys = {name: {entry.name for entry in fields(plugin.Options)} for name, plugin in plugins.items()}
     chosen: dict[str, dict[str, str]] = {name: {} for name in plugins}

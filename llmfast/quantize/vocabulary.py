@@ -80,15 +80,15 @@ def trim_vocabulary(bundle: ModelBundle, corpus: Path, folder: Path) -> tuple[Mo
     model = OnnxModel.load(bundle.model)
     table = _embedding(model)
     rows = int(model.initializers[table].dims[0])
-    vocabulary = choose_tokens(document, _corpus_ids(bundle, corpus), rows)
+    vocabulary = choose_tokens(document, corpus_ids(bundle.path, corpus), rows)
     _write_graph(model, _tables(model, table, rows, bundle), rows, vocabulary, folder)
     for name in COMPANIONS:
         if companion := bundle.companion(name):
             shutil.copyfile(companion, folder / name)
     for name in _SETTINGS:
         if companion := bundle.companion(name):
-            _write_json(folder / name, trim_settings(read_json(companion), vocabulary))
-    _write_json(folder / "tokenizer.json", trim_tokenizer(document, vocabulary))
+            write_json(folder / name, trim_settings(read_json(companion), vocabulary))
+    write_json(folder / "tokenizer.json", trim_tokenizer(document, vocabulary))
     architecture: dict[str, Any] = dict(trim_settings(dict(bundle.manifest.architecture), vocabulary))
     architecture["num_parameters"] = count_parameters([OnnxModel.load(folder / bundle.model.name)])
     step = Step(
@@ -103,8 +103,9 @@ def trim_vocabulary(bundle: ModelBundle, corpus: Path, folder: Path) -> tuple[Mo
     return ModelBundle.open(folder), vocabulary
 
 
-def _corpus_ids(bundle: ModelBundle, corpus: Path) -> list[int]:
-    tokenizer = Tokenizer.load(bundle.path)
+def corpus_ids(folder: Path, corpus: Path) -> list[int]:
+    """Return the tokens of a text, and those of a conversation where the tokenizer in `folder` has a template."""
+    tokenizer = Tokenizer.load(folder)
     ids = tokenizer.encode(read_text(corpus))
     if tokenizer.chat_template is not None:
         # Without a system message many templates write one of their own; with one, many refuse.
@@ -165,5 +166,6 @@ def _resize(output: onnx.ValueInfoProto, rows: int, kept: int) -> None:
         dims[-1].dim_value = kept
 
 
-def _write_json(path: Path, document: Any) -> None:
+def write_json(path: Path, document: Any) -> None:
+    """Write settings or a tokenizer."""
     path.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

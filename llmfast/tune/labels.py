@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmfast.errors import InputError
-from llmfast.text import read_labelled
+from llmfast.records import Records
 from llmfast.tune.rows import Record, is_table, read_table
 
 # More kinds of labels than this, and nearly one per row, are no labels.
@@ -21,7 +21,8 @@ def read_labels(path: Path, fields: Mapping[str, str]) -> list[Record]:
         InputError: malformed, or a row without label or text.
     """
     if not is_table(path):
-        return [Record(number, pair) for number, pair in enumerate(read_labelled(path), 1)]
+        lines = Records(path, "label", "text", parse=lambda line: line.split(None, 1))
+        return [Record(number, pair) for number, pair in enumerate(lines, 1)]
     records = read_table(path, ["label", "text"], fields)
     empty = next((record.line for record in records if not all(record.values)), None)
     if empty is not None:

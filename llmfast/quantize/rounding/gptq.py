@@ -16,13 +16,13 @@ import numpy as np
 from llmfast.errors import OptionError
 from llmfast.graph.packed import Grid, QuantizedWeight
 from llmfast.quantize.calibrate import Statistics
+from llmfast.quantize.hessian import inverse_factor
 from llmfast.quantize.rounding._search import check_search, search_blocks
 from llmfast.report import note
 
 NEEDS_STATISTICS = True
 
 _COLUMNS = 128  # columns rounded before their joint error is taken from the rest
-_DAMPING_TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def quantize_weight(
     features = weight.shape[1]
     power = np.diagonal(gram)
     order = np.argsort(-power, kind="stable")
-    factor = _inverse_factor(gram[np.ix_(order, order)], options.damping)
+    factor = inverse_factor(gram[np.ix_(order, order)], options.damping)
     if factor is None:
         note(f"warning: layer `{name}`: its inputs have singular statistics: rounded to nearest")
     importance = (power + options.damping * power.mean()).astype(np.float32)
@@ -69,22 +69,6 @@ def quantize_weight(
         flat = codes.reshape(len(codes), -1)
         flat[:, order] = rounded.T
     return QuantizedWeight(codes, scales, None if grid.symmetric else zero_points, grid, features)
-
-
-def _inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray | None:
-    """Return the upper factor U of the inverse, U^T U = (gram + damp I)^-1, float32 [K, K]; None if singular."""
-    matrix = gram.astype(np.float64)
-    mean = float(np.trace(matrix)) / len(matrix)
-    for attempt in range(_DAMPING_TRIES):
-        damped = matrix + np.eye(len(matrix)) * (damping * 10**attempt * mean)
-        try:
-            np.linalg.cholesky(damped)  # tells whether it is positive definite
-            upper = np.linalg.cholesky(np.linalg.inv(damped)).T
-        except np.linalg.LinAlgError:
-            continue
-        if np.isfinite(upper).all():
-            return np.ascontiguousarray(upper, np.float32)
-    return None
 
 
 def _round_columns(

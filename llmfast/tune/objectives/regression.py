@@ -20,10 +20,10 @@ from llmfast.bench.statistics import spearman
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.export.checkpoint import load_config
 from llmfast.export.pooling import Pooling, pool, read_pooling
-from llmfast.text import read_pairs
+from llmfast.records import Records
 from llmfast.tokenizer import Text, Tokenizer
 from llmfast.tune.objective import Defaults, Job, Row
-from llmfast.tune.rows import is_table, read_table, split
+from llmfast.tune.rows import Record, is_table, read_table, split
 from llmfast.tune.student import (
     CLASSIFIER_CLASS,
     DECODER_CLASS,
@@ -148,10 +148,13 @@ class Regression:
 
 def _read(path: Path, job: Job) -> list[Pair]:
     has_header = is_table(path) and not (path.suffix.lower() == ".tsv" and _begins_with_a_score(path))
-    if not has_header:
-        return read_pairs(path)
+    columns = ["score", "sentence1", "sentence2"]
+    if has_header:
+        records = read_table(path, columns, job.options.fields)
+    else:
+        records = [Record(number, line) for number, line in enumerate(Records(path, *columns), 1)]
     pairs = []
-    for record in read_table(path, ["score", "sentence1", "sentence2"], job.options.fields):
+    for record in records:
         score, first, second = record.values
         try:
             if not math.isfinite(float(score)):

@@ -1,0 +1,1 @@
+"""What pruning the weights of an ONNX graph needs."""

@@ -1,0 +1,1 @@
+"""Methods that set weights of a graph to zero, one file each."""

@@ -1,0 +1,1 @@
+"""Methods that make a checkpoint smaller, one file each."""
