@@ -15,8 +15,8 @@ _NAME = Column("bundle", "bundle", align_right=False)
 # Before a ratio: what its verdict is when it is neither better nor worse.
 _MARKS = {"inconclusive": "~", "equal": "="}
 _LEGEND = {
-    "~": "~ inconclusive: the noise is larger than the difference",
-    "=": "= equal within {precision:g} %",
+    "inconclusive": "~ inconclusive: the noise is larger than the difference",
+    "equal": "= equal within {precision:g} %",
 }
 _ROOFLINE = (
     Column("MB/token", "bytes_per_token{case}", lambda value: f"{value / 1e6:.1f}"),
@@ -48,12 +48,12 @@ def print_document(document: Mapping[str, Any], format: str = "table") -> None:
     if format == "csv":
         report.out(report.to_csv([_flat(row) for row in document["rows"]]))
         return
-    columns = _columns(document)
-    cells = [_spelled(row, columns) for row in document["rows"]]
-    footer = _footer(document, cells)
+    columns = make_columns(document)
+    cells = [spell_row(row, columns) for row in document["rows"]]
+    footer = make_footer(document)
     plain = [replace(column, spell=str) for column in columns]
     if format == "md":
-        report.out(f"### llmfast bench: {_outcome(document)}\n\n{report.to_markdown(cells, plain)}\n")
+        report.out(f"### llmfast bench: {spell_outcome(document)}\n\n{report.to_markdown(cells, plain)}\n")
         print_gates(document["verdict"], format)
         report.out("\n".join(f"- {report.escape_markdown(line)}" for line in footer))
     else:
@@ -77,7 +77,7 @@ def print_gates(verdict: Sequence[Mapping[str, Any]], format: str) -> None:
         report.out(f"{report.to_markdown(rows, _GATES)}\n")
 
 
-def _outcome(document: Mapping[str, Any]) -> str:
+def spell_outcome(document: Mapping[str, Any]) -> str:
     """Return the run in a few words."""
     failed = sum("error" in row for row in document["rows"])
     missed = sum(not entry["passed"] for entry in document["verdict"])
@@ -87,7 +87,7 @@ def _outcome(document: Mapping[str, Any]) -> str:
     return ", ".join(parts) or "no gates"
 
 
-def _columns(document: Mapping[str, Any]) -> list[Column]:
+def make_columns(document: Mapping[str, Any]) -> list[Column]:
     """Return the columns of all metrics that this run measured, in the metrics' order."""
     metrics = [registry.load("bench.metrics", name) for name in registry.names("bench.metrics")]
     shapes = document["settings"]["shapes"]
@@ -104,7 +104,7 @@ def _columns(document: Mapping[str, Any]) -> list[Column]:
     return [column for column in dict.fromkeys(columns) if column.key in measured]
 
 
-def _spelled(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, str | None]:
+def spell_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, str | None]:
     """Return the row's cells as text; a ratio that shows no difference is marked."""
     cells: dict[str, str | None] = {}
     for column in columns:
@@ -117,7 +117,7 @@ def _spelled(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, str
     return cells
 
 
-def _footer(document: Mapping[str, Any], cells: Sequence[Mapping[str, str | None]]) -> list[str]:
+def make_footer(document: Mapping[str, Any]) -> list[str]:
     """Return the lines without which the figures mean little."""
     machine, settings, rows = document["machine"], document["settings"], document["rows"]
     isa = f" ({' '.join(machine['isa'])})" if machine["isa"] else ""
@@ -141,10 +141,8 @@ def _footer(document: Mapping[str, Any], cells: Sequence[Mapping[str, str | None
         lines.append(f"memory reads {spelled}")
     sources = {row["energy_source"] for row in rows if any(key.startswith("joules") for key in row)}
     lines += [f"energy: {source}" for source in sorted(source for source in sources if source)]
-    text = " ".join(cell or "" for row in cells for cell in row.values())
-    lines += [
-        line.format(precision=settings["precision"] * 100) for mark, line in _LEGEND.items() if f" {mark}" in f" {text}"
-    ]
+    words = {word for row in rows for word in row["verdict"].values()}
+    lines += [line.format(precision=settings["precision"] * 100) for word, line in _LEGEND.items() if word in words]
     lines += [f"`{row['bundle']}` failed: {row['error']['message']}" for row in rows if "error" in row]
     return [report.printable(line) for line in lines]
 

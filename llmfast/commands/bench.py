@@ -78,6 +78,7 @@ def bench(
     ] = False,
     save: Annotated[Path | None, typer.Option(help="Write the JSON document to a file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write the gates as JUnit XML.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report that opens in a browser, offline.")] = None,
     output_format: Format = "table",
 ) -> None:
     """Measure speed, cost, quality and energy of bundles side by side, each against the baseline.
@@ -90,8 +91,14 @@ def bench(
     from llmfast.bench.junit import write_junit
     from llmfast.verdict import Gate, enforce, parse_speedup
 
-    for file in (save, junit):
+    for file in (save, junit, html):
         _check_folder(file)
+    if html is not None:
+        from llmfast.bench.webpage.page import check_plotly
+
+        if compare:
+            raise OptionError("--html shows a run, not a comparison", "give it to the run")
+        check_plotly()
     if inconclusive not in ("pass", "fail"):
         raise OptionError(f"--inconclusive `{inconclusive}`: unknown", "choose from: pass, fail")
     limits = {
@@ -135,6 +142,10 @@ def bench(
         save_document(document, save)
     if junit is not None:
         write_junit(document, junit)
+    if html is not None:
+        from llmfast.bench.webpage.page import write_html
+
+        write_html(document, html)
     try:
         show(document, output_format)
     finally:  # a reader that left does not undo the verdict
