@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmfast import __version__, report
-from llmfast.commands import bench, doctor, export, infer, inspect, prune, quantize, tune
+from llmfast.commands import bench, doctor, export, infer, inspect, prune, quantize, serve, tune
 from llmfast.errors import LlmfastError, ResourceError
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -101,6 +101,6 @@ def _root(
 
 
 # As --help lists them: the order of the pipeline.
-for _module in (export, prune, tune, quantize, bench, infer, inspect, doctor):
+for _module in (export, prune, tune, quantize, bench, infer, serve, inspect, doctor):
     _name = _module.__name__.rpartition(".")[2]
     app.command(_name, short_help=_module.SUMMARY)(getattr(_module, _name))

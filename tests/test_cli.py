@@ -36,7 +36,7 @@ def _explains(result, code: int, *words: str) -> None:
 
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"llmfast {__version__}\n"
-    for command in ("export", "prune", "tune", "quantize", "bench", "infer", "inspect", "doctor"):
+    for command in ("export", "prune", "tune", "quantize", "bench", "infer", "serve", "inspect", "doctor"):
         result = run(command, "-h")
         assert result.exit_code == 0
         assert "Example: llmfast " in result.stdout

@@ -19,7 +19,7 @@ PLUGIN_FOLDERS = (
     *("quantize.schemes", "quantize.rounding", "bench.metrics", "tasks", "providers", "export.decoders"),
     *("prune.structured", "prune.masks", "tune.objectives"),
 )
-COMMANDS = ("export", "prune", "tune", "quantize", "bench", "infer", "inspect", "doctor")
+COMMANDS = ("export", "prune", "tune", "quantize", "bench", "infer", "serve", "inspect", "doctor")
 STAGES = {f"llmfast.{stage}.stage" for stage in COMMANDS}
 STAGES |= {"llmfast.prune.checkpoint.stage", "llmfast.prune.graph.stage"}
 

@@ -1,0 +1,130 @@
+"""What runs in the server's child process: the model, and the requests that are under way in it."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmfast import registry
+from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
+from llmfast.errors import InputError, LlmfastError, UnsupportedError
+from llmfast.infer.batch import Batch, Event
+from llmfast.infer.decoder import context_length
+from llmfast.infer.engine import Engine
+from llmfast.infer.jsonl import Line
+from llmfast.infer.memory import DEFAULT_ROWS, plan_memory
+from llmfast.infer.opening import open_decoder
+from llmfast.infer.requests import RequestReader
+from llmfast.infer.rows import OneRow, Rows, SlabRows
+from llmfast.kept import keeping
+from llmfast.tokenizer import Tokenizer
+
+FEATURE_EXTRACTION = "feature-extraction"
+# Positions of a row, for prompt and answer together, where the model would allow more.
+DEFAULT_CONTEXT = 4096
+
+Submitted = tuple[Hashable, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the parent has to know of the model.
+
+    Attributes:
+        name: the bundle's.
+        task: text-generation or feature-extraction.
+        rows: requests answered at once.
+        capacity: tokens of a prompt with its answer, or of a text.
+        description: a line for people.
+    """
+
+    name: str
+    task: str
+    rows: int
+    capacity: int
+    description: str
+
+
+class ServedModel:
+    """A model that answers in turns.
+
+    Args:
+        path: the bundle.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads.
+        batch_size: requests at once; None chooses by the memory.
+        context_length: tokens of a prompt with its answer; None takes the model's, up to `DEFAULT_CONTEXT`.
+
+    Raises:
+        UnsupportedError: the model has another task.
+        ResourceError: the KV cache does not fit.
+    """
+
+    def __init__(
+        self, path: Path, provider: str, threads: int | None, batch_size: int | None, context_length: int | None
+    ) -> None:
+        self._bundle = ModelBundle.open(path)
+        self._provider, self._threads = provider, threads
+        task = self._bundle.manifest.task
+        self._task = TEXT_GENERATION if task == UNKNOWN_TASK else task
+        self._kept = ExitStack()
+        if self._task == FEATURE_EXTRACTION:
+            self._kept.enter_context(keeping())
+            self.embed(["start"])  # opens the session, and finds what is wrong with it before anybody asks
+        elif self._task == TEXT_GENERATION:
+            self._open_decoder(batch_size, context_length)
+        else:
+            raise UnsupportedError(
+                f"`{path}` can't be served: its task is {task}", "text-generation and feature-extraction can"
+            )
+
+    def describe(self) -> Facts:
+        """Return what the parent has to know."""
+        if self._task == FEATURE_EXTRACTION:
+            return Facts(self._bundle.name, self._task, 1, self._bundle.longest_text(), "embeddings")
+        rows = self._batch.rows
+        return Facts(self._bundle.name, self._task, rows.count, rows.capacity, str(self._plan))
+
+    def turn(self, submitted: Sequence[Submitted], cancelled: Sequence[Hashable]) -> list[Event]:
+        """Take requests in, drop others, and do one step.
+
+        Args:
+            submitted: id and fields of a request, as `RequestReader` takes them.
+            cancelled: ids of requests that nobody waits for any more.
+
+        Returns:
+            What happened; a request that is refused has an event with its error.
+        """
+        events = []
+        for name in cancelled:
+            self._batch.cancel(name)
+        for name, fields in submitted:
+            try:
+                reader = self._readers["messages" in fields]
+                self._batch.submit(replace(reader.read(Line(0, 0, fields)), id=name))
+            except LlmfastError as error:
+                events.append(Event(name, error=error))
+        return [*events, *self._batch.step()]
+
+    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """Return the vector of each text."""
+        plugin = registry.load("tasks", FEATURE_EXTRACTION)
+        answers = plugin.answer(self._bundle, texts, self._provider, self._threads)
+        return [answer["embedding"].tolist() for answer in answers]
+
+    def _open_decoder(self, batch_size: int | None, limit: int | None) -> None:
+        longest = context_length(self._bundle)
+        if limit is not None and not 2 <= limit <= longest:
+            raise InputError(f"--context-length {limit}: the model's is {longest}", f"2 to {longest}")
+        capacity = limit or min(longest, DEFAULT_CONTEXT)
+        tokenizer = Tokenizer.load(self._bundle.path)
+        engine = open_decoder(self._bundle, self._provider, self._threads, max_length=capacity)
+        rows: Rows = OneRow(engine)
+        many = isinstance(engine, Engine) and engine.takes_rows
+        self._plan = plan_memory(self._bundle, engine, capacity, DEFAULT_ROWS if many else 1, batch_size)
+        if isinstance(engine, Engine) and many:
+            rows = SlabRows(engine, self._plan.rows, capacity)
+        # A prompt is gone on with as it is; messages go through the chat template.
+        self._readers = {is_chat: RequestReader(tokenizer, raw=not is_chat) for is_chat in (False, True)}
+        self._batch = Batch(rows, tokenizer)

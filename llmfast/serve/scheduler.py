@@ -1,0 +1,243 @@
+"""Requests from many connections, one model in a child process: who waits, who is answered, who is dropped.
+
+Everything but the model's turns runs on the event loop; a turn runs in a thread that waits for the child. Requests wait
+here until a row is free, so that a crash of the child takes only those with it that it was answering.
+"""
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from llmfast.errors import LlmfastError, NativeCrashError, ResourceError
+from llmfast.infer.batch import Event
+from llmfast.report import note
+from llmfast.serve.model import Facts
+from llmfast.worker import Worker
+
+Answered = TypeVar("Answered")
+
+_MOST_RESTARTS, _RESTART_WINDOW_S = 3, 60.0
+_BACKOFF_S = 0.5
+
+
+class BusyError(Exception):
+    """The queue is full."""
+
+
+class ClosedError(Exception):
+    """The server is going down, or its model is not there yet."""
+
+
+class ExpiredError(Exception):
+    """A request waited too long for a row."""
+
+
+@dataclass
+class Ticket:
+    """A request under way.
+
+    Attributes:
+        id: unique.
+        fields: as `RequestReader` takes them.
+        submitted: monotonic seconds.
+        events: what happens to it; an exception is the last.
+    """
+
+    id: int
+    fields: Mapping[str, Any]
+    submitted: float
+    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+
+    async def next(self) -> Event:
+        """Return the next event, or raise what ended the request."""
+        event = await self.events.get()
+        if isinstance(event, Exception):
+            raise event
+        if event.error is not None:
+            raise event.error
+        return event
+
+
+class Scheduler:
+    """Serves tickets in turns.
+
+    Attributes:
+        facts: of the model.
+        failure: why nothing is answered any more.
+        give_up: called then.
+        restarts: when the child was started again, monotonic seconds, in the last minute.
+
+    Args:
+        open_worker: starts the child process with a `ServedModel`; takes seconds.
+        queue_size: requests that may wait for a row.
+        queue_timeout_s: how long.
+    """
+
+    def __init__(
+        self,
+        open_worker: Callable[[], Worker],
+        queue_size: int,
+        queue_timeout_s: float,
+    ) -> None:
+        self._open_worker = open_worker
+        self.give_up: Callable[[], None] = lambda: None
+        self._queue_size, self._queue_timeout_s = queue_size, queue_timeout_s
+        self._worker = open_worker()
+        self.facts: Facts = self._worker.call("describe")
+        self.failure: BaseException | None = None
+        self.restarts: list[float] = []
+        self._thread = ThreadPoolExecutor(1, "model")
+        self._ids = itertools.count()
+        self._waiting: deque[Ticket] = deque()
+        self._active: dict[int, Ticket] = {}
+        self._cancelled: list[int] = []
+        self._wake = asyncio.Event()
+        self._closed = False
+        self._embedding = 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a row."""
+        return len(self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Requests that are being answered."""
+        return len(self._active) + self._embedding
+
+    def submit(self, fields: Mapping[str, Any]) -> Ticket:
+        """Queue a request.
+
+        Raises:
+            BusyError: too many wait.
+            ClosedError: no more are taken.
+        """
+        self._check_open(len(self._waiting) - max(0, self.facts.rows - len(self._active)))
+        ticket = Ticket(next(self._ids), fields, time.monotonic())
+        self._waiting.append(ticket)
+        self._wake.set()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Drop a request that nobody waits for; its row is free after the step that is under way."""
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+        elif self._active.pop(ticket.id, None) is not None:
+            self._cancelled.append(ticket.id)
+            self._wake.set()
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """Return the vector of each text.
+
+        Raises:
+            BusyError: too many wait.
+            ClosedError: no more are taken.
+            LlmfastError: as the model raises it.
+        """
+        self._check_open(self._embedding - 1)
+        self._embedding += 1
+        try:
+            vectors: list[list[float]] = await self._call(lambda worker: worker.call("embed", texts))
+            return vectors
+        except (NativeCrashError, ResourceError) as error:
+            await self._restart(error)
+            raise
+        finally:
+            self._embedding -= 1
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        while True:
+            if not (self._active or self._waiting or self._cancelled):
+                self._wake.clear()
+                await self._wake.wait()
+            self._expire()
+            submitted = self._admit()
+            cancelled, self._cancelled = self._cancelled, []
+            messages = [(ticket.id, ticket.fields) for ticket in submitted]
+            try:
+                events = await self._call(lambda worker: worker.call("turn", messages, cancelled))  # noqa: B023
+            except (NativeCrashError, ResourceError) as error:
+                await self._restart(error)
+                continue
+            for event in events:
+                self._deliver(event)
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more requests, and wait until those there are have been answered."""
+        self._closed = True
+        deadline = time.monotonic() + seconds
+        while (self.active or self.waiting) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        """End the child process; whoever still waits is told."""
+        self._closed = True
+        self._worker.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._fail([*self._active.values(), *self._waiting], ClosedError())
+
+    def stopped(self, task: "asyncio.Task[None]") -> None:
+        """Take notice that `run` has ended, by a bug unless it was cancelled."""
+        if not task.cancelled():
+            self._end(task.exception() or RuntimeError("the scheduler stopped"))
+
+    def _check_open(self, queued: int) -> None:
+        if self._closed:
+            raise ClosedError
+        if queued >= self._queue_size:
+            raise BusyError
+
+    def _admit(self) -> list[Ticket]:
+        admitted = []
+        while self._waiting and len(self._active) < self.facts.rows:
+            ticket = self._waiting.popleft()
+            self._active[ticket.id] = ticket
+            admitted.append(ticket)
+        return admitted
+
+    def _expire(self) -> None:
+        oldest = time.monotonic() - self._queue_timeout_s
+        while self._waiting and self._waiting[0].submitted < oldest:
+            self._waiting.popleft().events.put_nowait(ExpiredError())
+
+    def _deliver(self, event: Event) -> None:
+        ticket = self._active.get(event.id)  # type: ignore[call-overload]
+        if ticket is None:
+            return  # cancelled meanwhile
+        if event.error is not None or event.generation is not None:
+            del self._active[ticket.id]
+        ticket.events.put_nowait(event)
+
+    async def _call(self, ask: Callable[[Worker], Answered]) -> Answered:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: ask(self._worker))
+
+    async def _restart(self, error: LlmfastError) -> None:
+        """Start another child; those that the old one was answering get its error."""
+        note(f"note: {error.message}")
+        active, self._active = list(self._active.values()), {}
+        self._fail(active, error)
+        self._cancelled.clear()
+        now = time.monotonic()
+        self.restarts = [*(then for then in self.restarts if then > now - _RESTART_WINDOW_S), now]
+        if len(self.restarts) > _MOST_RESTARTS or self._closed:
+            raise error
+        await asyncio.sleep(_BACKOFF_S * 2 ** (len(self.restarts) - 1))
+        self._worker.close()
+        self._worker = await asyncio.get_running_loop().run_in_executor(self._thread, self._open_worker)
+
+    def _end(self, error: BaseException) -> None:
+        self._closed, self.failure = True, error
+        self._fail([*self._active.values(), *self._waiting], NativeCrashError("the model can't be run any more"))
+        self._active.clear()
+        self._waiting.clear()
+        self.give_up()
+
+    def _fail(self, tickets: Sequence[Ticket], error: Exception) -> None:
+        for ticket in tickets:
+            ticket.events.put_nowait(error)

@@ -1,0 +1,356 @@
+"""The server, in a process of its own, asked by OpenAI's client and by hand."""
+
+import contextlib
+import gzip
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from llmfast.export.stage import export
+from llmfast.infer import stage as infer_stage
+from tests.tiny_encoder import WORDS, save_encoder
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+@dataclass
+class Server:
+    """A server process that a test may stop."""
+
+    process: "subprocess.Popen[str]"
+    url: str
+    lines: list[str]
+
+    def client(self, **settings: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **settings})
+
+    def figure(self, name: str) -> float:
+        found = re.search(rf"^{name} (\S+)$", httpx.get(f"{self.url}/metrics").text, re.MULTILINE)
+        assert found is not None
+        return float(found.group(1))
+
+    def wait_for(self, name: str, value: float) -> None:
+        deadline = time.monotonic() + 60
+        while self.figure(name) != value:
+            assert time.monotonic() < deadline, f"{name} is {self.figure(name)}"
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def serving(model: Path, *arguments: str, **environment: str) -> Iterator[Server]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmfast", "serve", str(model), "--port", "0", "--threads", "1", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        assert process.stderr is not None
+        lines: list[str] = []
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"on (http://\S+)", line):
+                break
+        else:
+            raise AssertionError("".join(lines))
+        threading.Thread(target=lambda: lines.extend(process.stderr or ()), daemon=True).start()
+        yield Server(process, found.group(1), lines)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def bundle(fp32_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    shutil.copytree(fp32_bundle, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Path) -> Iterator[Server]:
+    with serving(bundle, "--batch-size", "4", "--max-tokens", "400") as running:
+        yield running
+
+
+def _expected(bundle: Path, prompt: str, max_tokens: int, raw: bool = False) -> str:
+    return infer_stage.infer(bundle, prompt, emit=lambda piece: None, max_tokens=max_tokens, raw=raw, threads=1).text
+
+
+def _chat(server: Server, text: str, **settings: Any) -> Any:
+    return server.client().chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": text}], **settings
+    )
+
+
+def test_chat_answers_as_infer_does(server: Server, bundle: Path) -> None:
+    answer = _chat(server, "hello", max_tokens=20)
+    assert answer.choices[0].message.content == _expected(bundle, "hello", 20)
+    assert answer.usage.prompt_tokens == len("u:hello;a:")
+    assert answer.usage.completion_tokens <= 20
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+def test_pieces_of_a_stream_make_the_whole(server: Server, bundle: Path) -> None:
+    chunks = list(_chat(server, "hello", max_tokens=20, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == _expected(bundle, "hello", 20)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage.completion_tokens > 0
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_completions_go_on_with_the_prompt_as_it_is(server: Server, bundle: Path) -> None:
+    answer = server.client().completions.create(model="tiny", prompt="hello", max_tokens=16)
+    assert answer.choices[0].text == _expected(bundle, "hello", 16, raw=True)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len("hello")
+
+
+def test_neighbours_do_not_change_an_answer(server: Server, bundle: Path) -> None:
+    prompts = [f"{'ab' * (3 * number)} {number}" for number in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda prompt: _chat(server, prompt, max_tokens=24), prompts))
+    assert [answer.choices[0].message.content for answer in answers] == [
+        _expected(bundle, prompt, 24) for prompt in prompts
+    ]
+
+
+def test_stop_strings_never_leak(server: Server, bundle: Path) -> None:
+    whole = _expected(bundle, "hello", 40, raw=True)
+    stop = whole[6:8]
+    answer = server.client().completions.create(model="tiny", prompt="hello", max_tokens=40, stop=[stop])
+    assert answer.choices[0].text == whole[: whole.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_same_seed_same_answer(server: Server) -> None:
+    texts = [
+        _chat(server, "x", max_tokens=16, temperature=2.0, seed=seed).choices[0].message.content for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 100_000}, "max_tokens"),
+        ({"n": 5}, "n"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"temperature": -1}, None),
+        ({"logprobs": True}, "logprobs"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"extra_body": {"top_q": 1}}, "top_q"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, None),
+    ],
+)  # fmt: skip
+def test_impossible_requests_name_the_field(settings: dict[str, Any], param: str | None, server: Server) -> None:
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], **settings}
+    with pytest.raises(openai.BadRequestError) as refusal:
+        server.client().chat.completions.create(**asked)
+    assert refusal.value.param == param
+    assert "Traceback" not in refusal.value.message
+
+
+def test_another_model_is_not_there(server: Server) -> None:
+    with pytest.raises(openai.NotFoundError, match="`tiny`"):
+        server.client().chat.completions.create(model="gpt", messages=[{"role": "user", "content": "x"}])
+    with pytest.raises(openai.NotFoundError, match="text-generation"):
+        server.client().embeddings.create(model="tiny", input="x")
+    assert [model.id for model in server.client().models.list()] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        (b"{", {}, 400),
+        (b"[" * 100_000, {}, 400),
+        (b"[]", {}, 422),
+        (b" " * (2 << 20), {}, 413),
+        (gzip.compress(b"{}"), {"content-encoding": "gzip"}, 415),
+        (b"{}", {"host": "evil.example"}, 403),
+        (b"{}", {"origin": "http://evil.example"}, 403),
+        (b"{}", {"origin": "null"}, 403),
+    ],
+)
+def test_hostile_requests_are_refused_at_the_gate(
+    body: bytes, headers: dict[str, str], status: int, server: Server
+) -> None:
+    answer = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_bodies_in_chunks_are_limited_too(server: Server) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(64):
+            yield b" " * (1 << 16)
+
+    with contextlib.suppress(httpx.WriteError):  # the server need not read on
+        assert httpx.post(f"{server.url}/v1/completions", content=endless()).status_code == 413
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_log_has_one_line_a_request_and_no_prompt(server: Server) -> None:
+    before = len(server.lines)
+    httpx.get(f"{server.url}/v1/models?a%0Aerror: forged")
+    httpx.get(f"{server.url}/%0Aerror:%20forged%1b[31m")
+    _chat(server, "a secret prompt", max_tokens=1)
+    time.sleep(0.2)
+    lines = server.lines[before:]
+    assert len(lines) == 3
+    assert not any("secret" in line or "\x1b" in line or line.startswith("error") for line in lines)
+
+
+def test_a_client_that_leaves_frees_its_row(server: Server) -> None:
+    body = {"prompt": "hello", "max_tokens": 400, "stream": True}
+    for _ in range(8):  # twice as many as there are rows
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            next(answer.iter_lines())
+    server.wait_for("llmfast_requests_active", 0)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/completions", json={**body, "stream": False}, timeout=0.05)
+    server.wait_for("llmfast_requests_active", 0)
+
+
+def test_who_does_not_fit_the_queue_is_told_to_come_back(bundle: Path) -> None:
+    with serving(bundle, "--batch-size", "1", "--queue-size", "1", "--queue-timeout", "1000") as server:
+        body = {"prompt": "hello", "max_tokens": 400}
+        with ThreadPoolExecutor(6) as pool:
+            asked = lambda _: httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)  # noqa: E731
+            answers = list(pool.map(asked, range(6)))
+        codes = sorted(answer.status_code for answer in answers)
+        assert set(codes) == {200, 429}
+        assert codes.count(200) >= 2
+        assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 429)
+
+
+def _children(server: Server) -> list[int]:
+    threads = Path(f"/proc/{server.process.pid}/task").iterdir()
+    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+
+
+def test_a_crash_of_the_model_is_answered_and_mended(bundle: Path) -> None:
+    with serving(bundle, "--batch-size", "2") as server:
+        expected = _chat(server, "hello", max_tokens=8).choices[0].message.content
+        for restarts in (1, 2, 3):
+            os.kill(_children(server)[0], signal.SIGSEGV)
+            with pytest.raises(openai.InternalServerError):
+                _chat(server, "hello", max_tokens=8)
+            assert _chat(server, "hello", max_tokens=8).choices[0].message.content == expected
+            assert server.figure("llmfast_model_restarts") == restarts
+        os.kill(_children(server)[0], signal.SIGSEGV)
+        with contextlib.suppress(openai.APIError):
+            _chat(server, "hello", max_tokens=8)
+        assert server.process.wait(30) == 9
+
+
+def test_sigterm_lets_answers_end(bundle: Path) -> None:
+    with serving(bundle) as server, ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(lambda: _chat(server, "hello", max_tokens=300))
+        server.wait_for("llmfast_requests_active", 1)
+        server.process.send_signal(signal.SIGTERM)
+        assert whole.result().choices[0].message.content == _expected(bundle, "hello", 300)
+        assert server.process.wait(30) == 143
+        assert "Traceback" not in "".join(server.lines)
+
+
+def test_every_route_but_health_wants_the_key(bundle: Path, tmp_path: Path) -> None:
+    with serving(bundle, LLMFAST_API_KEY="secret") as server:
+        assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+        for path in ("/", "/page.js", "/metrics", "/v1/models", "/nope"):
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic !"}):
+                assert httpx.get(f"{server.url}{path}", headers=headers).status_code == 401
+        assert httpx.post(f"{server.url}/v1/chat/completions", json={}).status_code == 401
+        assert httpx.get(f"{server.url}/", auth=("anyone", "secret")).status_code == 200
+        assert server.client(api_key="secret").models.list().data[0].id == "tiny"
+        assert "secret" not in "".join(server.lines)
+
+
+def _run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "llmfast", "serve", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=60)
+
+
+def test_open_doors_and_taken_ports_are_refused(server: Server, bundle: Path, tmp_path: Path) -> None:
+    opened = _run(str(bundle), "--host", "0.0.0.0")
+    assert (opened.returncode, "LLMFAST_API_KEY" in opened.stderr) == (2, True)
+    taken = _run(str(bundle), "--port", server.url.rpartition(":")[2])
+    assert (taken.returncode, "is taken" in taken.stderr) == (8, True)
+    (tmp_path / "key").write_text(" \n")
+    empty = _run(str(bundle), "--api-key-file", str(tmp_path / "key"))
+    assert (empty.returncode, "empty key" in empty.stderr) == (3, True)
+    missing = _run(str(tmp_path / "nothing"))
+    assert (missing.returncode, "Traceback" in missing.stderr) == (3, False)
+
+
+def test_embeddings_are_those_of_infer(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "checkpoint", vocab_size=len(WORDS))
+    export(str(tmp_path / "checkpoint"), tmp_path / "encoder")
+    texts = [" ".join(WORDS[4:9]), WORDS[5]]
+    expected = [answer["embedding"] for answer in infer_stage.answer(tmp_path / "encoder", texts, threads=1)]
+    with serving(tmp_path / "encoder") as server:
+        found = server.client().embeddings.create(model="encoder", input=texts)
+        np.testing.assert_allclose([one.embedding for one in found.data], expected, atol=1e-6)
+        with pytest.raises(openai.BadRequestError, match="input"):
+            server.client().embeddings.create(model="encoder", input=[])
+        with pytest.raises(openai.NotFoundError, match="feature-extraction"):
+            _chat(server, "x")
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("chromium and chromedriver are not installed")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        f"user-data-dir={tmp_path}/b",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def test_the_page_talks_with_the_model(server: Server, bundle: Path, browser: Any) -> None:
+    from selenium.webdriver.common.by import By
+
+    browser.get(server.url)
+    browser.find_element(By.ID, "text").send_keys("hello\n")
+    deadline = time.monotonic() + 60
+    while "tokens" not in browser.find_element(By.ID, "note").text:
+        assert time.monotonic() < deadline, browser.find_element(By.TAG_NAME, "body").text
+        time.sleep(0.1)
+    shown = [line.get_attribute("textContent") for line in browser.find_elements(By.CSS_SELECTOR, "#talk p")]
+    assert shown == ["hello", _expected(bundle, "hello", 400)]
+    assert browser.find_element(By.ID, "model").text == "tiny"
+    assert [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]] == []
