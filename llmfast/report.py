@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from llmfast.errors import LlmfastError
+
 _WIDE = 10_000
 FORMATS = ("table", "md", "json", "csv")
 
@@ -103,6 +105,13 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], out
 def note(message: str) -> None:
     """Print one line on stderr."""
     print(message, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def complain(error: LlmfastError) -> None:
+    """Print what went wrong, and what to do about it."""
+    note(f"error: {printable(error.message)}")
+    if error.hint:
+        note(f"\nhint: {printable(error.hint)}")
 
 
 def out(text: str) -> None:
