@@ -1,19 +1,18 @@
 """A PyTorch checkpoint on disk: config, tokenizer files, and weights read one at a time, without PyTorch."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 
 from llmfast.bundle import COMPANIONS, read_json, sha256
 from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
 from llmfast.export.architectures import supported_model_types
 from llmfast.export.packed_checkpoint import PackedLayer, read_packing
+from llmfast.export.safetensors_file import SafetensorsFile
 
 # Fields that make transformers import code from the model's folder.
 _CODE_FIELDS = (
@@ -23,14 +22,8 @@ _CODE_FIELDS = (
     "_experts_implementation_internal",
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+_TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_FLOATS = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-_INTEGERS = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
 
 
 class Checkpoint(Protocol):
@@ -82,8 +75,13 @@ class SafetensorsCheckpoint:
         settings = self.config.__dict__.pop("quantization_config", None)
         self._packing = None if settings is None else read_packing(settings, str(path))
         self.quantization = self._packing.describe() if self._packing else None
-        self._shards = [_Shard(file) for file in _weight_files(path)]
-        self._owners = {name: shard for shard in self._shards for name in shard.entries}
+        self._shards = [SafetensorsFile(file) for file in _weight_files(path)]
+        self._owners: dict[str, SafetensorsFile] = {}
+        for shard in self._shards:
+            for name in shard.entries:
+                other = self._owners.setdefault(name, shard)
+                if other is not shard:
+                    raise InputError(f"tensor `{name}` is in `{other.path}` and in `{shard.path}`")
         if has_tokenizer and not any((path / name).is_file() for name in _TOKENIZER_FILES):
             raise InputError(f"no tokenizer in `{path}`", f"looked for {', '.join(_TOKENIZER_FILES)}")
 
@@ -154,53 +152,12 @@ class SafetensorsCheckpoint:
         """Copy config and tokenizer; a tokenizer that is not in tokenizer.json form is converted to it."""
         copy_companions(self.path, folder)
 
-    def _find(self, name: str) -> tuple["_Shard", str]:
+    def _find(self, name: str) -> tuple[SafetensorsFile, str]:
         # A base model saved without its head lacks the prefix, `model.` or `transformer.` for instance.
         for candidate in (name, name.partition(".")[2]):
             if candidate in self._owners:
                 return self._owners[candidate], candidate
         raise InputError(f"weight `{name}` is missing from `{self.path}`", "the checkpoint is incomplete")
-
-
-class _Shard:
-    """One .safetensors file. Format: https://github.com/huggingface/safetensors#format"""
-
-    def __init__(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self.path = path
-        try:
-            with safe_open(path, framework="numpy"):
-                pass  # checks the header, and that the tensors fill the file without holes
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                self.entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
-        except SafetensorError as error:
-            raise InputError(f"truncated or corrupt safetensors: `{path}`: {error}", "download it again") from error
-        except OSError as error:
-            raise InputError(f"cannot read `{path}`: {error.strerror or error}") from error
-        self.entries.pop("__metadata__", None)
-        self._data = 8 + length
-
-    def read(self, name: str) -> np.ndarray:
-        entry = self.entries[name]
-        if entry["dtype"] not in _FLOATS:
-            raise UnsupportedError(
-                f"weight `{name}` of `{self.path}` has type {entry['dtype']}, not floating point",
-                "export the checkpoint it was quantized from",
-            )
-        return self.read_stored(name).astype(np.float32, copy=False)
-
-    def read_stored(self, name: str) -> np.ndarray:
-        """Return a tensor in its own type."""
-        entry = self.entries[name]
-        dtype = (_FLOATS | _INTEGERS).get(entry["dtype"])
-        if dtype is None:
-            raise UnsupportedError(
-                f"tensor `{name}` of `{self.path}` has type {entry['dtype']}, which is not supported"
-            )
-        offset = self._data + entry["data_offsets"][0]
-        return np.memmap(self.path, dtype, "r", offset, tuple(entry["shape"]))
 
 
 def open_checkpoint(source: str) -> Checkpoint:
@@ -251,7 +208,7 @@ def load_config(path: Path) -> Any:
     raw = read_json(path / "config.json")
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise InputError(f"no `model_type` in `{path / 'config.json'}`", "give the folder of a transformers model")
-    raw = {key: value for key, value in raw.items() if key not in _CODE_FIELDS}
+    raw = _without_code_fields(raw)
     model_type = raw.pop("model_type")
     try:
         return AutoConfig.for_model(model_type, **raw)
@@ -268,8 +225,20 @@ def load_config(path: Path) -> Any:
 
 
 def code_fields(path: Path) -> list[str]:
-    """Return the fields of config.json that would make transformers run code of the model's folder."""
-    return [field for field in _CODE_FIELDS if field in read_json(path / "config.json")]
+    """Return the fields of config.json, at any depth, that would make transformers run code of the model's folder."""
+    places, found = [read_json(path / "config.json")], set()
+    while places:
+        place = places.pop()
+        if isinstance(place, dict):
+            found |= place.keys() & set(_CODE_FIELDS)
+        places += place.values() if isinstance(place, dict) else place if isinstance(place, list) else []
+    return sorted(found)
+
+
+def _without_code_fields(document: Any) -> Any:
+    if isinstance(document, dict):
+        return {key: _without_code_fields(value) for key, value in document.items() if key not in _CODE_FIELDS}
+    return [_without_code_fields(value) for value in document] if isinstance(document, list) else document
 
 
 def copy_companions(source: Path, folder: Path, has_tokenizer: bool = True) -> None:
@@ -278,6 +247,7 @@ def copy_companions(source: Path, folder: Path, has_tokenizer: bool = True) -> N
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if has_tokenizer and not (folder / "tokenizer.json").is_file():
+        _check_template_names(source)
         from transformers import AutoTokenizer
 
         AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
@@ -287,11 +257,30 @@ def copy_companions(source: Path, folder: Path, has_tokenizer: bool = True) -> N
                 file.unlink()
 
 
-def folder_source(path: Path) -> dict[str, Any]:
-    """Return the manifest's source for a checkpoint folder: its name, revision in the hub's cache, and hashes."""
+def _check_template_names(folder: Path) -> None:
+    """Refuse chat templates whose names are paths: transformers writes each to a file of its name (CVE-2026-9856)."""
+    path = folder / "tokenizer_config.json"
+    templates = read_json(path).get("chat_template") if path.is_file() else None
+    for entry in templates if isinstance(templates, list) else []:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not _TEMPLATE_NAME.fullmatch(name):
+            raise UnsafeInputError(f"chat template {name!r:.100} of `{path}` has no plain name")
+
+
+def folder_source(path: Path, files: Iterable[Path] | None = None) -> dict[str, Any]:
+    """Return the manifest's source for a checkpoint folder: its name, revision in the hub's cache, and hashes.
+
+    Args:
+        path: the folder.
+        files: its weights; None means its safetensors.
+    """
     revision = path.name if path.parent.name == "snapshots" else None
     name = path.parent.parent.name.removeprefix("models--").replace("--", "/") if revision else path.resolve().name
-    return {"id": name, "revision": revision, "sha256": {file.name: sha256(file) for file in _weight_files(path)}}
+    return {
+        "id": name,
+        "revision": revision,
+        "sha256": {file.name: sha256(file) for file in files or _weight_files(path)},
+    }
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -313,7 +302,7 @@ def _weight_files(path: Path) -> list[Path]:
     if pickles:
         raise UnsafeInputError(
             f"`{pickles[0]}` is a pickle, which can run code when it is read",
-            "convert it: AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors",
+            "add --allow-pickle to read its tensors and nothing else, or convert it to safetensors where you trust it",
         )
     raise InputError(f"weights missing from `{path}`: {', '.join(missing[:3])}", "download the folder again")
 

@@ -1,6 +1,7 @@
 """`llmfast export`: a PyTorch checkpoint becomes a bundle, its parity with PyTorch proven."""
 
 import importlib.metadata
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from llmfast.export.requirements import require_export_extra
 from llmfast.graph.model import OnnxModel, count_parameters, count_weight_bytes
 from llmfast.graph.packed import allow_int8_kernels
 from llmfast.report import note, progress
+from llmfast.resources import require_disk
 
 _VERSIONED = ("onnx", "onnxruntime", "torch", "transformers")
 
@@ -37,12 +39,14 @@ class ExportOptions:
         overwrite: replace an existing bundle.
         context_length: positions that a decoder is exported for; None takes all that it was made for, or with
             longrope those that its short factors are for.
+        allow_pickle: read weights from .bin and .pt files, tensors only, when there are no safetensors.
     """
 
     task: str | None = None
     threads: int | None = None
     overwrite: bool = False
     context_length: int | None = None
+    allow_pickle: bool = False
 
 
 def export(source: str, output: Path, options: ExportOptions | None = None) -> ModelBundle:
@@ -60,6 +64,27 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
         OutputExistsError: the output exists.
     """
     options = options or ExportOptions()
+    if options.allow_pickle:
+        return _export_pickle(source, output, options)
+    return _export(source, output, options)
+
+
+def _export_pickle(source: str, output: Path, options: ExportOptions) -> ModelBundle:
+    """Export a checkpoint of pickles from a copy with safetensors; one that has safetensors as it is."""
+    check_output(output, (Path(source),), options.overwrite)
+    require_export_extra()
+    from llmfast.export.checkpoint import folder_source, resolve_folder
+    from llmfast.export.pickle_checkpoint import convert, find_pickles
+
+    folder = resolve_folder(source)
+    files = find_pickles(folder)
+    if not files or any(folder.glob("*.safetensors")):
+        return _export(source, output, options)
+    with convert(folder, files, output.parent) as copy:
+        return _export(str(copy), output, options, folder_source(folder, files))
+
+
+def _export(source: str, output: Path, options: ExportOptions, recorded: dict[str, Any] | None = None) -> ModelBundle:
     task = _prepare(source, output, options)
     routes: dict[str, Callable[..., Manifest]] = {TEXT_GENERATION: _export_decoder}
     route = (routes | dict.fromkeys(SEQ2SEQ_TASKS, _export_encoder_decoder)).get(task, _export_traced)
@@ -70,7 +95,8 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
         architecture = {**manifest.architecture, "num_parameters": parameters}
         if "packing" in manifest.lineage[0].options:
             manifest = replace(manifest, bits_per_weight=8 * count_weight_bytes(models) / parameters)
-        write_manifest(staged, replace(manifest, architecture=architecture))
+        origin = recorded or manifest.source
+        write_manifest(staged, replace(manifest, architecture=architecture, source=origin))
     return ModelBundle.open(output)
 
 
@@ -133,6 +159,7 @@ def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions
             f"ones, for up to {decoder.context_length} tokens (--context-length chooses)"
         )
     layout = DecoderGraph(checkpoint, decoder)
+    require_disk(staged, 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()), "the bundle")
     with progress("writing the graph", len(layout.weights)) as advance:
         graph = layout.write(staged, advance)
     checkpoint.write_companions(staged)
