@@ -146,6 +146,7 @@ def generate(
             "shorten it; the answer needs room too",
         )
     times = _Times()
+    tokenizer.check_fits(engine.vocab_size)
     vocab_size = min(tokenizer.vocab_size, engine.vocab_size)
     tokens = _choose_tokens(engine, prompt_ids, vocab_size, sampling, times)
     stream = TokenStream(tokenizer, prompt_ids.tolist())

@@ -42,6 +42,7 @@ from llmfast.quantize.summary import summarize
 from llmfast.quantize.vocabulary import trimmed
 from llmfast.quantize.workpiece import InputStatistics, Workpiece
 from llmfast.report import note, progress
+from llmfast.resources import require_disk
 from llmfast.runtime import open_session, usable_cores
 from llmfast.text import read_text
 from llmfast.thirdparty import adopt, can_adopt
@@ -250,6 +251,7 @@ def _prepare(
         raise UnsupportedError(f"`{source}` has several graphs, a budget works on one", "choose a --scheme")
     inputs = (source, source.parent) if (source.parent / MANIFEST).is_file() else (source,)
     check_output(output, inputs, options.overwrite)
+    require_disk(output.parent, bundle.size_bytes // 8, "the smallest result, 4 bits of 32,")
     models = {role: OnnxModel.load(path) for role, path in bundle.graphs.items()}
     if plan.needs_calibration and len(models) > 1:
         raise UnsupportedError(
