@@ -17,6 +17,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the input and print the plan; write nothing.")]
 Provider = Annotated[str, typer.Option(help=f"Execution provider: {', '.join(registry.names('providers'))}.")]
 Threads = Annotated[int | None, typer.Option(help="Threads; the default is the cores this process may use.")]
+Verify = Annotated[bool, typer.Option("--verify", help="First hash every file of a bundle; sizes are always checked.")]
 Format = Annotated[str, typer.Option("--format", help=f"How results are printed: {', '.join(report.FORMATS)}.")]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmfast.commands._options import Format, Provider, Threads, check_format, given
+from llmfast.commands._options import Format, Provider, Threads, Verify, check_format, given
 
 SUMMARY = "Speed, memory, size and quality side by side; gates."
 
@@ -34,6 +34,7 @@ def bench(
         list[str] | None,
         typer.Option(metavar="METRIC=X", help="Gate: at least X times the baseline's speed; may be repeated."),
     ] = None,
+    verify: Verify = False,
     output_format: Format = "table",
 ) -> None:
     """Measure speed, size and quality of bundles side by side, each against the baseline.
@@ -47,6 +48,7 @@ def bench(
     from llmfast.bench.stage import bench as run
     from llmfast.bench.table import print_document
     from llmfast.verdict import Gate, enforce, parse_speedup
+    from llmfast.verify import verify_hashes
 
     limits = {
         "kld": max_kld,
@@ -69,6 +71,9 @@ def bench(
         "threads": threads,
         "seed": seed,
     }
+    if verify:
+        for model in [*models, *([baseline] if baseline else [])]:
+            verify_hashes(model)
     document = run(models, BenchOptions(gates=tuple(gates), **given(settings)), baseline)
     try:
         print_document(document, output_format)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import Provider, Threads, given
+from llmfast.commands._options import Provider, Threads, Verify, given
 from llmfast.errors import OptionError
 
 SUMMARY = "A prompt to an answer; a text to its labels, vector, entities or rank; an image to labels, speech to text."
@@ -72,6 +72,7 @@ def infer(
     no_repeat_ngram_size: Annotated[int | None, typer.Option(help="Never say n tokens in a row twice.")] = None,
     provider: Provider = "cpu",
     threads: Threads = None,
+    verify: Verify = False,
     output_format: Annotated[
         str, typer.Option("--format", help="text, json for one document, or jsonl for one a line.")
     ] = "text",
@@ -96,6 +97,7 @@ def infer(
     from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
     from llmfast.infer import stage
     from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
+    from llmfast.verify import verify_hashes
 
     given_texts = given({"prompt": prompt, "context": context, "document": document, "image": image, "audio": audio})
     options = given(
@@ -124,6 +126,8 @@ def infer(
         }
     )
     bundle = ModelBundle.open(model)
+    if verify:
+        verify_hashes(model)
     stage.check_options(bundle, [*given_texts, *options])
     task = TEXT_GENERATION if bundle.manifest.task == UNKNOWN_TASK else bundle.manifest.task
     texts = _read_texts(given_texts.get(stage.text_option(task)), input_file, stage.text_option(task))
