@@ -185,8 +185,9 @@ def _parse(path: Path) -> onnx.ModelProto:
 def _check(proto: onnx.ModelProto, path: Path, any_opset: bool) -> None:
     check_versions(proto, path, any_opset)
     check_graph(proto, path, any_domain=any_opset)
+    sizes: dict[str, int] = {}
     for tensor in proto.graph.initializer:
-        _check_tensor(tensor, path)
+        _check_tensor(tensor, path, sizes)
 
 
 def _external(tensor: TensorProto) -> tuple[str, int, int]:
@@ -200,7 +201,8 @@ def _external(tensor: TensorProto) -> tuple[str, int, int]:
         raise InputError(f"malformed external data of tensor `{tensor.name}`: {error}") from error
 
 
-def _check_tensor(tensor: TensorProto, model: Path) -> None:
+def _check_tensor(tensor: TensorProto, model: Path, sizes: dict[str, int]) -> None:
+    """Refuse a tensor that is not what it says; `sizes` are of the data files located so far, by location."""
     what = f"tensor `{tensor.name}` of `{model}`"
     if any(dim < 0 for dim in tensor.dims) or len(tensor.dims) > MAX_RANK:
         raise InputError(f"{what} has a negative dimension, or more than {MAX_RANK} of them")
@@ -211,7 +213,9 @@ def _check_tensor(tensor: TensorProto, model: Path) -> None:
             raise InputError(f"{what} needs {tensor_bytes(tensor)} bytes, has {len(tensor.raw_data)}")
         return
     location, offset, length = _external(tensor)
-    size = locate(model.parent, location, what).stat().st_size
+    if location not in sizes:
+        sizes[location] = locate(model.parent, location, what).stat().st_size
+    size = sizes[location]
     if offset < 0 or length != tensor_bytes(tensor) or length > size or offset > size - length:
         raise InputError(
             f"external data `{model.parent / location}`: tensor `{tensor.name}` needs {tensor_bytes(tensor)} bytes at "
