@@ -1,7 +1,7 @@
 """An ONNX model on disk: the graph in memory, the weights read one at a time through a memory map."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +63,23 @@ class OnnxModel:
     def initializers(self) -> dict[str, TensorProto]:
         """Constant tensors by name."""
         return {tensor.name: tensor for tensor in self.proto.graph.initializer}
+
+    def state(self) -> dict[Path, tuple[int, int, int]]:
+        """Return size, time and number of the graph's file and its data: others when somebody writes or replaces it."""
+        external = (tensor.external_data for tensor in self.proto.graph.initializer)
+        locations = {entry.value for entries in external for entry in entries if entry.key == "location"}
+        states = {file: file.stat() for file in (self.path, *(self.path.parent / name for name in sorted(locations)))}
+        return {file: (state.st_size, state.st_mtime_ns, state.st_ino) for file, state in states.items()}
+
+    def require_unchanged(self, before: Mapping[Path, tuple[int, int, int]]) -> None:
+        """Refuse to go on when a file is not as `state` saw it.
+
+        Raises:
+            InputError: the message names the file.
+        """
+        for file, state in self.state().items():
+            if before.get(file) != state:
+                raise InputError(f"`{file}` changed while it was read", "wait until it is written, and run again")
 
     def read(self, tensor: TensorProto) -> np.ndarray:
         """Return a tensor's values; external ones are a read-only memory map."""

@@ -72,6 +72,7 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         with trimmed(source, output, options.trim_vocabulary) as smaller:
             return quantize(smaller, output, replace(options, trim_vocabulary=None))
     plan, bundle, graphs = _prepare(source, output, options)
+    states = {role: model.state() for role, (model, _) in graphs.items()}
     cache = measure_ranges(graphs["model"][0], options.calibration.split(bundle)[0]) if options.kv else None
     proof = _prove(plan, bundle, {role: model for role, (model, _) in graphs.items()}, options)
     checkpoint = None
@@ -99,6 +100,8 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         for name in COMPANIONS:
             if companion := bundle.companion(name):
                 shutil.copyfile(companion, staged / name)
+        for role, (model, _) in graphs.items():
+            model.require_unchanged(states[role])
         measured = {**summarize(reports), **figures, "gates": verdict, "text": proof and proof.text}
         before = [model for model, _ in graphs.values()]
         write_manifest(staged, _manifest(bundle, before, after, plan, options, measured))

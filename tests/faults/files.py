@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from llmfast.graph.weights import WeightFile
 from tests import tiny_decoder
 from tests.faults import graphs
 from tests.faults.table import Place, fault, quantize
@@ -108,6 +109,24 @@ def cut_onnx(place: Place, part: int) -> list[Any]:
 def data_missing(place: Place) -> list[Any]:
     model = graphs.save_external(place.folder / "model")
     (model.parent / "weights.data").unlink()
+    return quantize(model, place)
+
+
+@fault("A9", 3, "weights.data", "changed while it was read")
+def data_replaced_while_running(place: Place) -> list[Any]:
+    model = graphs.save_external(place.folder / "model")
+    path, save = model.parent / "weights.data", WeightFile.save
+    state = path.stat()
+
+    def replace(*arguments: Any) -> Any:
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+        return save(*arguments)
+
+    place.patch.setattr(WeightFile, "save", replace)
+    place.changes = True
     return quantize(model, place)
 
 

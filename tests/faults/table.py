@@ -27,6 +27,7 @@ class Place:
         decoder: a tiny text-generation bundle; do not change it.
         checkpoint: a tiny Hugging Face folder; do not change it.
         patch: undone after the row.
+        changes: somebody else changes the model while the command runs.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class Place:
     decoder: Path
     checkpoint: Callable[[], Path]
     patch: pytest.MonkeyPatch
+    changes: bool = False
 
     @property
     def output(self) -> Path:
