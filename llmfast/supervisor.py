@@ -115,7 +115,7 @@ class _Parent:
         self.signal = 0
         self._child = 0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP, and means it
+            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP, a script's `&` SIGINT, and mean it
                 signal.signal(number, self._pass_on)
         signal.signal(signal.SIGALRM, self._kill)
 
@@ -165,10 +165,14 @@ def _begin_as_child(board: _Board) -> None:
             signal.default_int_handler(number, frame)
 
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, interrupt)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    handlers: dict[int, Callable[[int, FrameType | None], None]] = {
+        signal.SIGINT: interrupt,
+        signal.SIGTERM: _terminate,
+        signal.SIGHUP: _terminate,
+    }
+    for number, handler in handlers.items():
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _terminate)
+            signal.signal(number, handler)
 
 
 def _terminate(*_: object) -> None:

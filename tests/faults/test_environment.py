@@ -51,7 +51,13 @@ _HERE = "print('here', file=sys.stderr, flush=True)"
 def _start(action: str, arguments: list[str], **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", _PROGRAM.format(action=action), *arguments]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the tests themselves may run with `&`
+        **options,
     )
 
 
