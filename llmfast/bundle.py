@@ -4,15 +4,16 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmfast import registry
+from llmfast import commit, registry
 from llmfast.errors import InputError, OptionError, OutputExistsError, ResourceError
+from llmfast.files import MAX_JSON_BYTES, parse_json, read_bounded
+from llmfast.supervisor import tell_staged
 
 FORMAT = 1
 MANIFEST = "llmfast.json"
@@ -148,7 +149,7 @@ class ModelBundle:
         if not path.is_dir():
             raise InputError(f"not found: `{path}`", "give a bundle directory or a .onnx file")
         if (path / MANIFEST).is_file():
-            manifest = _read_manifest(path / MANIFEST)
+            manifest = read_manifest(path / MANIFEST)
             _check_sizes(path, manifest)
             return cls(path, manifest, path / next(iter(manifest.graphs.values()))["file"])
         for name in FOREIGN_MODELS:
@@ -172,16 +173,12 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        InputError: unreadable, not UTF-8, or not JSON; the message names file and line.
+        InputError: unreadable, not UTF-8, not JSON, or larger than a config may be; the message names file and line.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read `{path}`: {error.strerror}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"not a JSON file: `{path}`: {type(error).__name__}") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"not a JSON file: `{path}`: line {error.lineno}: {error.msg}") from error
+        return parse_json(read_bounded(path, MAX_JSON_BYTES))
+    except ValueError as error:
+        raise InputError(f"not a JSON file: `{path}`: {error}") from error
 
 
 def sha256(path: Path) -> str:
@@ -222,19 +219,25 @@ def stage_output(output: Path, overwrite: bool) -> Iterator[Path]:
     """Yield an empty directory beside `output`; publish it by renaming when the body succeeds.
 
     Whatever the body raises, the staged directory is removed and `output` is as it was before.
+
+    Raises:
+        OutputExistsError: the output appeared while the body ran.
+        ResourceError: it can't be written.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{output.name}.llmfast-", dir=output.parent))
-        staged.chmod(0o755)
+        commit.sweep(output)
+        staged = commit.staging_path(output)
+        staged.mkdir()
+        tell_staged(staged)
     except OSError as error:
         raise ResourceError(f"cannot write to `{output.parent}`: {error.strerror}") from error
     try:
         yield staged
-        for file in staged.iterdir():
-            _sync(file)
-        _sync(staged)
-        _publish(staged, output, overwrite)
+        commit.sync_tree(staged)
+        if (staged / MANIFEST).is_file():
+            _check_sizes(staged, read_manifest(staged / MANIFEST))
+        commit.publish(staged, output, overwrite)
     except OSError as error:
         raise ResourceError(f"cannot write `{output}`: {error.strerror or error}") from error
     finally:
@@ -251,12 +254,15 @@ def stage_file(output: Path, overwrite: bool) -> Iterator[Path]:
     """
     if os.path.lexists(output) and (output.is_dir() or not overwrite):
         raise OutputExistsError(f"output exists: `{output}`", "choose another --output, or add --overwrite")
-    staged = output.with_name(f".{output.name}.llmfast-{os.getpid()}")
+    staged = commit.staging_path(output)
     try:
+        commit.sweep(output)
         staged.touch(exist_ok=False)
+        tell_staged(staged)
         yield staged
-        _sync(staged)
+        commit.sync(staged)
         os.replace(staged, output)
+        commit.sync(output.parent)
     except OSError as error:
         raise ResourceError(f"cannot write `{output}`: {error.strerror or error}") from error
     finally:
@@ -274,34 +280,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _publish(staged: Path, output: Path, overwrite: bool) -> None:
-    if not os.path.lexists(output):
-        os.rename(staged, output)
-    elif overwrite:
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.llmfast-", dir=output.parent))
-        try:
-            os.rename(output, aside / output.name)
-            try:
-                os.rename(staged, output)
-            except BaseException:
-                os.rename(aside / output.name, output)
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    else:
-        raise OutputExistsError(f"output appeared while working: `{output}`", "another run wrote it; choose another -o")
-    _sync(output.parent)
+def read_manifest(path: Path) -> Manifest:
+    """Read `llmfast.json`; the files it lists are not looked at.
 
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read_manifest(path: Path) -> Manifest:
+    Raises:
+        InputError: unreadable or malformed.
+    """
     document = read_json(path)
     try:
         version = document["format"]

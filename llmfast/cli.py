@@ -10,8 +10,11 @@ import typer
 from typer.core import TyperGroup
 
 from llmfast import __version__, report
-from llmfast.commands import bench, doctor, export, infer, inspect, prune, quantize, serve, tune
+from llmfast.commands import bench, doctor, export, infer, inspect, prune, quantize, serve, tune, verify
 from llmfast.errors import LlmfastError, ResourceError
+from llmfast.files import ALLOW_HARDLINKS
+from llmfast.resources import FORCE
+from llmfast.supervisor import supervise
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -23,9 +26,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except LlmfastError as error:
-            report.note(f"error: {report.printable(error.message)}")
-            if error.hint:
-                report.note(f"\nhint: {report.printable(error.hint)}")
+            report.complain(error)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
             report.note("interrupted")
@@ -49,14 +50,18 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; the exit codes are those of README.md."""
     _mend_streams()
-    for name in ("SIGTERM", "SIGHUP"):
-        # `nohup` ignores SIGHUP, and means it.
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), _terminate)
+    supervise(_run)
+
+
+def _run() -> None:
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except MemoryError:
+        error = ResourceError("ran out of memory", "free memory or use a smaller model")
+        report.complain(error)
+        sys.exit(error.exit_code)
     except OSError as error:  # what stages do not expect: the results' own file is full
         report.note(f"error: cannot go on: {error.strerror or error}")
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or Python would try to flush the full one at its end
@@ -77,10 +82,6 @@ def _mend_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _terminate(number: int, _: object) -> None:
-    sys.exit(128 + signal.SIGTERM)  # unwinds the stack, so that staged output is removed
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         report.out(f"llmfast {__version__}")
@@ -92,15 +93,26 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    allow_hardlinks: Annotated[
+        bool,
+        typer.Option("--allow-hardlinks", help="Take weights from files that have other names too (hard links)."),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Begin although memory or disk look too small for it.")
+    ] = False,
 ) -> None:
     """Make Transformers small and fast on ONNX Runtime, with proof.
 
     llmfast export CHECKPOINT -o fp32, then llmfast quantize fp32 -o int4 --scheme int4,
     then llmfast bench fp32 int4 --data text.txt, then llmfast infer int4 --prompt "Hello".
     """
+    if allow_hardlinks:
+        os.environ[ALLOW_HARDLINKS] = "1"
+    if force:
+        os.environ[FORCE] = "1"
 
 
 # As --help lists them: the order of the pipeline.
-for _module in (export, prune, tune, quantize, bench, infer, serve, inspect, doctor):
+for _module in (export, prune, tune, quantize, bench, infer, serve, inspect, verify, doctor):
     _name = _module.__name__.rpartition(".")[2]
     app.command(_name, short_help=_module.SUMMARY)(getattr(_module, _name))

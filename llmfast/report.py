@@ -10,6 +10,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from llmfast.errors import LlmfastError
+
 _WIDE = 10_000
 _is_shown = False  # a progress bar; a terminal has room for one
 FORMATS = ("table", "md", "json", "csv")
@@ -122,6 +124,13 @@ def without_notes() -> Iterator[None]:
         yield
     finally:
         _is_quiet.reset(before)
+
+
+def complain(error: LlmfastError) -> None:
+    """Print what went wrong, and what to do about it."""
+    note(f"error: {printable(error.message)}")
+    if error.hint:
+        note(f"\nhint: {printable(error.hint)}")
 
 
 def out(text: str) -> None:

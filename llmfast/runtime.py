@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 from llmfast import registry
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError, LlmfastError, OptionError, ResourceError, UnsupportedError
+from llmfast.graph.model import check_file
 from llmfast.kept import kept
 from llmfast.report import note
+from llmfast.resources import require_memory
+from llmfast.supervisor import tell_doing
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -73,6 +76,8 @@ def open_session(
     Raises:
         UnsupportedError: the provider is absent or took no node, or an operator has no kernel.
         InputError: ONNX Runtime can't read the model.
+        ResourceError: its weights do not fit into memory.
+        LlmfastError: a graph that is not shown to ONNX Runtime; see `llmfast.graph.guard`.
     """
     first, _, others = provider.partition(",")
     if others:
@@ -83,6 +88,11 @@ def open_session(
             return open_session(model, others, threads, spin, graph, prepack)
     ort = import_onnxruntime()
     plugin = registry.load("providers", provider)
+    if not _is_unicode(model):
+        raise UnsupportedError(f"ONNX Runtime can't open paths that are not UTF-8: `{model}`", "rename it")
+    if graph is None:  # one in memory was checked when it was read
+        weight_bytes = check_file(model)
+        require_memory(weight_bytes if prepack else 0, f"`{model}`")
     options = ort.SessionOptions()
     options.intra_op_num_threads = resolve_threads(threads)
     options.inter_op_num_threads = 1
@@ -99,6 +109,7 @@ def open_session(
         folder = str(model.parent.resolve())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     providers = _take_devices(ort, plugin, options)
+    tell_doing(f"opening `{model}` with ONNX Runtime, or running it")
     try:
         session = ort.InferenceSession(
             graph or str(model),
@@ -206,6 +217,14 @@ def import_onnxruntime() -> Any:
     import onnxruntime
 
     return onnxruntime
+
+
+def _is_unicode(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _translate(error: Exception, model: Path) -> LlmfastError:

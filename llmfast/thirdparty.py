@@ -10,12 +10,13 @@ from typing import Any
 
 import llmfast
 from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, Manifest, ModelBundle, Step, read_json
-from llmfast.errors import InputError
+from llmfast.errors import InputError, UnsafeInputError
 from llmfast.graph.adapt import adapt, context_length, is_adaptable
 from llmfast.graph.model import OnnxModel
 from llmfast.graph.skeleton import read_skeleton
 
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_NATIVE_FIELDS = ("custom_ops_library", "optimized_model_filepath", "enable_profiling")
 _SEQ2SEQ_INPUT = "encoder_hidden_states"
 
 
@@ -81,7 +82,9 @@ def _is_causal(config: dict[str, Any]) -> bool:
 
 def _architecture(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Return `context_length` and `eos_token_id`, where the config files tell them."""
-    genai = _read(folder / "genai_config.json").get("model")
+    settings = _read(folder / "genai_config.json")
+    _refuse_libraries(folder / "genai_config.json", settings)
+    genai = settings.get("model")
     genai = genai if isinstance(genai, dict) else {}
     found: dict[str, Any] = {}
     contexts = [genai.get("context_length"), *(config.get(key) for key in _CONTEXT_KEYS)]
@@ -93,6 +96,22 @@ def _architecture(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if "eos_token_id" in genai:
         found["eos_token_id"] = genai["eos_token_id"]
     return found
+
+
+def _refuse_libraries(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse settings by which onnxruntime-genai loads native code of the folder, or writes files."""
+    places: list[Any] = [settings]
+    while places:
+        place = places.pop()
+        if isinstance(place, dict):
+            if found := sorted(place.keys() & set(_NATIVE_FIELDS)):
+                raise UnsafeInputError(
+                    f"`{path}` has `{found[0]}`, which loads a native library or writes files",
+                    "remove it, if you know what it is for; llmfast does without",
+                )
+            places += place.values()
+        elif isinstance(place, list):
+            places += place
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """tokenizer.json and the chat template, without transformers."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,10 @@ import numpy as np
 import tokenizers
 
 from llmfast.bundle import MANIFEST, read_json
+from llmfast.chat_template import read_template, render_template
 from llmfast.errors import InputError, UnsupportedError
 from llmfast.kept import kept
+from llmfast.tokenizer_file import explained, load_backend
 
 # What a decoder writes for bytes that are not, or not yet, a whole character.
 REPLACEMENT = "\ufffd"
@@ -67,18 +67,16 @@ class Tokenizer:
 
         Raises:
             InputError: the file is missing, or one of the files is malformed.
+            ResourceError: a regular expression that can take forever.
         """
         path = folder / name
         if not path.is_file():
             raise InputError(f"no tokenizer: `{path}` is missing", f"copy {name} beside the model")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise InputError(f"malformed tokenizer: `{path}`: {str(error)[:200]}") from error
+        backend = load_backend(path)
         settings = _read_settings(folder / "special_tokens_map.json")
         settings |= _read_settings(folder / "tokenizer_config.json")
         special_tokens = {name: _spell(settings[name]) for name in _SPECIAL_TOKENS if settings.get(name)}
-        return cls(backend, special_tokens, _eos_ids(folder, backend, special_tokens), _template(folder, settings))
+        return cls(backend, special_tokens, _eos_ids(folder, backend, special_tokens), read_template(folder, settings))
 
     @classmethod
     def load_target(cls, folder: Path) -> "Tokenizer":
@@ -96,6 +94,23 @@ class Tokenizer:
         same: bool = self._backend.get_vocab() == other._backend.get_vocab()
         return same
 
+    def check_fits(self, rows: int) -> None:
+        """Refuse a tokenizer that makes tokens which a model has no row for.
+
+        Added tokens beyond the rows are let pass: some models have them, and never meet them (EmbeddingGemma).
+
+        Raises:
+            InputError: the message names the highest token.
+        """
+        if self.vocab_size <= rows:
+            return
+        highest = max(self._backend.get_vocab(with_added_tokens=False).values(), default=0)
+        if highest >= rows:
+            raise InputError(
+                f"the tokenizer makes token {highest}, the model has {rows} rows",
+                "the tokenizer belongs to another model",
+            )
+
     def token_id(self, token: str) -> int | None:
         """Return the id of a token as it is spelled in the vocabulary, None when there is none."""
         found: int | None = self._backend.token_to_id(token)
@@ -108,8 +123,12 @@ class Tokenizer:
             text: spelled-out special tokens in it become these tokens.
             add_special_tokens: add those the model wants around every text (BOS; [CLS], [SEP]). A
                 rendered chat has them already.
+
+        Raises:
+            InputError: it is not Unicode, or the tokenizer has no token for a part of it.
         """
-        return list(self._backend.encode(_unicode(text), add_special_tokens=add_special_tokens).ids)
+        with explained("the tokenizer fails on this text"):
+            return list(self._backend.encode(_unicode(text), add_special_tokens=add_special_tokens).ids)
 
     def encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the token ids of a text, int64 [n], and where in it each token ends, int64 [n] characters."""
@@ -157,10 +176,9 @@ class Tokenizer:
         is_pair = any(not isinstance(text, str) for text in texts)
         room = max_length - self._backend.num_special_tokens_to_add(is_pair)
         try:
-            self._backend.enable_truncation(max_length, stride=max(0, min(stride, room - 1)), strategy=strategy)
-            encoded = self._backend.encode_batch(list(texts))
-        except Exception as error:  # the library raises nothing narrower
-            raise InputError(f"a text does not fit {max_length} tokens: {str(error)[:200]}") from error
+            with explained(f"a text does not fit {max_length} tokens"):
+                self._backend.enable_truncation(max_length, stride=max(0, min(stride, room - 1)), strategy=strategy)
+                encoded = self._backend.encode_batch(list(texts))
         finally:
             self._backend.no_truncation()
         return [[first, *first.overflowing] for first in encoded]
@@ -186,7 +204,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        with explained("the tokenizer fails on these tokens"):
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """Render a conversation as the text the model was trained on.
@@ -201,24 +220,14 @@ class Tokenizer:
         Raises:
             UnsupportedError: the model has no chat template.
             InputError: the template is malformed, or refuses the conversation.
+            ResourceError: it takes more time or memory than a template may.
         """
         if self.chat_template is None:
             raise UnsupportedError("the model has no chat template", "use the prompt as it is with --raw")
-        try:
-            rendered = self._compiled.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.special_tokens,
-            )
-        except Exception as error:  # a template is a foreign program: it may fail in any way
-            raise InputError(f"chat template: {str(error)[:200] or type(error).__name__}") from error
-        return str(rendered)
-
-    @cached_property
-    def _compiled(self) -> Any:
-        return _compile(self.chat_template or "")
+        return render_template(
+            self.chat_template,
+            {"messages": messages, "add_generation_prompt": add_generation_prompt, **self.special_tokens},
+        )
 
     @cached_property
     def _pad_id(self) -> int:
@@ -295,51 +304,3 @@ def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mappin
             return tuple(ids)
     token = backend.token_to_id(special_tokens.get("eos_token", ""))
     return () if token is None else (token,)
-
-
-def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read `{path}`: {error}") from error
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        try:
-            template = {entry["name"]: entry["template"] for entry in template}["default"]
-        except (KeyError, TypeError) as error:
-            raise InputError(f"`{folder / 'tokenizer_config.json'}` has no chat template `default`") from error
-    if template is not None and not isinstance(template, str):
-        raise InputError(f"malformed chat template in `{folder / 'tokenizer_config.json'}`")
-    return template
-
-
-def _compile(source: str) -> Any:
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks what training looks at; here its body is plain text."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
-    environment.filters["tojson"] = tojson  # Jinja's own escapes HTML, which models never saw
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)

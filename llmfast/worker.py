@@ -5,7 +5,6 @@ the parent survives both, and learns of them as an exception. Messages are pickl
 stdin and stdout; whatever a library prints in the child goes to stderr.
 """
 
-import ctypes
 import importlib
 import os
 import pickle
@@ -16,6 +15,7 @@ import traceback
 from typing import Any
 
 from llmfast.errors import LlmfastError, NativeCrashError, ResourceError
+from llmfast.supervisor import die_with_parent
 
 _BOOT = "from llmfast.worker import _serve; _serve()"
 
@@ -95,7 +95,7 @@ def _serve() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the child runs must neither read requests nor write answers
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    _die_with_parent()
+    die_with_parent()
     held: Any = None
     while True:
         try:
@@ -118,9 +118,3 @@ def _serve() -> None:
             failure = RuntimeError(traceback.format_exc())
         pickle.dump((answer, failure), answers)
         answers.flush()
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
 from llmfast.export.architectures import describe
-from llmfast.export.checkpoint import SafetensorsCheckpoint, open_checkpoint, resolve_folder
+from llmfast.export.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from llmfast.export.decoder import DecoderGraph
+from llmfast.export.hub import resolve_folder
 from llmfast.export.stage import export
 
 

@@ -1,6 +1,5 @@
 """Interrupted quantizations go on where they stopped, and end with the same bytes."""
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +41,7 @@ def _kill_in_the_middle(source: Path, output: Path, text: Path, *more: str) -> P
     arguments = ["quantize", source, "-o", output, "--scheme", "int4", "--method", "gptq", "--calibration", text]
     arguments += ["--num-samples", "2", "--seq-len", "64", *more]
     command = [sys.executable, "-c", _KILLED, *map(str, arguments)]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert subprocess.run(command, capture_output=True).returncode == 6  # told by the parent
     pieces = output.parent / f".{output.name}.llmfast-resume"
     assert len(list(pieces.glob("*.npz"))) == 4
     assert not output.exists()

@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from llmfast.errors import InputError, UnsupportedError
+from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
 from llmfast.tokenizer import REPLACEMENT, Tokenizer, TokenStream
 
 CORPUS = ["the cat sat on the mat", "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e", "one two  three"] * 3
@@ -232,8 +232,6 @@ def test_template_knows_the_date(tmp_path):
     [
         ("{% if %}", "chat template"),
         ("{{ raise_exception('no system here') }}", "no system here"),
-        ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ messages.append(1) }}", "unsafe|not safely callable"),
         ("{{ 1 / 0 }}", "division"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "too big|Range"),
     ],
@@ -241,6 +239,13 @@ def test_template_knows_the_date(tmp_path):
 def test_template_that_fails_is_bad_input(tmp_path, template, message):
     _save(tmp_path, _byte_level(), chat_template__jinja=template)
     with pytest.raises(InputError, match=message):
+        Tokenizer.load(tmp_path).apply_chat_template(MESSAGES)
+
+
+@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"])
+def test_template_that_leaves_its_sandbox_is_refused(tmp_path, template):
+    _save(tmp_path, _byte_level(), chat_template__jinja=template)
+    with pytest.raises(UnsafeInputError, match=r"unsafe|not safely callable"):
         Tokenizer.load(tmp_path).apply_chat_template(MESSAGES)
 
 

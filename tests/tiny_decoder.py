@@ -100,10 +100,12 @@ def save_tokenizer(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
 
 
-def write_bundle(folder):
-    """Write the decoder as a bundle, with a tokenizer of bytes."""
+def write_bundle(folder, companions=None):
+    """Write the decoder as a bundle, with a tokenizer of bytes; `companions` are more files, name -> text."""
     write_decoder(folder / "model.onnx", make_weights())
     save_tokenizer(folder)
+    for name, text in (companions or {}).items():
+        (folder / name).write_text(text, encoding="utf-8")
     architecture = {"context_length": CONTEXT, "vocab_size": VOCAB}
     graphs = {"model": {"file": "model.onnx", "inputs": [], "outputs": []}}
     write_manifest(folder, Manifest("text-generation", architecture=architecture, graphs=graphs))

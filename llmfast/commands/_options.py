@@ -20,6 +20,7 @@ AllowFallback = Annotated[
     bool, typer.Option("--allow-fallback", help="Go on with cpu where the provider is missing or takes no node.")
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads; the default is the cores this process may use.")]
+Verify = Annotated[bool, typer.Option("--verify", help="First hash every file of a bundle; sizes are always checked.")]
 Format = Annotated[str, typer.Option("--format", help=f"How results are printed: {', '.join(report.FORMATS)}.")]
 
 

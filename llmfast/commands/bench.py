@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import AllowFallback, Format, check_format, given, parse_size
+from llmfast.commands._options import AllowFallback, Format, Verify, check_format, given, parse_size
 from llmfast.errors import LlmfastError, NativeCrashError, OptionError
 
 SUMMARY = "Speed, cost, quality and energy side by side; gates."
@@ -70,6 +70,7 @@ def bench(
         list[str] | None,
         typer.Option(metavar="METRIC=X", help="Gate: at least X times the baseline's speed; may be repeated."),
     ] = None,
+    verify: Verify = False,
     inconclusive: Annotated[
         str, typer.Option(help="Whether gates pass or fail whose interval includes the limit.")
     ] = "fail",
@@ -135,6 +136,8 @@ def bench(
             "profile": profile,
             "seed": seed,
         }
+        if verify:
+            _verify([*(models or []), *([baseline] if baseline else [])])
         document, show = _run(models or [], settings | judging, baseline)
     if save is not None:
         from llmfast.bench.document import save_document
@@ -159,6 +162,13 @@ def _run(models: list[Path], settings: dict[str, Any], baseline: Path | None) ->
     from llmfast.bench.table import print_document
 
     return run(models, BenchOptions(**given(settings)), baseline), print_document
+
+
+def _verify(models: list[Path]) -> None:
+    from llmfast.verify import verify_hashes
+
+    for model in models:
+        verify_hashes(model)
 
 
 def _compare(documents: list[Path], judging: dict[str, Any]) -> tuple[Mapping[str, Any], Any]:

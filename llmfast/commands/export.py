@@ -30,6 +30,10 @@ def export(
         int | None,
         typer.Option(metavar="N", min=1, help="Longest context of a decoder; default: the model's own."),
     ] = None,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="Take weights from .bin and .pt files: tensors and nothing else."),
+    ] = False,
     threads: Threads = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -48,7 +52,7 @@ def export(
     from llmfast.export import module as user_module
     from llmfast.export import stage
 
-    options = stage.ExportOptions(task, threads, overwrite, context_length)
+    options = stage.ExportOptions(task, threads, overwrite, context_length, allow_pickle)
     if dry_run:
         plan = user_module.describe_module_export(module, output, options) if module else ""
         report.out(plan or stage.describe_export(str(source), output, options))

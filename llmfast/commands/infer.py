@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import AllowFallback, Provider, Threads, given
+from llmfast.commands._options import AllowFallback, Provider, Threads, Verify, given
 from llmfast.errors import OptionError
 
 SUMMARY = "A prompt to an answer; a text to its labels, vector, entities or rank; an image to labels, speech to text."
@@ -102,6 +102,7 @@ def infer(
     provider: Provider = "cpu",
     allow_fallback: AllowFallback = False,
     threads: Threads = None,
+    verify: Verify = False,
     output_format: Annotated[
         str, typer.Option("--format", help="text, json for one document, or jsonl for one a line.")
     ] = "text",
@@ -133,6 +134,7 @@ def infer(
     from llmfast.infer.jsonl import is_jsonl
     from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
     from llmfast.runtime import with_fallback
+    from llmfast.verify import verify_hashes
 
     given_texts = given({"prompt": prompt, "context": context, "document": document, "image": image, "audio": audio})
     options = given(
@@ -164,6 +166,8 @@ def infer(
         }
     )
     provider = with_fallback(provider, allow_fallback)
+    if verify:
+        verify_hashes(model)
     if input_file is not None and (is_jsonl(input_file) or (output is not None and is_jsonl(output))):
         if given_texts:
             raise OptionError(f"--{next(iter(given_texts))} and --input exclude each other")

@@ -11,8 +11,9 @@ import numpy as np
 from llmfast.bundle import COMPANIONS, read_json, sha256
 from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
 from llmfast.export.architectures import supported_model_types
+from llmfast.export.hub import resolve_folder
 from llmfast.export.packed_checkpoint import PackedLayer, read_packing
-from llmfast.export.safetensors_file import FLOATS, Shard
+from llmfast.export.safetensors_file import FLOATS, SafetensorsFile
 from llmfast.preprocessor import PREPROCESSOR
 
 # Fields that make transformers import code from the model's folder.
@@ -26,7 +27,7 @@ _CODE_FIELDS = (
 TEXT_PARTS = ("gemma3",)
 _TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Checkpoint(Protocol):
@@ -81,8 +82,13 @@ class SafetensorsCheckpoint:
         self._is_part = self.config.model_type in TEXT_PARTS
         if self._is_part:
             self.config = _text_part(self.config)
-        self._shards = [Shard(file) for file in _weight_files(path)]
-        self._owners = {name: shard for shard in self._shards for name in shard.entries}
+        self._shards = [SafetensorsFile(file) for file in _weight_files(path)]
+        self._owners: dict[str, SafetensorsFile] = {}
+        for shard in self._shards:
+            for name in shard.entries:
+                other = self._owners.setdefault(name, shard)
+                if other is not shard:
+                    raise InputError(f"tensor `{name}` is in `{other.path}` and in `{shard.path}`")
         if has_tokenizer and not any((path / name).is_file() for name in _TOKENIZER_FILES):
             raise InputError(f"no tokenizer in `{path}`", f"looked for {', '.join(_TOKENIZER_FILES)}")
 
@@ -166,7 +172,7 @@ class SafetensorsCheckpoint:
             self.config.save_pretrained(folder)
             (folder / PREPROCESSOR).unlink(missing_ok=True)
 
-    def _find(self, name: str) -> tuple["Shard", str]:
+    def _find(self, name: str) -> tuple[SafetensorsFile, str]:
         stored = self._stored_name(name)
         if stored is None:
             raise InputError(f"weight `{name}` is missing from `{self.path}`", "the checkpoint is incomplete")
@@ -195,26 +201,6 @@ def open_checkpoint(source: str) -> Checkpoint:
     return SafetensorsCheckpoint(resolve_folder(source))
 
 
-def resolve_folder(source: str) -> Path:
-    """Return the local folder of a checkpoint, downloading a hub id into the hub's cache.
-
-    Raises:
-        InputError: no such folder, no config.json in it, or the hub can't be reached.
-    """
-    path = Path(source)
-    if not path.exists():
-        if not _HUB_ID.fullmatch(source) or (path.parent.is_dir() and path.parent != Path()):
-            raise InputError(f"not found: `{source}`", "give a Hugging Face folder, a .gguf file or a hub id")
-        path = _download(source)
-    if not path.is_dir():
-        raise InputError(f"not a checkpoint: `{source}`", "give a Hugging Face folder, a .gguf file or a hub id")
-    if not (path / "config.json").is_file():
-        files = sorted(path.glob("*.gguf"))
-        hint = f"give the file: {files[0]}" if files else "give the folder that `save_pretrained` wrote"
-        raise InputError(f"no config.json in `{source}`", hint)
-    return path
-
-
 def check_weights(path: Path) -> None:
     """Look for the weight files of a folder and read their headers, without PyTorch.
 
@@ -223,7 +209,7 @@ def check_weights(path: Path) -> None:
         UnsafeInputError: weights come as a pickle, or a shard's name leaves the folder.
     """
     for file in _weight_files(path):
-        Shard(file)
+        SafetensorsFile(file)
 
 
 def load_config(path: Path) -> Any:
@@ -240,7 +226,7 @@ def load_config(path: Path) -> Any:
     raw = read_json(path / "config.json")
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise InputError(f"no `model_type` in `{path / 'config.json'}`", "give the folder of a transformers model")
-    raw = {key: value for key, value in raw.items() if key not in _CODE_FIELDS}
+    raw = _without_code_fields(raw)
     model_type = raw.pop("model_type")
     try:
         return AutoConfig.for_model(model_type, **raw)
@@ -266,8 +252,20 @@ def _text_part(config: Any) -> Any:
 
 
 def code_fields(path: Path) -> list[str]:
-    """Return the fields of config.json that would make transformers run code of the model's folder."""
-    return [field for field in _CODE_FIELDS if field in read_json(path / "config.json")]
+    """Return the fields of config.json, at any depth, that would make transformers run code of the model's folder."""
+    places, found = [read_json(path / "config.json")], set()
+    while places:
+        place = places.pop()
+        if isinstance(place, dict):
+            found |= place.keys() & set(_CODE_FIELDS)
+        places += place.values() if isinstance(place, dict) else place if isinstance(place, list) else []
+    return sorted(found)
+
+
+def _without_code_fields(document: Any) -> Any:
+    if isinstance(document, dict):
+        return {key: _without_code_fields(value) for key, value in document.items() if key not in _CODE_FIELDS}
+    return [_without_code_fields(value) for value in document] if isinstance(document, list) else document
 
 
 def copy_companions(source: Path, folder: Path, has_tokenizer: bool = True) -> None:
@@ -276,6 +274,7 @@ def copy_companions(source: Path, folder: Path, has_tokenizer: bool = True) -> N
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if has_tokenizer and not (folder / "tokenizer.json").is_file():
+        _check_template_names(source)
         from transformers import AutoTokenizer
 
         AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
@@ -285,11 +284,30 @@ def copy_companions(source: Path, folder: Path, has_tokenizer: bool = True) -> N
                 file.unlink()
 
 
-def folder_source(path: Path) -> dict[str, Any]:
-    """Return the manifest's source for a checkpoint folder: its name, revision in the hub's cache, and hashes."""
+def _check_template_names(folder: Path) -> None:
+    """Refuse chat templates whose names are paths: transformers writes each to a file of its name (CVE-2026-9856)."""
+    path = folder / "tokenizer_config.json"
+    templates = read_json(path).get("chat_template") if path.is_file() else None
+    for entry in templates if isinstance(templates, list) else []:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not _TEMPLATE_NAME.fullmatch(name):
+            raise UnsafeInputError(f"chat template {name!r:.100} of `{path}` has no plain name")
+
+
+def folder_source(path: Path, files: Iterable[Path] | None = None) -> dict[str, Any]:
+    """Return the manifest's source for a checkpoint folder: its name, revision in the hub's cache, and hashes.
+
+    Args:
+        path: the folder.
+        files: its weights; None means its safetensors.
+    """
     revision = path.name if path.parent.name == "snapshots" else None
     name = path.parent.parent.name.removeprefix("models--").replace("--", "/") if revision else path.resolve().name
-    return {"id": name, "revision": revision, "sha256": {file.name: sha256(file) for file in _weight_files(path)}}
+    return {
+        "id": name,
+        "revision": revision,
+        "sha256": {file.name: sha256(file) for file in files or _weight_files(path)},
+    }
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -311,29 +329,6 @@ def _weight_files(path: Path) -> list[Path]:
     if pickles:
         raise UnsafeInputError(
             f"`{pickles[0]}` is a pickle, which can run code when it is read",
-            "convert it: AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors",
+            "add --allow-pickle to read its tensors and nothing else, or convert it to safetensors where you trust it",
         )
     raise InputError(f"weights missing from `{path}`: {', '.join(missing[:3])}", "download the folder again")
-
-
-def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = [
-        "*.json",
-        "*.safetensors",
-        "*.jinja",
-        "tokenizer.model",
-        "spiece.model",
-        "vocab.txt",
-        "merges.txt",
-        "*.spm",
-        "sentencepiece.bpe.model",
-    ]
-    try:
-        return Path(snapshot_download(repository, allow_patterns=[*wanted, "*_Pooling/*"]))
-    except Exception as error:  # the hub client raises network, HTTP and its own exceptions
-        raise InputError(
-            f"not found: `{repository}`: no such folder, and the hub did not give it: {type(error).__name__}",
-            "check the name and the network, or download it elsewhere and give the folder",
-        ) from error

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llmfast.errors import InputError, UnsupportedError
-from llmfast.graph.model import GIT_LFS
+from llmfast.files import GIT_LFS, open_regular
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -55,7 +55,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError as error:
             raise InputError(f"empty file: `{path}`", "download it again") from error

@@ -1,6 +1,7 @@
 """`llmfast export`: a PyTorch checkpoint becomes a bundle, its parity with PyTorch proven."""
 
 import importlib.metadata
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from llmfast.graph.model import OnnxModel, count_parameters, count_weight_bytes
 from llmfast.graph.packed import allow_int8_kernels
 from llmfast.lineage import read_lineage
 from llmfast.report import note, progress
+from llmfast.resources import require_disk
 
 if TYPE_CHECKING:
     from llmfast.export.encoder_decoder import Spectrogram
@@ -41,12 +43,14 @@ class ExportOptions:
         overwrite: replace an existing bundle.
         context_length: positions that a decoder is exported for; None takes all that it was made for, or with
             longrope those that its short factors are for.
+        allow_pickle: read weights from .bin and .pt files, tensors only, when there are no safetensors.
     """
 
     task: str | None = None
     threads: int | None = None
     overwrite: bool = False
     context_length: int | None = None
+    allow_pickle: bool = False
 
 
 def export(source: str, output: Path, options: ExportOptions | None = None) -> ModelBundle:
@@ -64,6 +68,28 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
         OutputExistsError: the output exists.
     """
     options = options or ExportOptions()
+    if options.allow_pickle:
+        return _export_pickle(source, output, options)
+    return _export(source, output, options)
+
+
+def _export_pickle(source: str, output: Path, options: ExportOptions) -> ModelBundle:
+    """Export a checkpoint of pickles from a copy with safetensors; one that has safetensors as it is."""
+    check_output(output, (Path(source),), options.overwrite)
+    require_export_extra()
+    from llmfast.export.checkpoint import folder_source
+    from llmfast.export.hub import resolve_folder
+    from llmfast.export.pickle_checkpoint import convert, find_pickles
+
+    folder = resolve_folder(source)
+    files = find_pickles(folder)
+    if not files or any(folder.glob("*.safetensors")):
+        return _export(source, output, options)
+    with convert(folder, files, output.parent) as copy:
+        return _export(str(copy), output, options, folder_source(folder, files))
+
+
+def _export(source: str, output: Path, options: ExportOptions, recorded: dict[str, Any] | None = None) -> ModelBundle:
     task = _prepare(source, output, options)
     route: Callable[..., Manifest] = _export_traced
     if task == TEXT_GENERATION:
@@ -77,8 +103,9 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
         architecture = {**manifest.architecture, "num_parameters": parameters}
         if "packing" in manifest.lineage[-1].options:
             manifest = replace(manifest, bits_per_weight=8 * count_weight_bytes(models) / parameters)
+        origin = recorded or manifest.source
         lineage = (*read_lineage(Path(source)), *manifest.lineage)  # a checkpoint that llmfast wrote has steps
-        write_manifest(staged, replace(manifest, architecture=architecture, lineage=lineage))
+        write_manifest(staged, replace(manifest, architecture=architecture, source=origin, lineage=lineage))
     return ModelBundle.open(output)
 
 
@@ -106,8 +133,9 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
     """Check output, packages and options; return the task."""
     check_output(output, (Path(source),), options.overwrite)
     require_export_extra()
-    from llmfast.export.checkpoint import TEXT_PARTS, check_weights, code_fields, load_config, resolve_folder
+    from llmfast.export.checkpoint import TEXT_PARTS, check_weights, code_fields, load_config
     from llmfast.export.encoder_decoder import detect_seq2seq_task
+    from llmfast.export.hub import resolve_folder
     from llmfast.export.traced import detect_task
 
     if Path(source).suffix == ".gguf":
@@ -135,8 +163,8 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
 def _has_two_stacks(source: str, task: str) -> bool:
     """Return whether a folder's model is exported as an encoder and a decoder."""
     from llmfast.bundle import read_json
-    from llmfast.export.checkpoint import resolve_folder
     from llmfast.export.encoder_decoder import is_seq2seq_task
+    from llmfast.export.hub import resolve_folder
 
     return is_seq2seq_task(read_json(resolve_folder(source) / "config.json"), task)
 
@@ -155,6 +183,7 @@ def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions
             f"ones, for up to {decoder.context_length} tokens (--context-length chooses)"
         )
     layout = DecoderGraph(checkpoint, decoder)
+    require_disk(staged, 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()), "the bundle")
     with progress("writing the graph", len(layout.weights)) as advance:
         graph = layout.write(staged, advance)
     checkpoint.write_companions(staged)
@@ -184,8 +213,9 @@ def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions
 
 
 def _export_encoder_decoder(source: str, task: str, staged: Path, options: ExportOptions) -> Manifest:
-    from llmfast.export.checkpoint import SafetensorsCheckpoint, resolve_folder
+    from llmfast.export.checkpoint import SafetensorsCheckpoint
     from llmfast.export.encoder_decoder import describe
+    from llmfast.export.hub import resolve_folder
     from llmfast.export.seq2seq_graphs import write_encoder_decoder
     from llmfast.export.seq2seq_parity import prove_encoder_decoder
     from llmfast.export.seq2seq_settings import check_spectrogram, read_languages, write_seq2seq_companions
@@ -234,7 +264,8 @@ def _describe_source(source: "Spectrogram | None") -> dict[str, Any]:
 
 
 def _export_traced(source: str, task: str, staged: Path, options: ExportOptions) -> Manifest:
-    from llmfast.export.checkpoint import copy_companions, folder_source, load_config, resolve_folder
+    from llmfast.export.checkpoint import copy_companions, folder_source, load_config
+    from llmfast.export.hub import resolve_folder
     from llmfast.export.traced import write_traced
     from llmfast.export.traced_contrastive import supported_contrastive_model_types, write_traced_contrastive
     from llmfast.export.traced_signals import write_traced_signals

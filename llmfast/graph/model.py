@@ -1,7 +1,7 @@
 """An ONNX model on disk: the graph in memory, the weights read one at a time through a memory map."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +11,17 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
-from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
+from llmfast.errors import InputError
+from llmfast.files import locate
+from llmfast.graph.guard import MAX_RANK, check_graph, check_head, check_versions, explain, standard_opset
+from llmfast.graph.skeleton import read_skeleton
 
-OLDEST_OPSET = 13
+# What may be said of external data; `checksum` is in the specification, and nobody checks it.
+_EXTERNAL_KEYS = {"location", "offset", "length", "checksum", "basepath"}
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 FLOATS = (TensorProto.FLOAT, *HALVES)
 # Tables of positions are stored for speed; nobody trained them.
 COMPUTED_PREFIXES = ("rotary.", "computed.")
-GIT_LFS = b"version https://git-lfs.github.com/"
 
 
 @dataclass
@@ -39,35 +42,44 @@ class OnnxModel:
 
         Args:
             path: the `.onnx` file.
-            any_opset: take graphs of old opsets too, which are only looked at.
+            any_opset: take graphs of old opsets and unknown operators too, which are only looked at.
 
         Raises:
             InputError: missing, empty, truncated or malformed file; external data missing or too short.
             UnsafeInputError: external data outside the model's folder.
-            UnsupportedError: an opset this program does not handle.
+            UnsupportedError: an opset or operators that this program does not handle.
+            ResourceError: constants that would not fit into memory.
         """
         model = cls(_parse(path), path)
-        opset = model.opset
-        if opset < OLDEST_OPSET and not any_opset:
-            raise UnsupportedError(
-                f"`{path}` uses opset {opset}, llmfast needs {OLDEST_OPSET} or newer",
-                "upgrade it with onnx.version_converter",
-            )
-        if not model.proto.graph.node:
-            raise InputError(f"no graph in `{path}`", "the file is empty or truncated")
-        for tensor in model.proto.graph.initializer:
-            _check_tensor(tensor, path)
+        _check(model.proto, path, any_opset)
         return model
 
     @property
     def opset(self) -> int:
         """Version of the standard operator set, 0 when the model imports none."""
-        return max((entry.version for entry in self.proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+        return standard_opset(self.proto)
 
     @cached_property
     def initializers(self) -> dict[str, TensorProto]:
         """Constant tensors by name."""
         return {tensor.name: tensor for tensor in self.proto.graph.initializer}
+
+    def state(self) -> dict[Path, tuple[int, int, int]]:
+        """Return size, time and number of the graph's file and its data: others when somebody writes or replaces it."""
+        external = (tensor.external_data for tensor in self.proto.graph.initializer)
+        locations = {entry.value for entries in external for entry in entries if entry.key == "location"}
+        states = {file: file.stat() for file in (self.path, *(self.path.parent / name for name in sorted(locations)))}
+        return {file: (state.st_size, state.st_mtime_ns, state.st_ino) for file, state in states.items()}
+
+    def require_unchanged(self, before: Mapping[Path, tuple[int, int, int]]) -> None:
+        """Refuse to go on when a file is not as `state` saw it.
+
+        Raises:
+            InputError: the message names the file.
+        """
+        for file, state in self.state().items():
+            if before.get(file) != state:
+                raise InputError(f"`{file}` changed while it was read", "wait until it is written, and run again")
 
     def read(self, tensor: TensorProto) -> np.ndarray:
         """Return a tensor's values; external ones are a read-only memory map."""
@@ -154,14 +166,18 @@ def live_nodes(
 def read_tensor(tensor: TensorProto, folder: Path) -> np.ndarray:
     """Return a tensor's values, reading external data below `folder` through a memory map."""
     if not tensor.HasField("data_location") or tensor.data_location != TensorProto.EXTERNAL:
-        inline: np.ndarray = onnx.numpy_helper.to_array(tensor)
+        try:
+            inline: np.ndarray = onnx.numpy_helper.to_array(tensor)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"malformed tensor `{tensor.name}`: {str(error)[:200]}") from error
         return inline
     location, offset, _ = _external(tensor)
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     shape = tuple(tensor.dims)
     if math.prod(shape) == 0:
         return np.zeros(shape, dtype)
-    return np.memmap(folder / location, dtype, "r", offset, shape)
+    data = locate(folder, location, f"tensor `{tensor.name}`")  # anew: the file may have become a link since
+    return np.memmap(data, dtype, "r", offset, shape)
 
 
 def tensor_bytes(tensor: TensorProto) -> int:
@@ -172,25 +188,39 @@ def tensor_bytes(tensor: TensorProto) -> int:
     return (elements * bits + 7) // 8
 
 
+def check_file(path: Path) -> int:
+    """Check a graph as `OnnxModel.load` does, without reading the values of its weights; return their bytes.
+
+    Raises:
+        LlmfastError: as `OnnxModel.load`.
+    """
+    proto = read_skeleton(path)
+    _check(proto, path, any_opset=False)
+    return sum(map(tensor_bytes, proto.graph.initializer))
+
+
 def _parse(path: Path) -> onnx.ModelProto:
+    check_head(path)
     try:
-        with path.open("rb") as file:
-            head = file.read(512)
-        if not head:
-            raise InputError(f"empty file: `{path}`", "download or export it again")
-        if head.startswith(GIT_LFS):
-            raise InputError(f"Git LFS pointer, not the model: `{path}`", "run `git lfs pull`")
-        if head.lstrip()[:1] in (b"<", b"{"):
-            raise InputError(f"looks like HTML or JSON, not ONNX: `{path}`", "download it again")
         return onnx.load(path, load_external_data=False)
     except DecodeError as error:
-        raise InputError(f"truncated or corrupt ONNX: `{path}`", "download or export it again") from error
+        raise explain(error, path) from error
     except OSError as error:
         raise InputError(f"cannot read `{path}`: {error.strerror}") from error
 
 
+def _check(proto: onnx.ModelProto, path: Path, any_opset: bool) -> None:
+    check_versions(proto, path, any_opset)
+    check_graph(proto, path, any_domain=any_opset)
+    sizes: dict[str, int] = {}
+    for tensor in proto.graph.initializer:
+        _check_tensor(tensor, path, sizes)
+
+
 def _external(tensor: TensorProto) -> tuple[str, int, int]:
     entries = {entry.key: entry.value for entry in tensor.external_data}
+    if unknown := sorted(entries.keys() - _EXTERNAL_KEYS):
+        raise InputError(f"malformed external data of tensor `{tensor.name}`: unknown key `{unknown[0]}`")
     try:
         offset = int(entries.get("offset", 0))
         return entries["location"], offset, int(entries.get("length", tensor_bytes(tensor)))
@@ -198,29 +228,24 @@ def _external(tensor: TensorProto) -> tuple[str, int, int]:
         raise InputError(f"malformed external data of tensor `{tensor.name}`: {error}") from error
 
 
-def _check_tensor(tensor: TensorProto, model: Path) -> None:
-    if any(dim < 0 for dim in tensor.dims):
-        raise InputError(f"tensor `{tensor.name}` of `{model}` has a negative dimension")
+def _check_tensor(tensor: TensorProto, model: Path, sizes: dict[str, int]) -> None:
+    """Refuse a tensor that is not what it says; `sizes` are of the data files located so far, by location."""
+    what = f"tensor `{tensor.name}` of `{model}`"
+    if any(dim < 0 for dim in tensor.dims) or len(tensor.dims) > MAX_RANK:
+        raise InputError(f"{what} has a negative dimension, or more than {MAX_RANK} of them")
+    if tensor.data_type not in helper.get_all_tensor_dtypes():
+        raise InputError(f"{what} has the unknown type {tensor.data_type}")
     if tensor.data_location != TensorProto.EXTERNAL:
         if tensor.HasField("raw_data") and len(tensor.raw_data) != tensor_bytes(tensor):
-            raise InputError(
-                f"tensor `{tensor.name}` of `{model}` needs {tensor_bytes(tensor)} bytes, has {len(tensor.raw_data)}"
-            )
+            raise InputError(f"{what} needs {tensor_bytes(tensor)} bytes, has {len(tensor.raw_data)}")
         return
     location, offset, length = _external(tensor)
-    parts = Path(location).parts
-    if not parts or Path(location).is_absolute() or ".." in parts or "\\" in location or "\0" in location:
-        raise UnsafeInputError(f"tensor `{tensor.name}` of `{model}` points outside its folder: `{location!r}`")
-    data = model.parent / location
-    if not data.is_file():
-        raise InputError(
-            f"external data missing: `{data}` (first needed by tensor `{tensor.name}`)",
-            "copy the data file beside the .onnx file",
-        )
-    size = data.stat().st_size
+    if location not in sizes:
+        sizes[location] = locate(model.parent, location, what).stat().st_size
+    size = sizes[location]
     if offset < 0 or length != tensor_bytes(tensor) or length > size or offset > size - length:
         raise InputError(
-            f"external data `{data}`: tensor `{tensor.name}` needs {tensor_bytes(tensor)} bytes at {offset}, "
-            f"the file has {size}",
+            f"external data `{model.parent / location}`: tensor `{tensor.name}` needs {tensor_bytes(tensor)} bytes at "
+            f"{offset}, the file has {size}",
             "the file is truncated; copy or export it again",
         )

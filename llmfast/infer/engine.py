@@ -15,6 +15,7 @@ from llmfast.bundle import ModelBundle
 from llmfast.errors import ResourceError, UnsupportedError
 from llmfast.graph.feeds import CONTRACT, DTYPES, PAST, present_of
 from llmfast.infer.decoder import Decoder, check_sizes, context_length
+from llmfast.resources import require_memory
 from llmfast.runtime import import_onnxruntime, open_session
 
 if TYPE_CHECKING:
@@ -178,6 +179,10 @@ def _allocate_slab(
 ) -> tuple[dict[str, "onnxruntime.OrtValue"], bool]:
     """Return the memory of every past, where its provider wants it, and whether that is the CPU's."""
     create = import_onnxruntime().OrtValue
+    inputs = [entry for entry in session.get_inputs() if entry.name.startswith(PAST)]
+    sizes = [entry.shape[1] * entry.shape[3] * np.dtype(DTYPES[entry.type]).itemsize for entry in inputs]
+    # Pages are had when they are written to: what is too large would be killed in the middle of an answer.
+    require_memory(sum(sizes) * capacity, f"a KV cache of {capacity} tokens", "ask for fewer tokens with --max-tokens")
     slab = {}
     device = ""
     try:

@@ -112,6 +112,7 @@ def generate(
     if speculation is not None:
         speculation.begin()
     times = _Times()
+    tokenizer.check_fits(engine.vocab_size)
     vocab_size = min(tokenizer.vocab_size, engine.vocab_size)
     tokens = _choose_tokens(engine, prompt_ids, vocab_size, sampling, times, speculation)
     answer = Answer(tokenizer, prompt_ids.tolist(), min(max_tokens, room), stop, eos_ids)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llmfast.errors import GateError, ResourceError
+from llmfast.errors import LlmfastError, ResourceError
 from llmfast.graph.packed import Grid, QuantizedWeight
 from llmfast.report import note
 
@@ -118,15 +118,15 @@ def _short(name: str) -> str:
 
 @contextlib.contextmanager
 def kept_for_resuming(checkpoint: Checkpoint | None) -> Iterator[None]:
-    """Discard a checkpoint at the end, and after a missed gate; say so when an interrupt leaves it."""
+    """Discard a checkpoint at the end, and after an error that would come again; say so when an interrupt leaves it."""
     try:
         yield
     except KeyboardInterrupt:
         if checkpoint:
             note("note: the same command with --resume goes on where this one stopped")
         raise
-    except GateError:
-        if checkpoint:
+    except LlmfastError as error:
+        if checkpoint and not isinstance(error, ResourceError):
             checkpoint.discard()
         raise
     if checkpoint:

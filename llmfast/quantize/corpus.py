@@ -84,7 +84,7 @@ class Corpus:
         where = f"`{self.path}`: line {number}"
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"not JSON: {where}", "JSON lines hold one object a line") from error
         if not isinstance(record, dict):
             raise InputError(f"not a JSON object: {where}", "JSON lines hold one object a line")

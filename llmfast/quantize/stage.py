@@ -39,6 +39,7 @@ from llmfast.quantize.summary import make_manifest, slow_forms, summarize, versi
 from llmfast.quantize.vocabulary import trimmed
 from llmfast.quantize.workpiece import InputStatistics, Workpiece
 from llmfast.report import note, progress
+from llmfast.resources import require_disk
 from llmfast.runtime import open_session, usable_cores
 from llmfast.text import read_text
 from llmfast.thirdparty import adopt, can_adopt
@@ -68,6 +69,7 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         with trimmed(source, output, options.trim_vocabulary) as smaller:
             return quantize(smaller, output, replace(options, trim_vocabulary=None))
     plan, bundle, graphs = _prepare(source, output, options)
+    states = {role: model.state() for role, (model, _) in graphs.items()}
     cache = measure_ranges(graphs["model"][0], options.calibration.split(bundle)[0]) if options.kv else None
     proof = _prove(plan, bundle, {role: model for role, (model, _) in graphs.items()}, options)
     checkpoint = None
@@ -95,6 +97,8 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         for name in COMPANIONS:
             if companion := bundle.companion(name):
                 shutil.copyfile(companion, staged / name)
+        for role, (model, _) in graphs.items():
+            model.require_unchanged(states[role])
         before = [model for model, _ in graphs.values()]
         forms = {"slow_forms": slow_forms(before, after.values())} | ({"kv": options.kv} if options.kv else {})
         measured = {**summarize(reports), **forms, **figures, "gates": verdict, "text": proof and proof.text}
@@ -258,6 +262,7 @@ def _prepare(
         raise UnsupportedError(f"`{source}` has several graphs, a budget works on one", "choose a --scheme")
     inputs = (source, source.parent) if (source.parent / MANIFEST).is_file() else (source,)
     check_output(output, inputs, options.overwrite)
+    require_disk(output.parent, bundle.size_bytes // 8, "the smallest result, 4 bits of 32,")
     models = {role: OnnxModel.load(path) for role, path in bundle.graphs.items()}
     if plan.needs_calibration and len(models) > 1:
         raise UnsupportedError(

@@ -288,7 +288,8 @@ def _write(
 
 def _facts(folder: Path, options: TuneOptions, chosen: Any, parallel: "Parallel") -> dict[str, Any]:
     """Return everything that the result depends on, by the names of the options: no absolute paths."""
-    from llmfast.export.checkpoint import folder_source, resolve_folder
+    from llmfast.export.checkpoint import folder_source
+    from llmfast.export.hub import resolve_folder
     from llmfast.tune.fake_quantize import describe, parse_scheme
 
     kept = {key: value for key, value in asdict(options).items() if key not in _NOT_FACTS}

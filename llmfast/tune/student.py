@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmfast.errors import InputError, OptionError, UnsupportedError
-from llmfast.export.checkpoint import SafetensorsCheckpoint, copy_companions, load_config, resolve_folder
+from llmfast.export.checkpoint import SafetensorsCheckpoint, copy_companions, load_config
 from llmfast.export.encoder import context_length, first_line, token_types
+from llmfast.export.hub import resolve_folder
 from llmfast.report import note
 from llmfast.tokenizer import Text, Tokenizer
 from llmfast.tune.objective import Row

@@ -8,8 +8,9 @@ from typing import Any
 import llmfast
 from llmfast.bundle import SEQ2SEQ_TASKS, Step, stage_output
 from llmfast.errors import UnsupportedError
-from llmfast.export.checkpoint import SafetensorsCheckpoint, resolve_folder
+from llmfast.export.checkpoint import SafetensorsCheckpoint
 from llmfast.export.encoder_decoder import detect_seq2seq_task
+from llmfast.export.hub import resolve_folder
 from llmfast.export.requirements import require_export_extra
 from llmfast.export.traced import detect_task
 from llmfast.lineage import read_lineage, write_lineage

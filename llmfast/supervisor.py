@@ -1,0 +1,204 @@
+"""The process that survives: it runs the command in a child, and outlives what native code does there.
+
+`llmfast` forks before anything heavy is imported, which takes a few milliseconds. The child runs the command; the
+parent waits, passes signals on, and when native code kills the child it says so, removes what was staged and exits
+with 9. Without fork (Windows) the command runs in the one process.
+
+The child leaves two things for the parent in memory they share: which paths are staged, and what native code is about
+to do.
+"""
+
+import contextlib
+import mmap
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from llmfast import report
+from llmfast.errors import LlmfastError, NativeCrashError, ResourceError
+
+GRACE_S = 5.0  # for unwinding after a signal; a native call that takes longer is cut off
+_TWICE_S = 0.5  # two SIGINTs within this are one, told by the parent and by whoever sent it
+_BOARD_BYTES, _DOING_BYTES = 1 << 16, 1 << 10
+
+
+class _Board:
+    """Notes that outlive the process that writes them."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, _BOARD_BYTES)
+
+    @property
+    def doing(self) -> str:
+        """What native code was about to do."""
+        return os.fsdecode(self._memory[:_DOING_BYTES].rstrip(b"\0"))
+
+    @doing.setter
+    def doing(self, what: str) -> None:
+        self._memory[:_DOING_BYTES] = os.fsencode(what)[:_DOING_BYTES].ljust(_DOING_BYTES, b"\0")
+
+    @property
+    def staged(self) -> list[str]:
+        """Paths that are there until their content is published."""
+        return [os.fsdecode(path) for path in self._memory[_DOING_BYTES:].split(b"\0") if path]
+
+    def add(self, path: str) -> None:
+        """Note a staged path, and forget those that are gone."""
+        content = b"\0".join(os.fsencode(known) for known in [path, *self.staged] if os.path.lexists(known))
+        room = _BOARD_BYTES - _DOING_BYTES
+        self._memory[_DOING_BYTES:] = content[:room].ljust(room, b"\0")
+
+
+_board: _Board | None = None
+
+
+def supervise(command: Callable[[], None]) -> None:
+    """Run a command in a child process, and exit as it does.
+
+    Raises:
+        SystemExit: always, with the child's exit code, or that of its death.
+    """
+    if not hasattr(os, "fork"):
+        command()
+        return
+    board, parent = _Board(), _Parent()
+    child = os.fork()
+    if child == 0:
+        _begin_as_child(board)
+        command()
+        return
+    status, peak_bytes = parent.wait(child)
+    code = os.waitstatus_to_exitcode(status)
+    for path in board.staged:  # a child that ended by itself has published or removed them
+        _remove(Path(path))
+    if code < 0 and not parent.signal:
+        error = _death(-code, board.doing, peak_bytes)
+        report.complain(error)
+        code = error.exit_code
+    sys.exit(code if code >= 0 else 128 + parent.signal)
+
+
+def tell_staged(path: Path) -> None:
+    """Let the parent remove `path`, which exists, should this process die."""
+    if _board is not None:
+        _board.add(os.path.abspath(path))
+
+
+def tell_doing(what: str) -> None:
+    """Say what native code is about to do, for the message should it crash."""
+    if _board is not None:
+        _board.doing = what
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process when its parent is gone."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+class _Parent:
+    """Waits for the child, and passes signals on.
+
+    Attributes:
+        signal: the signal to exit with, 0 for none.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._child = 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP, a script's `&` SIGINT, and mean it
+                signal.signal(number, self._pass_on)
+        signal.signal(signal.SIGALRM, self._kill)
+
+    def wait(self, child: int) -> tuple[int, int]:
+        """Return the child's wait status, and the most memory it had, in bytes."""
+        self._child = child
+        if self.signal:  # it came before there was a child
+            os.kill(child, self.signal)
+        _, status, usage = os.wait4(child, 0)
+        self._child = 0
+        return status, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def _pass_on(self, number: int, _: FrameType | None) -> None:
+        self.signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+        if self._child and not (number == signal.SIGINT and _is_in_foreground()):  # a terminal tells both of Ctrl-C
+            os.kill(self._child, number)
+
+    def _kill(self, *_: object) -> None:
+        if self._child:
+            os.kill(self._child, signal.SIGKILL)
+
+
+def _is_in_foreground() -> bool:
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
+
+
+def _begin_as_child(board: _Board) -> None:
+    global _board
+    _board = board
+    die_with_parent()
+    interrupted_at = -_TWICE_S
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted_at
+        before, interrupted_at = interrupted_at, time.monotonic()
+        if interrupted_at - before > _TWICE_S:
+            signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    handlers: dict[int, Callable[[int, FrameType | None], None]] = {
+        signal.SIGINT: interrupt,
+        signal.SIGTERM: _terminate,
+        signal.SIGHUP: _terminate,
+    }
+    for number, handler in handlers.items():
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def _terminate(*_: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the parent passes on what a whole group was told
+    sys.exit(128 + signal.SIGTERM)  # unwinds the stack, so that staged output is removed
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _death(number: int, doing: str, peak_bytes: int) -> LlmfastError:
+    where = f" while {doing}" if doing else ""
+    if number == signal.SIGKILL:
+        return ResourceError(
+            f"ran out of memory{where}: the system killed the process, which had {peak_bytes / 2**30:.1f} GiB at most",
+            "free memory or use a smaller model",
+        )
+    return NativeCrashError(f"native code crashed with {_spell(number)}{where}", "the model may be malformed")
+
+
+def _spell(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

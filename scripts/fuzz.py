@@ -1,0 +1,31 @@
+"""Fuzz one reader with atheris: python scripts/fuzz.py TARGET FOLDER [libFuzzer's flags]. See scripts/fuzz.sh."""
+
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+with atheris.instrument_imports(include=["llmfast"]):
+    from tests.fuzz_targets import TARGETS
+
+
+def main() -> None:
+    target, folder = TARGETS[sys.argv[1]], Path(sys.argv[2])
+    corpus = folder / "corpus"
+    corpus.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as made:
+        for index, seed in enumerate(target.seeds(Path(made))):
+            (corpus / f"seed-{index}").write_bytes(seed)
+    place = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    flags = ["-timeout=5", "-rss_limit_mb=512", "-max_len=65536", f"-artifact_prefix={folder}/finding-"]
+    atheris.Setup([sys.argv[0], str(corpus), *flags, *sys.argv[3:]], lambda content: target.survives(content, place))
+    atheris.Fuzz()
+
+
+main()
