@@ -4,8 +4,8 @@
 parent waits, passes signals on, and when native code kills the child it says so, removes what was staged and exits
 with 9. Without fork (Windows) the command runs in the one process.
 
-The child leaves two things for the parent in memory they share: which paths are staged, and what native code is about
-to do.
+The child leaves three things for the parent in memory they share: which paths are staged, what native code is about
+to do, and how long it may take to end after a signal.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import mmap
 import os
 import shutil
 import signal
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -25,13 +26,25 @@ from llmfast.errors import LlmfastError, NativeCrashError, ResourceError
 GRACE_S = 5.0  # for unwinding after a signal; a native call that takes longer is cut off
 _TWICE_S = 0.5  # two SIGINTs within this are one, told by the parent and by whoever sent it
 _BOARD_BYTES, _DOING_BYTES = 1 << 16, 1 << 10
+_GRACE = struct.Struct("d")
 
 
 class _Board:
     """Notes that outlive the process that writes them."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _BOARD_BYTES)
+        self._memory = mmap.mmap(-1, _BOARD_BYTES + _GRACE.size)
+        self.grace_s = GRACE_S
+
+    @property
+    def grace_s(self) -> float:
+        """Seconds that the child may take to end after a signal."""
+        seconds: float = _GRACE.unpack_from(self._memory, _BOARD_BYTES)[0]
+        return seconds
+
+    @grace_s.setter
+    def grace_s(self, seconds: float) -> None:
+        _GRACE.pack_into(self._memory, _BOARD_BYTES, seconds)
 
     @property
     def doing(self) -> str:
@@ -45,13 +58,13 @@ class _Board:
     @property
     def staged(self) -> list[str]:
         """Paths that are there until their content is published."""
-        return [os.fsdecode(path) for path in self._memory[_DOING_BYTES:].split(b"\0") if path]
+        return [os.fsdecode(path) for path in self._memory[_DOING_BYTES:_BOARD_BYTES].split(b"\0") if path]
 
     def add(self, path: str) -> None:
         """Note a staged path, and forget those that are gone."""
         content = b"\0".join(os.fsencode(known) for known in [path, *self.staged] if os.path.lexists(known))
         room = _BOARD_BYTES - _DOING_BYTES
-        self._memory[_DOING_BYTES:] = content[:room].ljust(room, b"\0")
+        self._memory[_DOING_BYTES:_BOARD_BYTES] = content[:room].ljust(room, b"\0")
 
 
 _board: _Board | None = None
@@ -66,7 +79,8 @@ def supervise(command: Callable[[], None]) -> None:
     if not hasattr(os, "fork"):
         command()
         return
-    board, parent = _Board(), _Parent()
+    board = _Board()
+    parent = _Parent(board)
     child = os.fork()
     if child == 0:
         _begin_as_child(board)
@@ -95,6 +109,12 @@ def tell_doing(what: str) -> None:
         _board.doing = what
 
 
+def ask_for_grace(seconds: float) -> None:
+    """Let this process take longer to end after a signal: for work that must be finished, or saved."""
+    if _board is not None:
+        _board.grace_s = seconds
+
+
 def die_with_parent() -> None:
     """Let the kernel end this process when its parent is gone."""
     if sys.platform == "linux":
@@ -107,12 +127,16 @@ def die_with_parent() -> None:
 class _Parent:
     """Waits for the child, and passes signals on.
 
+    Args:
+        board: says how long the child may take to end.
+
     Attributes:
         signal: the signal to exit with, 0 for none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, board: _Board) -> None:
         self.signal = 0
+        self._board = board
         self._child = 0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP, a script's `&` SIGINT, and mean it
@@ -130,7 +154,7 @@ class _Parent:
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
-        signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+        signal.setitimer(signal.ITIMER_REAL, self._board.grace_s)
         if self._child and not (number == signal.SIGINT and _is_in_foreground()):  # a terminal tells both of Ctrl-C
             os.kill(self._child, number)
 

@@ -119,7 +119,7 @@ def test_list_names_schemes_and_methods() -> None:
         (["quantize", "{tmp}", "-o", "{tmp}/../x", "--scheme", "int8"], 3, ["no model in"]),
         (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int3"], 2, ["unknown scheme `int3`", "did you mean"]),
         (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int4", "--set", "x"], 2, ["not KEY=VALUE"]),
-        (["quantize", "{fp32}"], 2, ["needs a MODEL"]),
+        (["quantize", "{fp32}"], 2, ["needs --output"]),
         (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "w8", "--activations", "static"], 2, ["`w8`", "int8"]),
         (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int8", "--activations", "x"], 2, ["dynamic, static"]),
         (

@@ -246,32 +246,39 @@ def test_who_does_not_fit_the_queue_is_told_to_come_back(bundle: Path) -> None:
         assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 429)
 
 
-def _children(server: Server) -> list[int]:
-    threads = Path(f"/proc/{server.process.pid}/task").iterdir()
-    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+def _model_process(server: Server) -> int:
+    """Return the process that holds the model: the child of a child."""
+    pid, children = 0, [server.process.pid]
+    while children:
+        pid = children[0]
+        threads = Path(f"/proc/{pid}/task").iterdir()
+        children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    return pid
 
 
 def test_a_crash_of_the_model_is_answered_and_mended(bundle: Path) -> None:
     with serving(bundle, "--batch-size", "2") as server:
         expected = _chat(server, "hello", max_tokens=8).choices[0].message.content
         for restarts in (1, 2, 3):
-            os.kill(_children(server)[0], signal.SIGSEGV)
+            os.kill(_model_process(server), signal.SIGSEGV)
             with pytest.raises(openai.InternalServerError):
                 _chat(server, "hello", max_tokens=8)
             assert _chat(server, "hello", max_tokens=8).choices[0].message.content == expected
             assert server.figure("llmfast_model_restarts") == restarts
-        os.kill(_children(server)[0], signal.SIGSEGV)
+        os.kill(_model_process(server), signal.SIGSEGV)
         with contextlib.suppress(openai.APIError):
             _chat(server, "hello", max_tokens=8)
         assert server.process.wait(30) == 9
 
 
 def test_sigterm_lets_answers_end(bundle: Path) -> None:
-    with serving(bundle) as server, ThreadPoolExecutor(1) as pool:
-        whole = pool.submit(lambda: _chat(server, "hello", max_tokens=300))
-        server.wait_for("llmfast_requests_active", 1)
-        server.process.send_signal(signal.SIGTERM)
-        assert whole.result().choices[0].message.content == _expected(bundle, "hello", 300)
+    with serving(bundle) as server:
+        pieces = []
+        for chunk in _chat(server, "hello", max_tokens=300, stream=True):
+            if not pieces:
+                server.process.send_signal(signal.SIGTERM)
+            pieces.append(chunk.choices[0].delta.content or "")
+        assert "".join(pieces) == _expected(bundle, "hello", 300)
         assert server.process.wait(30) == 143
         assert "Traceback" not in "".join(server.lines)
 

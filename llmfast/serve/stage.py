@@ -10,6 +10,7 @@ from typing import Any
 from llmfast.errors import OptionError, OutputExistsError, ResourceError, UnsupportedError
 from llmfast.report import note
 from llmfast.serve.options import ServeOptions
+from llmfast.supervisor import GRACE_S, ask_for_grace
 from llmfast.worker import Worker
 
 __all__ = ["ServeOptions", "serve"]
@@ -53,6 +54,7 @@ def serve(model: Path, options: ServeOptions) -> None:
         h11_max_incomplete_event_size=1 << 16,
     )
     server = _make_server(config)
+    ask_for_grace(options.drain_s + GRACE_S)
     scheduler.give_up = lambda: setattr(server, "should_exit", True)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

@@ -12,6 +12,7 @@ import numpy as np
 
 from llmfast.errors import GateError, ResourceError
 from llmfast.report import note, progress
+from llmfast.supervisor import ask_for_grace
 from llmfast.tune.curves import Log, peak_memory
 from llmfast.tune.fake_quantize import FakeQuantizer
 from llmfast.tune.objective import Objective, Row
@@ -20,6 +21,8 @@ from llmfast.tune.parallel import Parallel, read_state, read_weights, write_stat
 from llmfast.tune.precision import Precision
 from llmfast.tune.rows import epoch_batches, in_order_of_length
 from llmfast.tune.snapshots import Snapshots
+
+_SAVING_S = 300.0  # for the step under way and its checkpoint, when a signal ends the run
 
 if TYPE_CHECKING:
     from llmfast.tune.options import TuneOptions
@@ -307,6 +310,7 @@ def _deferred_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
+    ask_for_grace(_SAVING_S)
     before: dict[signal.Signals, Any] = {}
 
     def remember(number: int, frame: Any) -> None:
