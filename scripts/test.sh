@@ -7,4 +7,5 @@ cd "$(dirname "$0")/.."
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+# Each file runs in one process, for its fixtures are costly.
+.venv/bin/python -m pytest --numprocesses auto --dist loadfile "$@"

@@ -69,7 +69,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_decoder.write_bundle(tmp_path_factory.mktemp("model"))
 
 
-_COMMANDS = get_command(app).commands
+# All but serve, which a command line without a mistake would never end.
+_COMMANDS = {name: command for name, command in get_command(app).commands.items() if name != "serve"}
 _NUMBERS = ("0", "-1", "1", "2", "1e9", "nan", "inf", "1MB")
 _NAMES = ("json", "text", "int4", "int8", "rtn", "gptq", "cpu", "kld=1", "block_size=1", "a=b")
 _ODD = ("", "-", "--", "=", "(", "x", "é", "[red]", "\ud800", "{model}", "{tmp}/new", "{tmp}/none")
