@@ -4,8 +4,8 @@ Every bundle runs alone, in a process of its own that writes a profile, which ma
 under measurement. https://onnxruntime.ai/docs/performance/tune-performance/profiling-tools.html
 """
 
+import contextlib
 import json
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,14 +19,13 @@ from llmfast.bench.subject import Subject, Trial
 from llmfast.bench.workload import Workload
 from llmfast.bundle import ModelBundle
 from llmfast.errors import LlmfastError
-from llmfast.graph.linear import role_of
 from llmfast.graph.lint import lint
 from llmfast.graph.model import OnnxModel
+from llmfast.graph.parts import find_part, name_parts
 
 _COPIES = ("MemcpyToHost", "MemcpyFromHost")
 _KERNEL = "_kernel_time"
 _ENCODER_RUNS = 5
-_SEPARATOR = re.compile(r"[/.]+")
 
 Phase = tuple[str, int, int, int]  # name, start and end in ns of the profile's clock, units of work
 
@@ -104,18 +103,31 @@ def _profile_encoder(subject: Subject, trial: Trial, clock: Callable[[], int]) -
 def _summarize(subject: Subject, phases: Sequence[Phase], units: Mapping[str, str]) -> list[dict[str, Any]]:
     origin = subject.session.get_profiling_start_time_ns()
     events = json.loads(Path(subject.session.end_profiling()).read_text(encoding="utf-8"))
+    parts = _name_parts(subject.bundle)
     return [
         {"phase": name, "unit": units[name]}
-        | summarize_events(events, (start - origin) / 1e3, (end - origin) / 1e3, count)
+        | summarize_events(events, parts, (start - origin) / 1e3, (end - origin) / 1e3, count)
         for name, start, end, count in phases
     ]
 
 
-def summarize_events(events: Iterable[Mapping[str, Any]], start: float, end: float, count: int) -> dict[str, Any]:
+def _name_parts(bundle: ModelBundle) -> dict[str, str]:
+    """Return node name -> its part of the model; what can't be read is named by its operators."""
+    parts: dict[str, str] = {}
+    for path in bundle.graphs.values():
+        with contextlib.suppress(LlmfastError):
+            parts |= name_parts(OnnxModel.load(path, any_opset=True))
+    return parts
+
+
+def summarize_events(
+    events: Iterable[Mapping[str, Any]], parts: Mapping[str, str], start: float, end: float, count: int
+) -> dict[str, Any]:
     """Return where the time of a phase went, per unit of work.
 
     Args:
         events: of ONNX Runtime's profile.
+        parts: node name -> what it is part of, as `name_parts` returns it.
         start: of the phase, in the profile's microseconds.
         end: of the phase.
         count: units of work in it: tokens, prompts, runs.
@@ -126,7 +138,7 @@ def summarize_events(events: Iterable[Mapping[str, Any]], start: float, end: flo
         if event.get("cat") != "Node" or not event["name"].endswith(_KERNEL) or not start <= event["ts"] < end:
             continue
         operator = event["args"].get("op_name", "unknown")
-        role = find_role(event["name"].removesuffix(_KERNEL), operator)
+        role = find_part(parts, event["name"].removesuffix(_KERNEL), operator)
         for table, key in ((operators, operator), (roles, role)):
             table.setdefault(key, []).append(event["dur"] / 1e6)
     seconds = (end - start) / 1e6
@@ -139,17 +151,6 @@ def summarize_events(events: Iterable[Mapping[str, Any]], start: float, end: flo
         "copies": {"calls": sum(map(len, copies)) / count, "seconds": sum(map(sum, copies)) / count},
         "outside_s": (seconds - kernels) / count,
     }
-
-
-def find_role(name: str, operator: str) -> str:
-    """Return the role of a node by its name: its last part that names a module, else the operator.
-
-    Modules are spelled in lower case; what ONNX Runtime and exporters append are operators: `mlp/up_proj/MatMul`.
-    """
-    parts = [part for part in _SEPARATOR.split(name) if part]
-    while parts and not (parts[-1][0].islower() or parts[-1].isdigit()):
-        parts.pop()
-    return role_of(".".join(parts)) if parts else operator
 
 
 def _sorted(table: Mapping[str, list[float]], count: int) -> list[dict[str, Any]]:

@@ -6,8 +6,10 @@ from typing import Any
 from llmfast import report
 from llmfast.report import Column
 
-# Rows below this share of a phase are left to the JSON document.
-_LEAST_SHARE = 0.01
+# Rows below this share (%) of a phase, and those after so many, are one row here; the JSON document has all of them.
+_LEAST_SHARE = 1
+_MOST_ROWS = 12
+_REST, _OUTSIDE, _TOTAL = "everything else", "(outside of kernels)", "total"
 
 
 def print_profile(document: Mapping[str, Any], format: str) -> None:
@@ -33,19 +35,28 @@ def print_profile(document: Mapping[str, Any], format: str) -> None:
 
 
 def _side_by_side(phases: Sequence[Mapping[str, Any]], what: str) -> list[dict[str, Any]]:
+    names = _largest(phases, what)
     rows: dict[str, dict[str, Any]] = {}
     for number, phase in enumerate(phases):
-        outside = {"name": "(outside of kernels)", "seconds": phase["outside_s"]}
-        for entry in [*phase[what], outside, {"name": "total", "seconds": phase["seconds"]}]:
-            share = 100 * entry["seconds"] / phase["seconds"]
-            row = rows.setdefault(entry["name"], {"name": entry["name"]})
-            row |= {f"ms{number}": entry["seconds"] * 1e3, f"share{number}": share}
-    shown = [
-        row for row in rows.values()
-        if any(value >= 100 * _LEAST_SHARE for key, value in row.items() if key.startswith("share"))
-    ]  # fmt: skip
-    ends = ("(outside of kernels)", "total")
-    return sorted(shown, key=lambda row: (row["name"] in ends, row["name"] == "total", -row.get("ms0", 0.0)))
+        seconds: dict[str, float] = {}
+        for entry in phase[what]:
+            name = entry["name"] if entry["name"] in names else _REST
+            seconds[name] = seconds.get(name, 0.0) + entry["seconds"]
+        for name, value in {**seconds, _OUTSIDE: phase["outside_s"], _TOTAL: phase["seconds"]}.items():
+            row = rows.setdefault(name, {"name": name})
+            row |= {f"ms{number}": value * 1e3, f"share{number}": 100 * value / phase["seconds"]}
+    return [rows[name] for name in (*names, _REST, _OUTSIDE, _TOTAL) if name in rows]
+
+
+def _largest(phases: Sequence[Mapping[str, Any]], what: str) -> list[str]:
+    """Return the names of the rows to show, by what they take in the first bundle, then in the others."""
+    shares: dict[str, list[float]] = {}
+    for number, phase in enumerate(phases):
+        for entry in phase[what]:
+            share = shares.setdefault(entry["name"], [0.0] * len(phases))
+            share[number] = 100 * entry["seconds"] / phase["seconds"]
+    names = sorted((name for name in shares if max(shares[name]) >= _LEAST_SHARE), key=lambda name: -max(shares[name]))
+    return sorted(names[:_MOST_ROWS], key=shares.__getitem__, reverse=True)
 
 
 def _print(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], format: str) -> None:
