@@ -1,11 +1,15 @@
 """The server, in a process of its own, asked by OpenAI's client and by hand."""
 
 import contextlib
+import errno
 import gzip
+import json
 import os
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -23,10 +27,10 @@ import pytest
 
 from llmfast.export.stage import export
 from llmfast.infer import stage as infer_stage
+from llmfast.serve import stage as serve_stage
 from tests.tiny_encoder import WORDS, save_encoder
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 @dataclass
@@ -246,26 +250,95 @@ def test_who_does_not_fit_the_queue_is_told_to_come_back(bundle: Path) -> None:
         assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 429)
 
 
-def _model_process(server: Server) -> int:
-    """Return the process that holds the model: the child of a child."""
-    pid, children = 0, [server.process.pid]
+def test_who_waits_too_long_is_told(bundle: Path) -> None:
+    body = {"prompt": "hello", "max_tokens": 400}
+    with serving(bundle, "--batch-size", "1", "--queue-timeout", "0.03", "--timeout", "0.1") as server:
+
+        def ask(**more: Any) -> httpx.Response:
+            return httpx.post(f"{server.url}/v1/completions", json=body | more, timeout=60)
+
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: ask(), range(4)))
+        assert sorted({answer.status_code for answer in answers}) == [503, 504]
+        assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 503)
+        server.wait_for("llmfast_requests_active", 0)
+        *_, error, done, _ = ask(stream=True).text.split("\n\n")
+        assert ("too long" in error, done) == (True, "data: [DONE]")
+        server.wait_for("llmfast_requests_active", 0)
+
+
+def test_slow_senders_are_hung_up_on(server: Server) -> None:
+    port = int(server.url.rpartition(":")[2])
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    begun = [b"", head, head + b"Content-Length: 9\r\n\r\n{"]
+    later = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=14)) for _ in range(4)]
+        for connection, sent in zip(slow, [*begun, later], strict=True):
+            connection.sendall(sent)
+        assert b"200 OK" in slow[3].recv(1 << 16)
+        slow[3].sendall(head)  # the second request of a connection is no other
+        assert _chat(server, "hello", max_tokens=4).usage.completion_tokens <= 4
+        assert slow[0].recv(1 << 16) == slow[1].recv(1 << 16) == slow[3].recv(1 << 16) == b""
+        assert b" 408 " in slow[2].recv(1 << 16)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no limit for stalled writes")
+def test_connections_of_clients_that_never_read_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_stage, "_WRITE_STALL_S", 1)
+    with serve_stage._listen("127.0.0.1", 0) as listening:
+        listening.listen()
+        with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
+            accepted.settimeout(20)
+            with pytest.raises(OSError, match="timed out") as stalled:
+                while True:
+                    accepted.sendall(b" " * (1 << 20))
+            assert stalled.value.errno == errno.ETIMEDOUT
+
+
+def test_a_storm_of_clients_that_leave_leaves_nothing(bundle: Path) -> None:
+    with serving(bundle, "--batch-size", "2") as server:
+        expected = _chat(server, "hello", max_tokens=8).choices[0].message.content
+        folder = Path(f"/proc/{_processes(server)[1]}")
+        before = len(list((folder / "fd").iterdir())), len(list((folder / "task").iterdir()))
+        port = int(server.url.rpartition(":")[2])
+        for number in range(500):
+            body = json.dumps({"prompt": f"{number}", "max_tokens": 300, "stream": number % 2 == 0}).encode()
+            lines = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+                connection.sendall(lines.encode() + body[: None if number % 5 else -3])
+                if number % 10 == 0:
+                    time.sleep(0.02)  # it has begun to be answered
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", number % 3 > 0, 0))
+        server.wait_for("llmfast_requests_active", 0)
+        server.wait_for("llmfast_requests_waiting", 0)
+        deadline = time.monotonic() + 30
+        while (len(list((folder / "fd").iterdir())), len(list((folder / "task").iterdir()))) != before:
+            assert time.monotonic() < deadline, f"{list((folder / 'fd').iterdir())}, {before}"
+            time.sleep(0.1)
+        assert _chat(server, "hello", max_tokens=8).choices[0].message.content == expected
+
+
+def _processes(server: Server) -> list[int]:
+    """Return the process that was started, its child, which serves, and the child's, which holds the model."""
+    pids, children = [], [server.process.pid]
     while children:
-        pid = children[0]
-        threads = Path(f"/proc/{pid}/task").iterdir()
+        pids.append(children[0])
+        threads = Path(f"/proc/{pids[-1]}/task").iterdir()
         children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
-    return pid
+    return pids
 
 
 def test_a_crash_of_the_model_is_answered_and_mended(bundle: Path) -> None:
     with serving(bundle, "--batch-size", "2") as server:
         expected = _chat(server, "hello", max_tokens=8).choices[0].message.content
         for restarts in (1, 2, 3):
-            os.kill(_model_process(server), signal.SIGSEGV)
+            os.kill(_processes(server)[-1], signal.SIGSEGV)
             with pytest.raises(openai.InternalServerError):
                 _chat(server, "hello", max_tokens=8)
             assert _chat(server, "hello", max_tokens=8).choices[0].message.content == expected
             assert server.figure("llmfast_model_restarts") == restarts
-        os.kill(_model_process(server), signal.SIGSEGV)
+        os.kill(_processes(server)[-1], signal.SIGSEGV)
         with contextlib.suppress(openai.APIError):
             _chat(server, "hello", max_tokens=8)
         assert server.process.wait(30) == 9
@@ -324,28 +397,17 @@ def test_embeddings_are_those_of_infer(tmp_path: Path) -> None:
             server.client().embeddings.create(model="encoder", input=[])
         with pytest.raises(openai.NotFoundError, match="feature-extraction"):
             _chat(server, "x")
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
-    if not CHROMIUM or not DRIVER:
-        pytest.skip("chromium and chromedriver are not installed")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-background-networking",
-        f"user-data-dir={tmp_path}/b",
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+        os.kill(_processes(server)[-1], signal.SIGSEGV)
+        with ThreadPoolExecutor(6) as pool:  # one meets the crash, the others wait until the model is there again
+            asked = lambda _: httpx.post(f"{server.url}/v1/embeddings", json={"input": texts}, timeout=60)  # noqa: E731
+            codes = sorted(answer.status_code for answer in pool.map(asked, range(6)))
+        assert codes == [200] * 5 + [500]
+        assert server.figure("llmfast_model_restarts") == 1
+        server.wait_for("llmfast_requests_active", 0)
+        for _ in range(3):
+            os.kill(_processes(server)[-1], signal.SIGSEGV)
+            assert asked(0).status_code == 500
+        assert server.process.wait(30) == 9
 
 
 def test_the_page_talks_with_the_model(server: Server, bundle: Path, browser: Any) -> None:

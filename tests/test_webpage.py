@@ -3,8 +3,6 @@
 import html
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from llmfast.bench.webpage.page import to_html, write_html
 from llmfast.errors import OutputExistsError
 
 HOSTILE = "<script>window.owned = 1</script><img src=x onerror='window.owned = 1'>\x1b[31m=cmd()"
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 def _row(name: str, speed: float, kld: float, megabytes: float, **facts: Any) -> dict[str, Any]:
@@ -144,23 +141,6 @@ def test_report_replaces_an_older_file_but_no_folder(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError):
         write_html(_document(), tmp_path / "folder")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "report.html"]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    if not CHROMIUM or not DRIVER:
-        pytest.skip("chromium and chromedriver are not installed")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    profile = tmp_path_factory.mktemp("chromium")
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", f"user-data-dir={profile}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.mark.parametrize("width", [1280, 390])

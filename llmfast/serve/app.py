@@ -4,11 +4,11 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmfast.bundle import TEXT_GENERATION
 from llmfast.errors import LlmfastError, NativeCrashError, ResourceError
@@ -29,6 +29,8 @@ from llmfast.serve.scheduler import BusyError, ClosedError, ExpiredError, Schedu
 
 _PAGE = Path(__file__).with_name("page.html")
 _BODY_TIMEOUT_S = 10.0
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,7 @@ async def _complete(request: Request, is_chat: bool) -> Response:
     # The status is decided by the first token: a request that is refused has none.
     event = await answer.next()
     if ask.stream:
-        lines = _stream(answer, spelling, event)
-        return StreamingResponse(lines, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return _Stream(answer, _events(answer, spelling, event))
     while event.generation is None:
         event = await answer.next()
     return JSONResponse(spelling.whole(event.generation))
@@ -163,7 +164,11 @@ async def _embeddings(request: Request) -> Response:
     state = request.app.state
     body = await _read_body(request, state.scheduler, FEATURE_EXTRACTION)
     texts, as_base64 = read_texts(body)
-    vectors = await asyncio.wait_for(state.scheduler.embed(texts), state.limits.timeout_s)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        vectors = await _wait(state.scheduler.embed(texts), gone, time.monotonic() + state.limits.timeout_s)
+    finally:
+        gone.cancel()
     return JSONResponse(spell_vectors(state.scheduler.facts.name, vectors, as_base64))
 
 
@@ -180,17 +185,9 @@ class _Answer:
 
     async def next(self) -> Event:
         """Return the next event; after the last one there is none."""
-        event = asyncio.ensure_future(self._ticket.next())
         try:
-            left = max(0.0, self._deadline - time.monotonic())
-            await asyncio.wait({event, self._gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if self._gone.done():
-                raise ClientDisconnect
-            if not event.done():
-                raise RefusedError(504, "the answer took too long", kind="server_error")
-            found = event.result()
+            found = await _wait(self._ticket.next(), self._gone, self._deadline)
         except BaseException:
-            event.cancel()
             self.close()
             raise
         self._first_s = self._first_s or time.monotonic() - self._ticket.submitted
@@ -205,7 +202,22 @@ class _Answer:
         self._gone.cancel()
 
 
-async def _stream(answer: _Answer, spelling: Spelling, event: Event) -> AsyncIterator[str]:
+class _Stream(StreamingResponse):  # type: ignore[misc]
+    """Pieces of an answer. A client may leave before the first one, when nothing has asked the iterator yet."""
+
+    def __init__(self, answer: _Answer, lines: AsyncIterator[str]) -> None:
+        super().__init__(lines, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the pieces, and free the answer's row however that ends."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
+
+
+async def _events(answer: _Answer, spelling: Spelling, event: Event) -> AsyncIterator[str]:
     """Yield server-sent events, https://html.spec.whatwg.org/multipage/server-sent-events.html"""
     try:
         for chunk in spelling.first():
@@ -222,13 +234,32 @@ async def _stream(answer: _Answer, spelling: Spelling, event: Event) -> AsyncIte
         return
     except Exception as error:  # the status has been sent: what is wrong can only be said here
         yield _line(_refusal(error).body())
-    finally:
-        answer.close()
     yield "data: [DONE]\n\n"
 
 
 def _line(chunk: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(chunk)}\n\n"
+
+
+async def _wait(work: Coroutine[Any, Any, Made], gone: "asyncio.Future[None]", deadline: float) -> Made:
+    """Return what a coroutine makes.
+
+    Raises:
+        ClientDisconnect: `gone` was done first.
+        RefusedError: the deadline, monotonic seconds, came first.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        left = max(0.0, deadline - time.monotonic())
+        waited: set[asyncio.Future[Any]] = {task, gone}
+        await asyncio.wait(waited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done():
+            raise ClientDisconnect
+        if not task.done():
+            raise RefusedError(504, "the answer took too long", kind="server_error")
+        return task.result()
+    finally:
+        task.cancel()
 
 
 async def _disconnected(request: Request) -> None:
@@ -270,8 +301,6 @@ def _refusal(error: Exception) -> RefusedError:
         return RefusedError(503, "waited too long for a free row", kind="server_error", headers={"retry-after": "5"})
     if isinstance(error, ClosedError):
         return RefusedError(503, "the server is going down", kind="server_error", headers={"retry-after": "5"})
-    if isinstance(error, asyncio.TimeoutError):
-        return RefusedError(504, "the answer took too long", kind="server_error")
     if isinstance(error, HTTPException):
         return RefusedError(error.status_code, error.detail, headers=error.headers)
     if isinstance(error, LlmfastError) and not isinstance(error, (NativeCrashError, ResourceError)):
@@ -287,8 +316,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 _KINDS = (
-    RefusedError, BusyError, ClosedError, ExpiredError, LlmfastError, asyncio.TimeoutError, ClientDisconnect,
-    HTTPException,
+    RefusedError, BusyError, ClosedError, ExpiredError, LlmfastError, ClientDisconnect, HTTPException,
 )  # fmt: skip
 _HANDLERS: Any = dict.fromkeys(_KINDS, _refuse)
 _ROUTES = [

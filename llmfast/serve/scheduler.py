@@ -11,15 +11,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from llmfast.errors import LlmfastError, NativeCrashError, ResourceError
 from llmfast.infer.batch import Event
 from llmfast.report import note
 from llmfast.serve.model import Facts
 from llmfast.worker import Worker
-
-Answered = TypeVar("Answered")
 
 _MOST_RESTARTS, _RESTART_WINDOW_S = 3, 60.0
 _BACKOFF_S = 0.5
@@ -30,7 +28,7 @@ class BusyError(Exception):
 
 
 class ClosedError(Exception):
-    """The server is going down, or its model is not there yet."""
+    """The model can't be run any more; the server is going down."""
 
 
 class ExpiredError(Exception):
@@ -99,6 +97,7 @@ class Scheduler:
         self._wake = asyncio.Event()
         self._closed = False
         self._embedding = 0
+        self._turn = asyncio.Lock()  # of embeddings: the next one waits until a crashed model is there again
 
     @property
     def waiting(self) -> int:
@@ -132,60 +131,55 @@ class Scheduler:
             self._wake.set()
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """Return the vector of each text.
+        """Return the vector of each text. What nobody waits for any more goes on to its end once it has begun.
 
         Raises:
             BusyError: too many wait.
             ClosedError: no more are taken.
+            ExpiredError: waited too long for its turn.
             LlmfastError: as the model raises it.
         """
         self._check_open(self._embedding - 1)
         self._embedding += 1
         try:
-            vectors: list[list[float]] = await self._call(lambda worker: worker.call("embed", texts))
-            return vectors
-        except (NativeCrashError, ResourceError) as error:
-            await self._restart(error)
-            raise
-        finally:
+            await asyncio.wait_for(self._turn.acquire(), self._queue_timeout_s)
+        except asyncio.TimeoutError:
             self._embedding -= 1
+            raise ExpiredError from None
+        except asyncio.CancelledError:
+            self._embedding -= 1
+            raise
+        call = asyncio.ensure_future(self._call("embed", texts))
+        call.add_done_callback(self._embedded)
+        vectors: list[list[float]] = await asyncio.shield(call)
+        return vectors
 
     async def run(self) -> None:
-        """Serve until cancelled."""
-        while True:
+        """Serve until cancelled, or until the model can't be run any more."""
+        while not self._closed:
             if not (self._active or self._waiting or self._cancelled):
                 self._wake.clear()
                 await self._wake.wait()
             self._expire()
-            submitted = self._admit()
+            messages = [(ticket.id, ticket.fields) for ticket in self._admit()]
             cancelled, self._cancelled = self._cancelled, []
-            messages = [(ticket.id, ticket.fields) for ticket in submitted]
             try:
-                events = await self._call(lambda worker: worker.call("turn", messages, cancelled))  # noqa: B023
-            except (NativeCrashError, ResourceError) as error:
-                await self._restart(error)
+                events = await self._call("turn", messages, cancelled)
+            except (NativeCrashError, ResourceError):
                 continue
             for event in events:
                 self._deliver(event)
 
-    async def drain(self, seconds: float) -> None:
-        """Take no more requests, and wait until those there are have been answered."""
-        self._closed = True
-        deadline = time.monotonic() + seconds
-        while (self.active or self.waiting) and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-
     def close(self) -> None:
-        """End the child process; whoever still waits is told."""
+        """End the child process."""
         self._closed = True
         self._worker.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
-        self._fail([*self._active.values(), *self._waiting], ClosedError())
 
     def stopped(self, task: "asyncio.Task[None]") -> None:
-        """Take notice that `run` has ended, by a bug unless it was cancelled."""
-        if not task.cancelled():
-            self._end(task.exception() or RuntimeError("the scheduler stopped"))
+        """Take notice that `run` has ended: by a bug, unless it was cancelled or had given up."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._end(error)
 
     def _check_open(self, queued: int) -> None:
         if self._closed:
@@ -214,25 +208,42 @@ class Scheduler:
             del self._active[ticket.id]
         ticket.events.put_nowait(event)
 
-    async def _call(self, ask: Callable[[Worker], Answered]) -> Answered:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: ask(self._worker))
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        """Call the model; after a crash it is there again when this raises, or the scheduler has ended."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._thread, lambda: self._worker.call(method, *arguments))
+        except (NativeCrashError, ResourceError) as error:
+            try:
+                await self._restart(error)
+            except LlmfastError as fatal:
+                self._end(fatal)
+            raise
 
     async def _restart(self, error: LlmfastError) -> None:
-        """Start another child; those that the old one was answering get its error."""
+        """Start another child; those that the old one was answering get its error.
+
+        Raises:
+            LlmfastError: it crashes too often, or can't be started.
+        """
         note(f"note: {error.message}")
         active, self._active = list(self._active.values()), {}
         self._fail(active, error)
         self._cancelled.clear()
         now = time.monotonic()
         self.restarts = [*(then for then in self.restarts if then > now - _RESTART_WINDOW_S), now]
-        if len(self.restarts) > _MOST_RESTARTS or self._closed:
+        if len(self.restarts) > _MOST_RESTARTS:
             raise error
         await asyncio.sleep(_BACKOFF_S * 2 ** (len(self.restarts) - 1))
         self._worker.close()
         self._worker = await asyncio.get_running_loop().run_in_executor(self._thread, self._open_worker)
 
+    def _embedded(self, call: "asyncio.Future[Any]") -> None:
+        self._embedding -= 1
+        self._turn.release()
+
     def _end(self, error: BaseException) -> None:
-        self._closed, self.failure = True, error
+        self._closed, self.failure = True, self.failure or error
         self._fail([*self._active.values(), *self._waiting], NativeCrashError("the model can't be run any more"))
         self._active.clear()
         self._waiting.clear()

@@ -16,6 +16,8 @@ from llmfast.worker import Worker
 __all__ = ["ServeOptions", "serve"]
 
 _KEEP_ALIVE_S = 15
+# A client that reads nothing for so long is gone.
+_WRITE_STALL_S = 30
 
 
 def serve(model: Path, options: ServeOptions) -> None:
@@ -32,6 +34,7 @@ def serve(model: Path, options: ServeOptions) -> None:
         import uvicorn
 
         from llmfast.serve.app import Limits, make_app
+        from llmfast.serve.connection import Connection
     except ImportError as error:
         raise UnsupportedError(
             f"serving needs `{error.name}`, which is not installed", "pip install 'llmfast[serve]'"
@@ -49,6 +52,8 @@ def serve(model: Path, options: ServeOptions) -> None:
         log_level="critical",
         access_log=False,
         server_header=False,
+        http=Connection,
+        ws="none",
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, int(options.drain_s)),
         h11_max_incomplete_event_size=1 << 16,
@@ -86,6 +91,8 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _WRITE_STALL_S * 1000)
     try:
         listening.bind((host, port))
     except OverflowError as error:
