@@ -7,7 +7,7 @@ plain lines are, which are parted by tabs.
 import csv
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -19,14 +19,23 @@ _ALIASES = {
     "reference": ("target", "translation"),
     "a": ("sentence1", "first"),
     "b": ("sentence2", "second"),
+    "sentence1": ("a", "first"),
+    "sentence2": ("b", "second"),
     "document": ("passage",),
     "answer": ("answers",),
 }
+
+_JSON_LINES = (".jsonl", ".ndjson")
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 Parse = Callable[[str], Sequence[str]]
+
+
+def is_table(path: Path) -> bool:
+    """Return whether the columns of a file have names, or may have: .csv, .tsv, JSON lines."""
+    return path.suffix.lower() in (*_JSON_LINES, ".csv", ".tsv")
 
 
 class Records:
@@ -38,15 +47,25 @@ class Records:
         optional: how many.
         parse: turns a plain line into fields; None parts it at tabs.
         numeric: columns that hold numbers.
+        fields: column -> its name in the file, where that is no usual one; None where there is no option to say so.
+        skip_empty: leave records out that lack the value of a column, rather than refuse them.
 
     Raises:
         InputError: unreadable, not UTF-8, a record that lacks a column (named by its line), or no record at all.
     """
 
     def __init__(
-        self, path: Path, *columns: str, optional: int = 0, parse: Parse | None = None, numeric: Sequence[str] = ()
+        self,
+        path: Path,
+        *columns: str,
+        optional: int = 0,
+        parse: Parse | None = None,
+        numeric: Sequence[str] = (),
+        fields: Mapping[str, str] | None = None,
+        skip_empty: bool = False,
     ) -> None:
-        self.path, self._columns, self._optional, self._parse = path, columns, optional, parse
+        self._take_columns(path, columns, fields)
+        self._optional, self._parse, self._skip_empty = optional, parse, skip_empty
         self._numeric = [columns.index(name) for name in numeric]
         self._count = sum(1 for _ in self)
         if not self._count:
@@ -56,11 +75,18 @@ class Records:
     def fits(cls, path: Path, *columns: str) -> bool:
         """Return whether the first record of a file has just these columns."""
         probe = cls.__new__(cls)
-        probe.path, probe._columns, probe._optional, probe._parse, probe._numeric = path, columns, 0, None, []
+        probe._take_columns(path, columns, None)
+        probe._optional, probe._parse, probe._skip_empty, probe._numeric = 0, None, False, []
         try:
             return len(next(probe._fields())[1]) == len(columns) and bool(next(iter(probe)))
         except (InputError, StopIteration):
             return False
+
+    def _take_columns(self, path: Path, columns: Sequence[str], fields: Mapping[str, str] | None) -> None:
+        self.path, self._wanted, self._fields_of = path, columns, fields
+        fields = fields or {}
+        self._columns = tuple(fields.get(name, name) for name in columns)
+        self._spellings = [(fields[name],) if name in fields else (name, *_ALIASES.get(name, ())) for name in columns]
 
     def __len__(self) -> int:
         return self._count
@@ -71,7 +97,7 @@ class Records:
     @property
     def form(self) -> str:
         """What a line of the file is like."""
-        if self.path.suffix.lower() == ".jsonl":
+        if self.path.suffix.lower() in _JSON_LINES:
             return "{" + ", ".join(f'"{name}": ...' for name in self._columns) + "}"
         if self.path.suffix.lower() == ".csv":
             return f"{','.join(self._columns)}, after a first line with these names"
@@ -82,11 +108,17 @@ class Records:
         return Batches(self, size)
 
     def __iter__(self) -> Iterator[tuple[str, ...]]:
+        return (record for _, record in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """Yield the records, each with the number of its line, from 1."""
         for number, fields in self._fields():
-            yield self._checked(number, fields)
+            if not (self._skip_empty and not all(field.strip() for field in fields)):
+                yield number, self._checked(number, fields)
 
     def _fields(self) -> Iterator[tuple[int, Sequence[str]]]:
-        read = {".jsonl": self._json_lines, ".csv": self._csv, ".tsv": self._tsv}.get(self.path.suffix.lower())
+        suffix = self.path.suffix.lower()
+        read = self._json_lines if suffix in _JSON_LINES else {".csv": self._csv, ".tsv": self._tsv}.get(suffix)
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
                 yield from (read or self._plain)(file)
@@ -125,36 +157,55 @@ class Records:
                 record = {self._columns[-1]: record}
             if not isinstance(record, dict):
                 raise InputError(f"malformed line: `{self.path}`: line {number}", f"each line is {self.form}")
-            yield number, [_spell(_pick(record, name)) for name in self._columns]
+            values = [_pick(record, spellings) for spellings in self._spellings]
+            if None in values[: len(values) - self._optional]:
+                raise self._lacking(values, record, f"line {number} has no")
+            yield number, [_spell(value) for value in values]
 
     def _csv(self, file: Iterator[str]) -> Iterator[tuple[int, Sequence[str]]]:
         reader = csv.reader(file)
-        places = self._places(next(reader, []))
+        header = next(reader, [])
+        places = self._places(header)
         if None in places[: len(places) - self._optional]:
-            raise InputError(f"`{self.path}` lacks a column", f"each line is {self.form}")
+            raise self._lacking(places, header, "no column")
+        begins = reader.line_num + 1  # a row may have several lines
         for row in reader:
             if any(row):
-                yield (
-                    reader.line_num,
-                    [row[place] if place is not None and place < len(row) else "" for place in places],
-                )
+                yield begins, self._taken(row, places, header, begins)
+            begins = reader.line_num + 1
 
     def _tsv(self, file: Iterator[str]) -> Iterator[tuple[int, Sequence[str]]]:
         places: list[int | None] | None = None
+        header: list[str] = []
         for number, line in enumerate(file, start=1):
             row = line.strip("\r\n").split("\t")
-            if number == 1 and None not in self._places(row)[: len(self._columns) - self._optional]:
-                places = self._places(row)
+            if number == 1 and None not in (found := self._places(row))[: len(found) - self._optional]:
+                places, header = found, row
+            elif number == 1 and self._fields_of:
+                raise self._lacking(found, row, "no column")
             elif places is not None and line.strip():
-                yield number, _take(row, places)
+                yield number, self._taken(row, places, header, number)
             elif line.strip():
                 yield number, self._parse(line.strip()) if self._parse and len(row) < 2 else row
 
     def _places(self, header: Sequence[str]) -> list[int | None]:
         """Return where each column is, None where the header lacks it."""
         names = [name.strip().casefold() for name in header]
-        spellings = [(name, *_ALIASES.get(name, ())) for name in self._columns]
-        return [next((names.index(one) for one in spelling if one in names), None) for spelling in spellings]
+        return [
+            next((names.index(one.casefold()) for one in spellings if one.casefold() in names), None)
+            for spellings in self._spellings
+        ]
+
+    def _taken(self, row: Sequence[str], places: Sequence[int | None], header: Sequence[str], number: int) -> list[str]:
+        if len(row) > len(header):  # a separator that belongs to a text, perhaps
+            raise InputError(f"`{self.path}`: line {number} has {len(row)} columns, not {len(header)}")
+        return [row[place] if place is not None and place < len(row) else "" for place in places]
+
+    def _lacking(self, found: Sequence[object], there: Iterable[str], what: str) -> InputError:
+        place = next(place for place, one in enumerate(found) if one is None)
+        names = ", ".join(list(there)[:10]) or "nothing"
+        rename = f"; --field {self._wanted[place]}=NAME says which it is" if self._fields_of is not None else ""
+        return InputError(f"`{self.path}`: {what} `{self._columns[place]}`", f"it has: {names}{rename}")
 
 
 class Batches:
@@ -180,10 +231,6 @@ class Batches:
             yield tuple(batch)
 
 
-def _take(row: Sequence[str], places: Sequence[int | None]) -> list[str]:
-    return [row[place] if place is not None and place < len(row) else "" for place in places]
-
-
 class Mapped(Generic[Item, Made]):
     """What a function makes of the parts of a collection, one at a time."""
 
@@ -200,8 +247,8 @@ class Mapped(Generic[Item, Made]):
         return map(self._make, self._parts)
 
 
-def _pick(record: dict[str, object], name: str) -> object:
-    return next((record[one] for one in (name, *_ALIASES.get(name, ())) if one in record), "")
+def _pick(record: dict[str, object], spellings: Sequence[str]) -> object:
+    return next((record[one] for one in spellings if record.get(one) is not None), None)
 
 
 def _is_number(text: str) -> bool:
@@ -214,4 +261,4 @@ def _is_number(text: str) -> bool:
 def _spell(value: object) -> str:
     if isinstance(value, list):
         return "\t".join(map(str, value))
-    return str(value)
+    return "" if value is None else str(value)

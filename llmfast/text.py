@@ -9,7 +9,7 @@ import numpy as np
 
 from llmfast import report
 from llmfast.errors import InputError
-from llmfast.records import Records
+from llmfast.records import Records, is_table
 
 if TYPE_CHECKING:
     from llmfast.tokenizer import Tokenizer
@@ -81,7 +81,7 @@ def leading_windows(
 
 def _read_beginning(path: Path, size: int) -> tuple[str, bool]:
     """Return the text of a file's first bytes, up to a whole character, and whether that is all of it."""
-    if path.suffix.lower() in (".jsonl", ".csv"):
+    if is_table(path):
         texts: list[str] = []
         for (text,) in Records(path, "text"):
             texts.append(text)

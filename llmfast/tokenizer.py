@@ -89,11 +89,6 @@ class Tokenizer:
         """One more than the highest token id; a model may have more rows than that."""
         return max(self.vocabulary.values()) + 1
 
-    def has_tokens_of(self, other: "Tokenizer") -> bool:
-        """Return whether both mean the same by every token id."""
-        same: bool = self._backend.get_vocab() == other._backend.get_vocab()
-        return same
-
     def check_fits(self, rows: int) -> None:
         """Refuse a tokenizer that makes tokens which a model has no row for.
 

@@ -19,8 +19,8 @@ from llmfast.errors import InputError, OptionError, UnsafeInputError, Unsupporte
 from llmfast.export.module import export_module
 from llmfast.export.stage import ExportOptions, export
 from llmfast.infer.stage import answer
+from llmfast.records import Records
 from llmfast.tokenizer import Tokenizer
-from llmfast.tune.rows import read_table
 from tests.tiny_encoder import save_encoder
 from tests.tiny_tune import MODULE, TEXT, losses, run, weights, write_encoder, write_labelled, write_text
 
@@ -92,11 +92,11 @@ def test_tables_say_the_same_as_lines(encoder: Path, tmp_path: Path, kind: str) 
 def test_quotes_and_commas_of_tables(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('label,text\nx,"one, two\nthree"\ny,"say ""hi"""\n', encoding="utf-8")
     (tmp_path / "b.tsv").write_text('x\t"quoted at first\ny\tplain "here"\n', encoding="utf-8")
-    assert [one.values[1] for one in read_table(tmp_path / "a.csv", ["label", "text"], {})] == [
+    assert [text for _, text in Records(tmp_path / "a.csv", "label", "text")] == [
         "one, two\nthree",
         'say "hi"',
     ]
-    assert [one.values[1] for one in read_table(tmp_path / "b.tsv", ["label", "text"], {})] == [
+    assert [text for _, text in Records(tmp_path / "b.tsv", "label", "text")] == [
         '"quoted at first',
         'plain "here"',
     ]
@@ -117,7 +117,7 @@ def test_labels_by_number_get_names(encoder: Path, tmp_path: Path) -> None:
 def test_labels_that_do_not_fit_are_named(encoder: Path, tmp_path: Path) -> None:
     data = write_labelled(tmp_path / "data.txt")
     other = write_labelled(tmp_path / "other.txt", names=("cats", "birds"))
-    with pytest.raises(InputError, match="row 2 has the label `birds`, which is none of cats, dogs"):
+    with pytest.raises(InputError, match="line 2 has the label `birds`, which is none of cats, dogs"):
         run(encoder, tmp_path / "out", data, validation=other)
     run(encoder, tmp_path / "out", data, max_steps=1)
     with pytest.raises(InputError, match=r"the head of .* lacks") as caught:
@@ -302,18 +302,18 @@ def test_rows_that_do_not_fit_a_module(tmp_path: Path, line: str, message: str) 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", "", "no text in"),
-        ("blank.txt", " \n\n", "no text in"),
+        ("empty.txt", "", "no usable line in"),
+        ("blank.txt", " \n\n", "no usable line in"),
         ("one.txt", "a cat\n" * 9, "a single label, `a`"),
         ("prose.txt", "".join(f"word{index} more text\n" for index in range(50)), "has 50 labels in 50 rows"),
-        ("lone.txt", "label\n", "no text after the label"),
+        ("lone.txt", "label\n", "line 1"),
         ("latin.txt", b"a caf\xe9\n", "not UTF-8"),
-        ("no.csv", "a,b,c\n1,2,3\n", "has no column `label`"),
-        ("header.csv", "label,text\n", "nothing below|no rows"),
+        ("no.csv", "a,b,c\n1,2,3\n", "no column `label`"),
+        ("header.csv", "label,text\n", "no usable line in"),
         ("ragged.csv", "label,text\nx,one,two\n", "line 2 has 3 columns, not 2"),
-        ("hole.csv", "label,text\nx,\ny,z\n", "line 2 has an empty label or text"),
+        ("hole.csv", "label,text\nx,\ny,z\n", "malformed line: .*line 2"),
         ("bad.jsonl", '{"label": "x", "text": "y"}\n{\n', "line 2"),
-        ("list.jsonl", "[1, 2]\n", "line 1 has no `label`"),
+        ("list.jsonl", "[1, 2]\n", "malformed line: .*line 1"),
         ("few.txt", "a cat\n", "a single label|too little data"),
     ],
 )

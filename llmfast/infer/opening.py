@@ -124,7 +124,7 @@ def _open_draft(
     draft = ModelBundle.open(path)
     if draft.manifest.task != TEXT_GENERATION:
         raise OptionError(f"--draft `{path}` generates no text: its task is {draft.manifest.task}")
-    if not Tokenizer.load(draft.path).has_tokens_of(tokenizer):
+    if Tokenizer.load(draft.path).vocabulary != tokenizer.vocabulary:
         raise InputError(
             f"`{path}` can't draft for `{bundle.name}`: their tokenizers differ",
             "a draft is a smaller or more quantized model of the same family",

@@ -5,38 +5,31 @@ from pathlib import Path
 
 from llmfast.errors import InputError
 from llmfast.records import Records
-from llmfast.tune.rows import Record, is_table, read_table
 
 # More kinds of labels than this, and nearly one per row, are no labels.
 _MOST_LABELS = 20
 
 
-def read_labels(path: Path, fields: Mapping[str, str]) -> list[Record]:
-    """Read labelled texts: lines of `label text`, or the columns `label` and `text` of a table.
+Labelled = tuple[int, tuple[str, ...]]  # the number of the line, (label, text)
 
-    Returns:
-        Records of (label, text).
+
+def read_labels(path: Path, fields: Mapping[str, str]) -> list[Labelled]:
+    """Read labelled texts: lines of `label text`, or the columns `label` and `text` of a table.
 
     Raises:
         InputError: malformed, or a row without label or text.
     """
-    if not is_table(path):
-        lines = Records(path, "label", "text", parse=lambda line: line.split(None, 1))
-        return [Record(number, pair) for number, pair in enumerate(lines, 1)]
-    records = read_table(path, ["label", "text"], fields)
-    empty = next((record.line for record in records if not all(record.values)), None)
-    if empty is not None:
-        raise InputError(f"`{path}`: line {empty} has an empty label or text", "leave such rows out")
-    return records
+    lines = Records(path, "label", "text", parse=lambda line: line.split(None, 1), fields=fields)
+    return list(lines.numbered())
 
 
-def label_names(path: Path, records: Sequence[Record]) -> list[str]:
+def label_names(path: Path, records: Sequence[Labelled]) -> list[str]:
     """Return the labels of the data, numbers in their order.
 
     Raises:
         InputError: there is one label only, or so many that they can't be labels.
     """
-    names = sorted({record.values[0] for record in records})
+    names = sorted({label for _, (label, _) in records})
     if all(name.isdecimal() for name in names):
         names.sort(key=int)
     if len(names) < 2:
@@ -57,7 +50,7 @@ def find_label(label: str, names: Sequence[str]) -> int | None:
     return int(label) if label.isdecimal() and int(label) < len(names) else None
 
 
-def check_labels(path: Path, records: Sequence[Record], names: Sequence[str], owner: str = "") -> None:
+def check_labels(path: Path, records: Sequence[Labelled], names: Sequence[str], owner: str = "") -> None:
     """Refuse labels that do not fit.
 
     Args:
@@ -69,13 +62,14 @@ def check_labels(path: Path, records: Sequence[Record], names: Sequence[str], ow
     Raises:
         InputError: names the first one.
     """
-    alien = next((record for record in records if find_label(record.values[0], names) is None), None)
+    alien = next(((line, label) for line, (label, _) in records if find_label(label, names) is None), None)
     if alien is None:
         return
+    line, label = alien
     known = ", ".join(names[:20])
     lacking = f"which the head of `{owner}` lacks" if owner else f"which is none of {known}"
     raise InputError(
-        f"`{path}`: row {alien.line} has the label `{alien.values[0]}`, {lacking}",
+        f"`{path}`: line {line} has the label `{label}`, {lacking}",
         f"its labels: {known}; --new-head makes a head for those of the data"
         if owner
         else "labels are those of --labels, or else of --data",

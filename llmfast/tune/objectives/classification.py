@@ -15,9 +15,9 @@ import numpy as np
 from llmfast.errors import OptionError, UnsupportedError
 from llmfast.export.checkpoint import load_config
 from llmfast.tokenizer import Tokenizer
-from llmfast.tune.labels import check_labels, find_label, label_names, read_labels
+from llmfast.tune.labels import Labelled, check_labels, find_label, label_names, read_labels
 from llmfast.tune.objective import Defaults, Job, Row
-from llmfast.tune.rows import Record, split
+from llmfast.tune.rows import split
 from llmfast.tune.student import (
     CLASSIFIER_CLASS,
     DECODER_CLASS,
@@ -81,10 +81,10 @@ def prepare(job: Job, options: Options) -> "Classification":
     model = load_model(job.source, CLASSIFIER_CLASS, config, new_head=not has_head)
     check_length(model, job.seq_len)
 
-    def encoded(records: list[Record]) -> list[Row]:
-        texts = [record.values[1] for record in records]
+    def encoded(records: list[Labelled]) -> list[Row]:
+        texts = [text for _, (_, text) in records]
         inputs = encode(Tokenizer.load(job.companions), texts, job.seq_len, model)
-        targets = [find_label(record.values[0], names) for record in records]
+        targets = [find_label(label, names) for _, (label, _) in records]
         return [Row(one, target) for one, target in zip(inputs, targets, strict=True)]
 
     rows = encoded(train)

@@ -20,12 +20,13 @@ import numpy as np
 from llmfast.errors import InputError, OptionError
 from llmfast.export.checkpoint import load_config
 from llmfast.export.pooling import Pooling, pool, read_pooling
+from llmfast.records import is_table
 from llmfast.report import note
 from llmfast.text import read_lines, token_windows
 from llmfast.tokenizer import Tokenizer
 from llmfast.tune.labels import check_labels, find_label, read_labels
 from llmfast.tune.objective import Defaults, Job, Row
-from llmfast.tune.rows import is_table, read_passages, split
+from llmfast.tune.rows import read_passages, split
 from llmfast.tune.student import (
     CLASSIFIER_CLASS,
     DECODER_CLASS,
@@ -246,8 +247,8 @@ def _read(path: Path, tokenizer: Tokenizer, job: Job, model: Any, names: Sequenc
     if kind == CLASSIFIER_CLASS:
         records = read_labels(path, job.options.fields)
         check_labels(path, records, names, str(job.source))
-        texts = [record.values[1] for record in records]
-        targets: list[int | None] = [find_label(record.values[0], names) for record in records]
+        texts = [text for _, (_, text) in records]
+        targets: list[int | None] = [find_label(label, names) for _, (label, _) in records]
     else:
         texts = read_passages(path, job.options.fields) if is_table(path) else read_lines(path)
         targets = [None] * len(texts)

@@ -23,7 +23,7 @@ from llmfast.export.pooling import Pooling, pool, read_pooling
 from llmfast.records import Records
 from llmfast.tokenizer import Text, Tokenizer
 from llmfast.tune.objective import Defaults, Job, Row
-from llmfast.tune.rows import Record, is_table, read_table, split
+from llmfast.tune.rows import split
 from llmfast.tune.student import (
     CLASSIFIER_CLASS,
     DECODER_CLASS,
@@ -147,30 +147,6 @@ class Regression:
 
 
 def _read(path: Path, job: Job) -> list[Pair]:
-    has_header = is_table(path) and not (path.suffix.lower() == ".tsv" and _begins_with_a_score(path))
-    columns = ["score", "sentence1", "sentence2"]
-    if has_header:
-        records = read_table(path, columns, job.options.fields)
-    else:
-        records = [Record(number, line) for number, line in enumerate(Records(path, *columns), 1)]
-    pairs = []
-    for record in records:
-        score, first, second = record.values
-        try:
-            if not math.isfinite(float(score)):
-                raise ValueError(score)
-        except ValueError as error:
-            raise InputError(f"`{path}`: line {record.line} has the score `{score}`, which is no number") from error
-        pairs.append((float(score), first, second))
-    return pairs
-
-
-def _begins_with_a_score(path: Path) -> bool:
-    """Tell the plain form of pairs from a table with a header."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        first = file.readline().partition("\t")[0]
-    try:
-        float(first)
-    except ValueError:
-        return False
-    return True
+    columns = ("score", "sentence1", "sentence2")
+    records = Records(path, *columns, numeric=("score",), fields=job.options.fields)
+    return [(float(score), first, second) for score, first, second in records]
