@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import sys
 from typing import Annotated, Any
@@ -11,20 +12,33 @@ from typer.core import TyperGroup
 
 from llmfast import __version__, report
 from llmfast.commands import bench, doctor, export, infer, inspect, prune, quantize, serve, tune, verify
-from llmfast.errors import LlmfastError, ResourceError
+from llmfast.errors import LlmfastError, OptionError, ResourceError
 from llmfast.files import ALLOW_HARDLINKS
 from llmfast.resources import FORCE
 from llmfast.supervisor import supervise
 
 _HELP = {"help_option_names": ["-h", "--help"]}
+_UsageError: Any = typer.BadParameter.__base__  # of click, or of Typer's own copy of it
 
 
 class _Group(TyperGroup):
     """Turns failures into messages and exit codes, for the shell and for a test's runner alike."""
 
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if not args:
+            return super().make_context(info_name, args, parent, **extra)  # prints the help
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except _UsageError as error:
+            report.complain(_misused(error, "llmfast"))
+            raise typer.Exit(OptionError.exit_code) from error
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except _UsageError as error:
+            report.complain(_misused(error, f"{ctx.command_path} {ctx.invoked_subcommand}"))
+            raise typer.Exit(OptionError.exit_code) from error
         except LlmfastError as error:
             report.complain(error)
             raise typer.Exit(error.exit_code) from error
@@ -34,6 +48,13 @@ class _Group(TyperGroup):
         except BrokenPipeError:
             sys.stdout = None  # the reader left; there is nobody to tell
             raise typer.Exit(0) from None
+
+
+def _misused(error: Any, command: str) -> OptionError:
+    """Return what is wrong with a command line, as all errors are spelled; `command` is used where it names none."""
+    message = re.sub(r"'([^']*)'", r"`\1`", error.format_message()).rstrip(".")
+    named = error.ctx.command_path if error.ctx is not None else command
+    return OptionError(message[:1].lower() + message[1:], f"{named} --help")
 
 
 app = typer.Typer(

@@ -52,8 +52,14 @@ def test_pipeline_from_checkpoint_to_answer(checkpoints: Callable[[str], Path], 
     assert {row["role"] for row in json.loads(result.stdout)["layers"]} >= {"embedding", "qkv_proj", "down_proj"}
     result = run("infer", int8, "--prompt", "hello", "--max-tokens", "4", "--format", "json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["generated_tokens"] <= 4
+    answer = json.loads(result.stdout)
+    assert (answer["text"], answer["generated_tokens"] <= 4) == ("hello", True)
     assert "prompt tokens" in result.stderr
+    result = run("infer", int8, "-p", "hello", "-p", "ab", "--max-tokens", "4", "--format", "json")
+    assert result.exit_code == 0, result.output
+    several = json.loads(result.stdout)
+    assert [(one["text"], sorted(one)) for one in several] == [("hello", sorted(answer)), ("ab", sorted(answer))]
+    assert several[0]["answer"] == answer["answer"]
     data = tmp_path / "text.txt"
     data.write_text("some text to measure on, again and again. " * 20, encoding="utf-8")
     sizes = ["-p", "16", "-n", "4", "--rounds", "2", "--num-samples", "2", "--seq-len", "32"]
@@ -162,9 +168,25 @@ def test_mistakes_are_explained(
     assert list(inside.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["explode"], ["export"], ["bench"], ["infer", "x", "--prompt"], ["--nope"]])
-def test_wrong_usage_is_exit_2(arguments: list[str]) -> None:
-    assert run(*arguments).exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "message", "command"),
+    [
+        (["explode"], "no such command `explode`", "llmfast"),
+        (["export"], "missing option `--output` / `-o`", "llmfast export"),
+        (["infer", "x", "--prompt"], "requires an argument", "llmfast infer"),
+        (["infer", "x", "--max-tokens", "many"], "invalid value for `--max-tokens`", "llmfast infer"),
+        (["--nope"], "no such option: --nope", "llmfast"),
+        (["bench", "--formt", "json"], "no such option: --formt", "llmfast bench"),
+    ],
+)
+def test_wrong_usage_reads_like_any_other_error(arguments: list[str], message: str, command: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    error, _, hint = result.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert message in error
+    assert hint == f"hint: {command} --help"
 
 
 def test_missing_export_extra_is_named(

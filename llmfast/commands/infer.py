@@ -127,8 +127,6 @@ def infer(
     """
     if output_format not in _FORMATS:
         raise OptionError(f"unknown format `{output_format}`", f"choose from: {', '.join(_FORMATS)}")
-    from dataclasses import asdict
-
     from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
     from llmfast.infer import stage
     from llmfast.infer.jsonl import is_jsonl
@@ -202,7 +200,7 @@ def infer(
     if output_format == "text":
         report.out("")
     else:
-        _print_answers([asdict(generation)], str, output_format, is_one)
+        _print_answers([generation.document(texts[0])], str, output_format, is_one)
     report.note(stage.spell_speed(generation))
 
 

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,12 @@ class Generation:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     placement: Mapping[str, int] = field(default_factory=dict)
+
+    def document(self, prompt: str) -> dict[str, Any]:
+        """Return what is printed as JSON: the prompt as `text`, the answer as `answer`, and the rest by its name."""
+        return {"text": prompt, "answer": self.text} | {
+            name: value for name, value in asdict(self).items() if name != "text"
+        }
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, system: str | None = None, raw: bool = False) -> np.ndarray:

@@ -44,7 +44,7 @@ def answer(
         sampling: fields of `Sampling`; none is greedy.
 
     Returns:
-        `{"text", "answer", "generated_tokens", "finish_reason"}` for each text.
+        `Generation.document` of each text.
 
     Raises:
         InputError: no tokenizer, or a text that is empty or does not fit the context.
@@ -58,15 +58,7 @@ def answer(
     answers = []
     for text, ids in zip(texts, prompts, strict=True):
         pieces = generate(engine, tokenizer, ids, max_tokens, choice, stop, tokenizer.eos_ids, speculation)
-        generation = finish(pieces)
-        answers.append(
-            {
-                "text": text,
-                "answer": generation.text,
-                "generated_tokens": generation.generated_tokens,
-                "finish_reason": generation.finish_reason,
-            }
-        )
+        answers.append(finish(pieces).document(text))
     return answers
 
 
