@@ -38,7 +38,12 @@ def is_table(path: Path) -> bool:
     return path.suffix.lower() in (*_JSON_LINES, ".csv", ".tsv")
 
 
-class Records:
+class _Streamed(Collection[Item]):
+    def __contains__(self, item: object) -> bool:
+        return any(one == item for one in self)
+
+
+class Records(_Streamed[tuple[str, ...]]):
     """The records of a file, read anew each time they are iterated over; each is one string per column.
 
     Args:
@@ -90,9 +95,6 @@ class Records:
 
     def __len__(self) -> int:
         return self._count
-
-    def __contains__(self, record: object) -> bool:
-        return any(one == record for one in self)
 
     @property
     def form(self) -> str:
@@ -208,7 +210,7 @@ class Records:
         return InputError(f"`{self.path}`: {what} `{self._columns[place]}`", f"it has: {names}{rename}")
 
 
-class Batches:
+class Batches(_Streamed[tuple[tuple[str, ...], ...]]):
     """Records in tuples of a size, as many as there are, read as they are needed."""
 
     def __init__(self, records: Records, size: int) -> None:
@@ -216,9 +218,6 @@ class Batches:
 
     def __len__(self) -> int:
         return -(-len(self._records) // self._size)
-
-    def __contains__(self, batch: object) -> bool:
-        return any(one == batch for one in self)
 
     def __iter__(self) -> Iterator[tuple[tuple[str, ...], ...]]:
         batch: list[tuple[str, ...]] = []
@@ -231,7 +230,7 @@ class Batches:
             yield tuple(batch)
 
 
-class Mapped(Generic[Item, Made]):
+class Mapped(_Streamed[Made], Generic[Item, Made]):
     """What a function makes of the parts of a collection, one at a time."""
 
     def __init__(self, parts: Collection[Item], make: Callable[[Item], Made]) -> None:
@@ -239,9 +238,6 @@ class Mapped(Generic[Item, Made]):
 
     def __len__(self) -> int:
         return len(self._parts)
-
-    def __contains__(self, item: object) -> bool:
-        return any(one == item for one in self)
 
     def __iter__(self) -> Iterator[Made]:
         return map(self._make, self._parts)

@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from llmfast.graph.linear import role_of
 from llmfast.graph.model import COMPUTED_PREFIXES, FLOATS, tensor_bytes
-from llmfast.graph.view import GraphView, attribute
+from llmfast.graph.view import GraphView, attribute, input_at
 
 _NAMES: dict[int, str] = {value: name.lower() for name, value in TensorProto.DataType.items()}
 _BITS = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2, "int8": 8, "uint8": 8, "float16": 16, "bfloat16": 16}
@@ -113,7 +113,7 @@ def _quantized(view: GraphView, node: onnx.NodeProto) -> Iterator[Layer]:
     weight = view.model.initializers.get(node.input[index])
     if weight is None:
         return
-    names = [view.origin(_at(node, place)) for place in (index, *scales, zero_point)]
+    names = [view.origin(input_at(node, place)) for place in (index, *scales, zero_point)]
     stored = tuple(dict.fromkeys(name for name in names if name in view.model.initializers))
     name, dtype = layer_name(node, weight.name), dtype_name(weight.data_type)
     bits, size, blocks = _BITS.get(dtype, 8), _size(weight), attribute(node, "block_size", 0)
@@ -124,7 +124,7 @@ def _quantized(view: GraphView, node: onnx.NodeProto) -> Iterator[Layer]:
         bits = attribute(node, "bits", 4)
         size = size * 8 // bits
     role = "embedding" if node.op_type == "GatherBlockQuantized" else role_of(name)
-    symmetric = _is_symmetric(view, weight, _at(node, zero_point), in_blocks=blocks > 0)
+    symmetric = _is_symmetric(view, weight, input_at(node, zero_point), in_blocks=blocks > 0)
     yield Layer(name, role, size, stored, f"{bits} bit", bits, blocks, symmetric, _activations(view, node))
 
 
@@ -183,7 +183,7 @@ def _dequantized(
     stored = (codes, *(name for name in source.input[1:] if name in view.model.initializers))
     name = layer_name(node, codes)
     blocks = attribute(source, "block_size", 0)
-    symmetric = _is_symmetric(view, weight, _at(source, 2), in_blocks=False)
+    symmetric = _is_symmetric(view, weight, input_at(source, 2), in_blocks=False)
     form = f"{bits} bit"
     return Layer(name, role or role_of(name), _size(weight), stored, form, bits, blocks, symmetric, activations)
 
@@ -210,10 +210,6 @@ def layer_name(node: onnx.NodeProto, weight: str) -> str:
     if name == weight and _NUMBERED.match(weight):
         name = _SUFFIX.sub("", node.name or node.output[0])
     return name.strip("/").replace("/", ".")
-
-
-def _at(node: onnx.NodeProto, index: int) -> str:
-    return str(node.input[index]) if index < len(node.input) else ""
 
 
 def _size(tensor: TensorProto) -> int:

@@ -10,6 +10,7 @@ import onnx
 from onnx import TensorProto
 
 from llmfast.graph.model import OnnxModel, reads
+from llmfast.graph.view import attribute
 
 # Smaller tables (token types, positions of a small encoder) save nothing worth an operator.
 MIN_EMBEDDING_ELEMENTS = 1 << 20
@@ -141,7 +142,7 @@ def find_embeddings(
     tied = {linear.weight for linear in linears}
     found = []
     for node in model.proto.graph.node:
-        if node.op_type != "Gather" or _attribute(node, "axis", 0) != 0 or node.input[1] in model.initializers:
+        if node.op_type != "Gather" or attribute(node, "axis", 0) != 0 or node.input[1] in model.initializers:
             continue
         table, transposed = resolve(node.input[0])
         if table is not None and (table.name in tied or math.prod(table.dims) >= min_elements):
@@ -162,14 +163,14 @@ def _match(node: onnx.NodeProto) -> tuple[bool, str] | None:
     if node.op_type == "MatMul" and not node.domain:
         return False, ""
     if node.op_type == "Gemm":
-        plain = not _attribute(node, "transA", 0) and _attribute(node, "alpha", 1.0) == 1.0
-        plain &= _attribute(node, "beta", 1.0) == 1.0
+        plain = not attribute(node, "transA", 0) and attribute(node, "alpha", 1.0) == 1.0
+        plain &= attribute(node, "beta", 1.0) == 1.0
         bias = node.input[2] if len(node.input) > 2 else ""
-        return (bool(_attribute(node, "transB", 0)), bias) if plain else None
+        return (bool(attribute(node, "transB", 0)), bias) if plain else None
     if node.op_type == "FusedMatMul":
-        plain = _attribute(node, "alpha", 1.0) == 1.0
-        plain &= not any(_attribute(node, name, 0) for name in ("transA", "transBatchA", "transBatchB"))
-        return (bool(_attribute(node, "transB", 0)), "") if plain else None
+        plain = attribute(node, "alpha", 1.0) == 1.0
+        plain &= not any(attribute(node, name, 0) for name in ("transA", "transBatchA", "transBatchB"))
+        return (bool(attribute(node, "transB", 0)), "") if plain else None
     return None
 
 
@@ -205,11 +206,3 @@ def _is_matrix(tensor: TensorProto) -> bool:
 
 def _is_vector(tensor: TensorProto | None) -> bool:
     return tensor is not None and len(tensor.dims) == 1
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: float) -> float:
-    for attribute in node.attribute:
-        if attribute.name == name:
-            value: float = onnx.helper.get_attribute_value(attribute)
-            return value
-    return default

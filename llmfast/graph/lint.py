@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from llmfast.graph.model import FLOATS, OnnxModel, count_weight_bytes, tensor_bytes
 from llmfast.graph.packed import ACCURACY_INT8, BLOCK_SIZES
-from llmfast.graph.view import GraphView, attribute
+from llmfast.graph.view import GraphView, attribute, input_at
 
 _INTEGER_MATMULS = {"MatMulInteger": (0, 1), "MatMulIntegerToFloat": (0, 1), "QLinearMatMul": (0, 3)}
 _MATMULS = ("MatMul", "Gemm", "FusedMatMul")
@@ -65,10 +65,6 @@ def _nbits(view: GraphView) -> Iterator[onnx.NodeProto]:
     return view.of_type("MatMulNBits")
 
 
-def _input(node: onnx.NodeProto, index: int) -> str:
-    return str(node.input[index]) if index < len(node.input) else ""
-
-
 def _low_accuracy(view: GraphView) -> Iterator[onnx.NodeProto]:
     return (node for node in _nbits(view) if attribute(node, "accuracy_level", 0) != ACCURACY_INT8)
 
@@ -81,11 +77,11 @@ def _odd_blocks(view: GraphView) -> Iterator[onnx.NodeProto]:
 
 
 def _reordered(view: GraphView) -> Iterator[onnx.NodeProto]:
-    return (node for node in _nbits(view) if _input(node, 4))
+    return (node for node in _nbits(view) if input_at(node, 4))
 
 
 def _float_zero_points(view: GraphView) -> Iterator[onnx.NodeProto]:
-    return (node for node in _nbits(view) if _input(node, 3) and view.type_of(node.input[3]) in FLOATS)
+    return (node for node in _nbits(view) if input_at(node, 3) and view.type_of(node.input[3]) in FLOATS)
 
 
 def _unfit_signs(view: GraphView) -> Iterator[onnx.NodeProto]:
@@ -106,7 +102,7 @@ def _scale_per_tensor(view: GraphView) -> Iterator[onnx.NodeProto]:
 
 def _dequantized_weights(view: GraphView) -> Iterator[onnx.NodeProto]:
     for node in view.of_type(*_MATMULS):
-        weight = view.maker(view.origin(_input(node, 1)), "DequantizeLinear")
+        weight = view.maker(view.origin(input_at(node, 1)), "DequantizeLinear")
         if weight is not None and view.origin(weight.input[0]) in view.model.initializers:
             is_integer = view.maker(node.input[0], "DequantizeLinear") is not None
             four_bit = view.type_of(view.origin(weight.input[0])) in (TensorProto.INT4, TensorProto.UINT4)
@@ -124,10 +120,10 @@ def _blocks_left_to_the_runtime(view: GraphView) -> Iterator[onnx.NodeProto]:
 def _lone_half(view: GraphView) -> Iterator[onnx.NodeProto]:
     for node in view.of_type(*_MATMULS):
         # A weight behind a Cast is widened once; float16 between Casts ONNX Runtime computes in float32 by itself.
-        between_casts = view.maker(_input(node, 0), "Cast") is not None and all(
+        between_casts = view.maker(input_at(node, 0), "Cast") is not None and all(
             reader.op_type == "Cast" for reader in view.readers[node.output[0]]
         )
-        dtype = view.type_of(_input(node, 1))
+        dtype = view.type_of(input_at(node, 1))
         if dtype == TensorProto.BFLOAT16 or (dtype == TensorProto.FLOAT16 and not between_casts):
             yield node
 

@@ -3,11 +3,14 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
+from typing import TypeVar
 
 import onnx
 from onnx import TensorProto, helper
 
 from llmfast.graph.model import OnnxModel, walk
+
+Number = TypeVar("Number", int, float)
 
 # Nodes between a weight and the multiplication that uses it.
 _PASSES = ("Transpose", "Identity", "Cast", "Reshape")
@@ -59,9 +62,14 @@ class GraphView:
         return node if node is not None and node.op_type in op_types else None
 
 
-def attribute(node: onnx.NodeProto, name: str, default: int) -> int:
-    """Return an integer attribute of a node."""
+def attribute(node: onnx.NodeProto, name: str, default: Number) -> Number:
+    """Return a number among a node's attributes."""
     for entry in node.attribute:
         if entry.name == name:
-            return int(helper.get_attribute_value(entry))
+            return type(default)(helper.get_attribute_value(entry))
     return default
+
+
+def input_at(node: onnx.NodeProto, index: int) -> str:
+    """Return an input's name, empty where the node does not have it."""
+    return str(node.input[index]) if index < len(node.input) else ""
