@@ -252,18 +252,28 @@ def test_who_does_not_fit_the_queue_is_told_to_come_back(bundle: Path) -> None:
 
 def test_who_waits_too_long_is_told(bundle: Path) -> None:
     body = {"prompt": "hello", "max_tokens": 400}
-    with serving(bundle, "--batch-size", "1", "--queue-timeout", "0.03", "--timeout", "0.1") as server:
-
-        def ask(**more: Any) -> httpx.Response:
-            return httpx.post(f"{server.url}/v1/completions", json=body | more, timeout=60)
-
+    with serving(bundle, "--batch-size", "1", "--queue-timeout", "0.2", "--timeout", "3") as server:
+        url, model = f"{server.url}/v1/completions", _processes(server)[-1]
+        os.kill(model, signal.SIGSTOP)
         with ThreadPoolExecutor(4) as pool:
-            answers = list(pool.map(lambda _: ask(), range(4)))
-        assert sorted({answer.status_code for answer in answers}) == [503, 504]
+            asked = [pool.submit(httpx.post, url, json=body, timeout=60) for _ in range(4)]
+            server.wait_for("llmfast_requests_waiting", 3)
+            time.sleep(0.3)
+            os.kill(model, signal.SIGCONT)
+            answers = [one.result() for one in asked]
+        assert sorted(answer.status_code for answer in answers) == [200, 503, 503, 503]
         assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 503)
+        os.kill(model, signal.SIGSTOP)
+        assert httpx.post(url, json=body, timeout=60).status_code == 504
+        os.kill(model, signal.SIGCONT)
         server.wait_for("llmfast_requests_active", 0)
-        *_, error, done, _ = ask(stream=True).text.split("\n\n")
+        with httpx.stream("POST", url, json=body | {"stream": True}, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.kill(model, signal.SIGSTOP)
+            *_, error, done = [line for line in lines if line]
         assert ("too long" in error, done) == (True, "data: [DONE]")
+        os.kill(model, signal.SIGCONT)
         server.wait_for("llmfast_requests_active", 0)
 
 
