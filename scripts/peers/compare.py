@@ -209,8 +209,9 @@ def enter(options: argparse.Namespace, context: int) -> Any:
         source = options.gguf if name == "llama_cpp" and options.gguf else options.checkpoint
         models = options.work / "models" / fingerprint(source.resolve())
         for form in module.FORMATS:
-            command = [str(python), "-m", f"peers.{name}", "--model", str(models / f"{name}-{form}"), "--format", form]
-            log = options.work / "logs" / f"{name}-{form}.log"
+            model = models / f"{name}-{form.partition(' ')[0]}"  # the rest is how it is run
+            command = [str(python), "-m", f"peers.{name}", "--model", str(model), "--format", form]
+            log = options.work / "logs" / f"{name}-{form.replace(' ', '-')}.log"
             yield Contestant(f"{name} {form}", [*command, *arguments], log, failure=failure)
     for path in options.ours:
         command = [sys.executable, "-m", "peers.llmfast_bundle", "--model", str(path.resolve()), "--format", path.name]

@@ -17,7 +17,7 @@ def convert(source: Source, folder: Path, form: str) -> None:
 
 
 class Model:
-    def __init__(self, folder: Path, threads: int, context: int) -> None:
+    def __init__(self, folder: Path, form: str, threads: int, context: int) -> None:
         import ctranslate2
 
         self._model = ctranslate2.Generator(str(folder), "cpu", compute_type="int8", intra_threads=threads)

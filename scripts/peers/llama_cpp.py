@@ -25,7 +25,7 @@ def convert(source: Source, folder: Path, form: str) -> None:
 
 
 class Model:
-    def __init__(self, folder: Path, threads: int, context: int) -> None:
+    def __init__(self, folder: Path, form: str, threads: int, context: int) -> None:
         import llama_cpp
 
         self._api = llama_cpp

@@ -7,7 +7,7 @@ from peers.protocol import serve
 
 
 class Model:
-    def __init__(self, folder: Path, threads: int, context: int) -> None:
+    def __init__(self, folder: Path, form: str, threads: int, context: int) -> None:
         from llmfast.bundle import ModelBundle
         from llmfast.infer.opening import open_decoder
 

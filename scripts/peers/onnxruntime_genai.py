@@ -17,7 +17,7 @@ def convert(source: Source, folder: Path, form: str) -> None:
 
 
 class Model:
-    def __init__(self, folder: Path, threads: int, context: int) -> None:
+    def __init__(self, folder: Path, form: str, threads: int, context: int) -> None:
         import onnxruntime_genai
 
         self._api = onnxruntime_genai

@@ -7,23 +7,26 @@ from pathlib import Path
 from peers.protocol import Source, run, serve
 
 REQUIREMENTS = ("openvino-genai>=2026.0", "nncf>=3.0", "optimum-intel>=1.27", "torch>=2.10,<2.14")
-FORMATS = ("int8", "int4")
+# Paged attention is the default; which of the two is faster depends on lengths and machine.
+FORMATS = ("int8", "int8 SDPA", "int4", "int4 SDPA")
 
 
 def convert(source: Source, folder: Path, form: str) -> None:
+    bits = form.partition(" ")[0]
     # Groups of 64 fit every width; the default of 128 leaves narrow models, such as 576, out.
-    groups = ("--group-size", "64", "--ratio", "1.0") if form == "int4" else ()
+    groups = ("--group-size", "64", "--ratio", "1.0") if bits == "int4" else ()
     exporter = (Path(sys.executable).with_name("optimum-cli"), "export", "openvino")
     task = ("--task", "text-generation-with-past")
-    run(*exporter, "--model", source.checkpoint, *task, "--weight-format", form, *groups, folder)
+    run(*exporter, "--model", source.checkpoint, *task, "--weight-format", bits, *groups, folder)
 
 
 class Model:
-    def __init__(self, folder: Path, threads: int, context: int) -> None:
+    def __init__(self, folder: Path, form: str, threads: int, context: int) -> None:
         import openvino_genai
 
         self._api = openvino_genai
-        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        attention = "SDPA" if form.endswith(" SDPA") else "PA"
+        settings = {"ATTENTION_BACKEND": attention, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         self._pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", **settings)
 
     def generate(self, ids: list[int], count: int, emit: Callable[[int], object]) -> None:

@@ -40,14 +40,14 @@ class Model(Protocol):
 def serve(
     packages: tuple[str, ...],
     convert: Callable[[Source, Path, str], None] | None,
-    open_model: Callable[[Path, int, int], Model],
+    open_model: Callable[[Path, str, int, int], Model],
 ) -> None:
     """Answer until standard input ends.
 
     Args:
         packages: whose versions are told.
         convert: writes the model of a format into a folder; None where the model is given as it is.
-        open_model: opens such a folder with a number of threads, for a context of so many tokens.
+        open_model: opens such a folder, in a format, with a number of threads, for a context of so many tokens.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint", type=Path)
@@ -65,7 +65,7 @@ def serve(
         staging.mkdir(parents=True)
         convert(Source(options.checkpoint, options.gguf), staging, options.format)
         staging.rename(options.model)
-    model = open_model(options.model, options.threads, options.context)
+    model = open_model(options.model, options.format, options.threads, options.context)
     hello = {"versions": {name: importlib.metadata.version(name) for name in packages}, "bytes": _size(options.model)}
     print(json.dumps(hello), file=replies, flush=True)
     for line in sys.stdin:

@@ -15,7 +15,7 @@ def convert(source: Source, folder: Path, form: str) -> None:
 
 
 class Model:
-    def __init__(self, folder: Path, threads: int, context: int) -> None:
+    def __init__(self, folder: Path, form: str, threads: int, context: int) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
