@@ -1,0 +1,38 @@
+"""CTranslate2, int8. A peer of `compare.py`."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from peers.protocol import Source, run, serve
+
+REQUIREMENTS = ("ctranslate2>=4.8", "torch>=2.10,<2.14", "transformers>=5")
+FORMATS = ("int8",)
+
+
+def convert(source: Source, folder: Path, form: str) -> None:
+    converter = Path(sys.executable).with_name("ct2-transformers-converter")
+    run(converter, "--model", source.checkpoint, "--output_dir", folder, "--force", "--quantization", form)
+
+
+class Model:
+    def __init__(self, folder: Path, form: str, threads: int, context: int) -> None:
+        import ctranslate2
+
+        self._model = ctranslate2.Generator(str(folder), "cpu", compute_type="int8", intra_threads=threads)
+        self._tokens = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+
+    def generate(self, ids: list[int], count: int, emit: Callable[[int], object]) -> None:
+        self._model.generate_batch(
+            [[self._tokens[index] for index in ids]],
+            max_length=count,
+            min_length=count,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+            callback=lambda step: emit(step.token_id) and False,
+        )
+
+
+if __name__ == "__main__":
+    serve(("ctranslate2",), convert, Model)

@@ -1,0 +1,98 @@
+"""What a peer's script does for `compare.py`: convert a checkpoint once, open it, answer over its standard streams.
+
+Runs in the peer's environment, so it needs nothing but the standard library. The first line that a script writes says
+what runs, as JSON: `versions` of its packages and the `bytes` of the model. Then each line it reads,
+`{"ids": [1, 2], "tokens": 3}`, is a prompt and how many tokens to generate greedily; it answers with the `tokens` and
+the `seconds` each took. The first of these is the prompt's time, one choice of a token included.
+"""
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that all are measured with: a Hugging Face folder, and the same weights as a GGUF file, if given."""
+
+    checkpoint: Path
+    gguf: Path | None
+
+
+class Model(Protocol):
+    def generate(self, ids: list[int], count: int, emit: Callable[[int], object]) -> None:
+        """Forget what was before, read a prompt and give `emit` each of `count` tokens at once when it is known.
+
+        Decoding is greedy and does not end at an end token.
+        """
+
+
+def serve(
+    packages: tuple[str, ...],
+    convert: Callable[[Source, Path, str], None] | None,
+    open_model: Callable[[Path, str, int, int], Model],
+) -> None:
+    """Answer until standard input ends.
+
+    Args:
+        packages: whose versions are told.
+        convert: writes the model of a format into a folder; None where the model is given as it is.
+        open_model: opens such a folder, in a format, with a number of threads, for a context of so many tokens.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--format", required=True)
+    parser.add_argument("--model", type=Path, required=True, help="where the converted model is, or will be")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--context", type=int, required=True)
+    options = parser.parse_args()
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what the peer's libraries print is no answer
+    if convert is not None and not options.model.exists():
+        staging = options.model.with_name(f"{options.model.name}.partial")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        convert(Source(options.checkpoint, options.gguf), staging, options.format)
+        staging.rename(options.model)
+    model = open_model(options.model, options.format, options.threads, options.context)
+    hello = {"versions": {name: importlib.metadata.version(name) for name in packages}, "bytes": _size(options.model)}
+    print(json.dumps(hello), file=replies, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        tokens: list[int] = []
+        times = [time.perf_counter()]
+
+        def emit(token: int, tokens: list[int] = tokens, times: list[float] = times) -> None:
+            times.append(time.perf_counter())
+            tokens.append(token)
+
+        model.generate(request["ids"], request["tokens"], emit)
+        if len(tokens) != request["tokens"]:
+            raise RuntimeError(f"generated {len(tokens)} tokens, not {request['tokens']}")
+        seconds = [after - before for before, after in itertools.pairwise(times)]
+        print(json.dumps({"tokens": tokens, "seconds": seconds}), file=replies, flush=True)
+
+
+def run(*command: str | Path) -> None:
+    """Run a converter; what it prints goes to the log, and its last line is why this script ends if it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout, file=sys.stderr)
+    if done.returncode:
+        raise SystemExit(done.stdout.strip().rpartition("\n")[2] or f"`{command[0]}` ended with {done.returncode}")
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of the weights: of the largest files, without tokenizers and settings."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return sum(size for size in sizes if size * 20 > max(sizes, default=0))
