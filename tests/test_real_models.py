@@ -146,6 +146,16 @@ def test_minilm_ranks_pairs_as_pytorch_does(bundle_of: Callable[..., Path], tmp_
     assert _quality(fp32, int8, data)["cosine_to_baseline"] > 0.99
 
 
+def test_the_recipe_prunes_and_repairs_a_decoder(tmp_path: Path) -> None:
+    recipe = Path(__file__).parent.parent / "recipes" / "prune-repair.sh"
+    environment = os.environ | {"OUT": str(tmp_path), "MAX_RATIO": "3"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    result = subprocess.run(["sh", str(recipe)], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lineage = ModelBundle.open(tmp_path / "int4").manifest.lineage
+    assert [step.stage for step in lineage] == ["tune", "prune", "tune", "export", "quantize"]
+
+
 def test_the_recipe_makes_a_classifier_that_int8_does_not_harm(tmp_path: Path) -> None:
     if not MINILM.exists():
         pytest.skip(f"{MINILM} is absent: run scripts/fetch_models.sh")
