@@ -3,15 +3,16 @@
 # SmolLM2-135M on 2 cores: an hour of distillation; the default, a small Llama trained on the spot, some minutes.
 # Needs llmfast[cpu,export,tune]. MODEL is a Hugging Face folder or hub id; TEXT and DEV are UTF-8 texts.
 set -eu
-ROOT=$(dirname "$0")/..
+HERE=$(dirname "$0")
 OUT=${OUT:-prune-repair}
-TEXT=${TEXT:-$ROOT/llmfast/quantize/texts/calibration.txt}
-DEV=${DEV:-$ROOT/llmfast/quantize/texts/held_out.txt}
+TEXT=${TEXT:-$HERE/../llmfast/quantize/texts/calibration.txt}
+DEV=${DEV:-$HERE/../llmfast/quantize/texts/held_out.txt}
 EPOCHS=${EPOCHS:-3}
 MAX_RATIO=${MAX_RATIO:-1.6} # perplexity against the original's, or this exits with 7
 if [ -z "${MODEL:-}" ]; then
     MODEL=$OUT/small-llama
-    [ -d "$MODEL" ] || python "$ROOT/scripts/train_small_llama.py" "$TEXT" --output "$MODEL" --steps 200 --vocab-size 1024
+    [ -d "$MODEL" ] ||
+        python "$HERE/../scripts/train_small_llama.py" "$TEXT" --output "$MODEL" --steps 200 --vocab-size 1024
 fi
 
 llmfast prune "$MODEL" --output "$OUT/pruned" --method layers,ffn --target-params 75% --overwrite
