@@ -12,8 +12,8 @@ MAX_KLD=${MAX_KLD:-0.35}      # the distance from fp32 that both may have, or th
 MIN_SPEEDUP=${MIN_SPEEDUP:-1} # and they decode at least so many times as fast
 MAX_TIME=${MAX_TIME:-60}      # seconds of measuring
 
-llmfast doctor
 llmfast export "$MODEL" --output "$OUT/fp32" --overwrite
+llmfast infer "$OUT/fp32" --provider "$PROVIDER" --prompt "What is the capital of France?" --max-tokens 8
 llmfast quantize "$OUT/fp32" --output "$OUT/fp16" --scheme fp16 --set compute=float16 --overwrite
 llmfast quantize "$OUT/fp32" --output "$OUT/int4" --scheme int4 --overwrite
 llmfast bench "$OUT/fp32" "$OUT/fp16" "$OUT/int4" --provider "$PROVIDER" --data "$DATA" --max-time "$MAX_TIME" \

@@ -65,7 +65,7 @@ def test_a_decoder_becomes_smaller(name: str, bundle: str, method: str, llm: str
     assert smaller.size_bytes < fp32.size_bytes
 
 
-def test_quickstart_ends_with_an_answer(llm: str, tmp_path: Path) -> None:
+def test_quickstart_ends_at_its_gate(llm: str, tmp_path: Path) -> None:
     result = run("quickstart", tmp_path, 7, MODEL=llm, DATA=str(TEXT), MAX_KLD="0")
     assert "gate missed: `int8` kld" in result.stderr
 
