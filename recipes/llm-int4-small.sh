@@ -1,6 +1,6 @@
 #!/bin/sh
 # A language model as small as it gets: 4 bits in blocks of 64, rounded with GPTQ, and a KV cache of bytes.
-# SmolLM2-135M on 2 cores: some minutes, 0.7 GB of disk, 2.5 GB of memory; 542 MB become 91.
+# SmolLM2-135M on 2 cores: some minutes, 0.7 GB of disk, 2.5 GB of memory.
 # Needs llmfast[cpu,export]. MODEL is a Hugging Face folder, a .gguf file or a hub id, DATA a UTF-8 text.
 set -eu
 HERE=$(dirname "$0")
