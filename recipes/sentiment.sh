@@ -15,5 +15,6 @@ llmfast tune "$MODEL" --output "$OUT/tuned" --data "$TRAIN" --validation "$DEV" 
 llmfast export "$OUT/tuned" --output "$OUT/fp32" --overwrite
 llmfast quantize "$OUT/fp32" --output "$OUT/int8" --scheme int8 --data "$DEV" --data-samples 1000 \
     --max-drop "flipped_labels=$MAX_FLIPPED" --overwrite
-llmfast bench "$OUT/fp32" "$OUT/int8" --data "$DEV" --shapes 8x64 --min-speedup "samples_per_s_8x64=$MIN_SPEEDUP"
+llmfast bench "$OUT/fp32" "$OUT/int8" --data "$DEV" --shapes 8x64 \
+    --max-drop accuracy=0.5 --min-speedup "samples_per_s_8x64=$MIN_SPEEDUP"
 llmfast infer "$OUT/int8" --prompt "A warm, clever and deeply satisfying film." --prompt "What a waste of time."

