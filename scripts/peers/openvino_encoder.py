@@ -98,7 +98,7 @@ def open_ours(bundle: Path, threads: int) -> Any:
         str(bundle / "model.onnx"),
         settings,
         ["CPUExecutionProvider"],
-        disabled_optimizers=["SkipLayerNormFusion"],
+        disabled_optimizers=["SkipLayerNormFusion", "BiasGeluFusion"],
     )
     names = [value.name for value in session.get_inputs()]
     return lambda batch: session.run(["sentence_embedding"], {name: batch[name] for name in names})[0]
