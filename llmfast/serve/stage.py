@@ -16,6 +16,7 @@ from llmfast.worker import Worker
 __all__ = ["ServeOptions", "serve"]
 
 _KEEP_ALIVE_S = 15
+_BACKLOG = 2048
 # A client that reads nothing for so long is gone.
 _WRITE_STALL_S = 30
 
@@ -95,6 +96,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _WRITE_STALL_S * 1000)
     try:
         listening.bind((host, port))
+        listening.listen(_BACKLOG)  # who reads the address that is printed next may come at once
     except OverflowError as error:
         raise OptionError(f"--port {port}: must be 0 to 65535") from error
     except OSError as error:
