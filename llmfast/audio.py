@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from llmfast.errors import InputError, UnsupportedError
-from llmfast.preprocessor import read_preprocessor
+from llmfast.preprocessor import read_sound_settings
 
 _KIND = "Wav2Vec2FeatureExtractor"
 # Of padding, which one recording at a time never has, and names.
@@ -45,17 +45,8 @@ class AudioProcessor:
             InputError: missing or malformed.
             UnsupportedError: another processor, or a field that is not understood.
         """
-        path, config = read_preprocessor(folder, "sound becomes")
-        if config.get("feature_extractor_type") != _KIND:
-            raise UnsupportedError(
-                f"`{path}`: audio processor `{config.get('feature_extractor_type')}` is not supported",
-                f"supported: {_KIND}",
-            )
-        known = {"feature_size": 1, "sampling_rate": 16000, "do_normalize": True}
-        for key, value in config.items():
-            if key not in (*known, *_WITHOUT_EFFECT) and value not in (None, False):
-                raise UnsupportedError(f"`{path}`: `{key}` of {value!r} is not supported")
-        settings = known | {key: value for key, value in config.items() if key in known}
+        defaults = {"feature_size": 1, "sampling_rate": 16000, "do_normalize": True}
+        path, settings = read_sound_settings(folder, _KIND, defaults, _WITHOUT_EFFECT)
         rate = settings["sampling_rate"]
         if settings["feature_size"] != 1 or not isinstance(rate, int) or rate < 1:
             raise InputError(

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from llmfast.audio import read_wav
-from llmfast.errors import InputError, UnsupportedError
-from llmfast.preprocessor import read_preprocessor
+from llmfast.errors import InputError
+from llmfast.preprocessor import read_sound_settings
 
 _KIND = "WhisperFeatureExtractor"
 _DEFAULTS = {"feature_size": 80, "sampling_rate": 16000, "hop_length": 160, "chunk_length": 30, "n_fft": 400}
@@ -57,16 +57,7 @@ class SpectrogramProcessor:
             InputError: missing or malformed.
             UnsupportedError: another processor, or a field that is not understood.
         """
-        path, config = read_preprocessor(folder, "sound becomes")
-        if config.get("feature_extractor_type") != _KIND:
-            raise UnsupportedError(
-                f"`{path}`: audio processor `{config.get('feature_extractor_type')}` is not supported here",
-                f"supported: {_KIND}",
-            )
-        for key, value in config.items():
-            if key not in (*_DEFAULTS, *_WITHOUT_EFFECT) and value not in (None, False, 0.0):
-                raise UnsupportedError(f"`{path}`: `{key}` of {value!r} is not supported")
-        settings = _DEFAULTS | {key: value for key, value in config.items() if key in _DEFAULTS}
+        path, settings = read_sound_settings(folder, _KIND, _DEFAULTS, _WITHOUT_EFFECT)
         for key, value in settings.items():
             if type(value) is not int or value < 1:
                 raise InputError(f"malformed `{path}`: `{key}` {value!r}")
