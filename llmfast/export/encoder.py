@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,41 @@ if TYPE_CHECKING:
 
 def load_encoder(source: Path, config: Any, auto_model: str) -> Any:
     """Load the PyTorch model in float32; a weight that it needs and does not get is an error."""
+    # The pooler of a base model feeds none of our outputs, and some checkpoints come without it.
+    # So it is with what training puts in place of sound that it masks.
+    model = load_pretrained(
+        source,
+        config,
+        auto_model,
+        "--task",
+        lambda _, name: name.startswith("pooler.") or name.endswith("masked_spec_embed"),
+        attn_implementation="eager",
+    )
+    return model.eval()
+
+
+def load_pretrained(
+    source: Path,
+    config: Any,
+    auto_model: str,
+    option: str,
+    may_lack: Callable[[Any, str], bool],
+    **settings: Any,
+) -> Any:
+    """Load a model in float32, all of whose weights are there and finite.
+
+    Args:
+        source: the checkpoint's folder.
+        config: what the model shall be.
+        auto_model: a class of `transformers`.
+        option: of the command, that may ask for another model than the checkpoint's.
+        may_lack: whether a model does without a weight, by the model and the weight's name.
+        settings: further ones of `from_pretrained`.
+
+    Raises:
+        InputError: weights are missing, do not fit, or are not finite.
+        UnsupportedError: transformers has no such model.
+    """
     import torch
     import transformers
 
@@ -25,30 +61,24 @@ def load_encoder(source: Path, config: Any, auto_model: str) -> Any:
             source,
             config=config,
             dtype=torch.float32,
-            attn_implementation="eager",
             output_loading_info=True,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            **settings,
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"weights of `{source}` do not fit its config.json: {first_line(error)}") from error
-    # The pooler of a base model feeds none of our outputs, and some checkpoints come without it.
-    # So it is with what training puts in place of sound that it masks.
-    missing = sorted(
-        name
-        for name in info["missing_keys"]
-        if not name.startswith("pooler.") and not name.endswith("masked_spec_embed")
-    )
+    missing = sorted(name for name in info["missing_keys"] if not may_lack(model, name))
     if missing:
         raise InputError(
             f"`{source}` lacks {len(missing)} weights of {type(model).__name__}, the first is `{missing[0]}`",
-            "the checkpoint is incomplete, or made for another --task",
+            f"the checkpoint is incomplete, or made for another {option}",
         )
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"weight `{name}` of `{source}` has NaN or infinite values")
-    return model.eval()
+    return model
 
 
 def as_module(model: Any, outputs: tuple[str, ...], pooling: Pooling | None) -> "torch.nn.Module":

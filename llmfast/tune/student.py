@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmfast.errors import InputError, OptionError, UnsupportedError
+from llmfast.errors import OptionError, UnsupportedError
 from llmfast.export.checkpoint import SafetensorsCheckpoint, copy_companions, load_config
-from llmfast.export.encoder import context_length, first_line, token_types
+from llmfast.export.encoder import context_length, load_pretrained, token_types
 from llmfast.export.hub import resolve_folder
 from llmfast.report import note
 from llmfast.tokenizer import Text, Tokenizer
@@ -65,41 +65,13 @@ def load_model(folder: Path, auto_model: str, config: Any = None, new_head: bool
         InputError: weights are missing, do not fit, or are not finite.
         UnsupportedError: transformers has no such model.
     """
-    import torch
-    import transformers
 
-    config = config or load_config(folder)
-    factory = getattr(transformers, auto_model)
-    if type(config) not in factory._model_mapping:
-        raise UnsupportedError(f"`{folder}`: transformers has no {auto_model} for a `{config.model_type}`")
-    try:
-        model, info = factory.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=new_head,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"weights of `{folder}` do not fit its config.json: {first_line(error)}") from error
-    prefix = f"{model.base_model_prefix}."
-    missing = sorted(
-        name
-        for name in info["missing_keys"]
-        if "pooler." not in name and not (new_head and not name.startswith(prefix))
+    def may_lack(model: Any, name: str) -> bool:
+        return "pooler." in name or (new_head and not name.startswith(f"{model.base_model_prefix}."))
+
+    return load_pretrained(
+        folder, config or load_config(folder), auto_model, "--objective", may_lack, ignore_mismatched_sizes=new_head
     )
-    if missing:
-        raise InputError(
-            f"`{folder}` lacks {len(missing)} weights of {type(model).__name__}, the first is `{missing[0]}`",
-            "the checkpoint is incomplete, or made for another --objective",
-        )
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise InputError(f"weight `{name}` of `{folder}` has NaN or infinite values")
-    return model
 
 
 def check_length(model: Any, length: int) -> None:
