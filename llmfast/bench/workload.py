@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from llmfast import report
 from llmfast.bench.options import BenchOptions, numbers, parse_shapes
-from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION
+from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, UNKNOWN_TASK
 from llmfast.errors import OptionError
 
 PROMPT_TOKENS = 512
@@ -13,6 +13,25 @@ OUTPUT_TOKENS = 128
 ENCODER_BATCH = 8
 ENCODER_TOKENS = 128
 SEQ_LEN = 512
+
+# What metrics are for, by what a model is given: text to read at once, text to read and write, or inputs of any form.
+ENCODER_TASKS = (
+    "feature-extraction",
+    "fill-mask",
+    "question-answering",
+    "text-classification",
+    "text-ranking",
+    "token-classification",
+)
+TEXT_TASKS = (TEXT_GENERATION, *SEQ2SEQ_TASKS, *ENCODER_TASKS)
+SIGNAL_TASKS = (
+    "audio-classification",
+    "automatic-speech-recognition",
+    "image-classification",
+    "image-feature-extraction",
+    "zero-shot-image-classification",
+    UNKNOWN_TASK,
+)
 
 Shapes = dict[str, tuple[int, int]]
 

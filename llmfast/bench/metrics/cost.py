@@ -7,23 +7,12 @@ wait count: nobody else can have these cores meanwhile.
 
 from llmfast.bench.encoding import time_encoder
 from llmfast.bench.subject import Subject, Trial
-from llmfast.bench.workload import case_of
+from llmfast.bench.workload import TEXT_TASKS, case_of
 from llmfast.report import Column
 
 ORDER = 56
 KIND = "speed"
-TASKS = (
-    "feature-extraction",
-    "fill-mask",
-    "question-answering",
-    "summarization",
-    "text-classification",
-    "text-generation",
-    "text-ranking",
-    "text2text-generation",
-    "token-classification",
-    "translation",
-)
+TASKS = TEXT_TASKS
 NEEDS = ("vocab_size",)
 HIGHER_IS_BETTER = {
     "prefill_cpu_s_per_1k_tokens{case}": False,

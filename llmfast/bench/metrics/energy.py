@@ -5,23 +5,12 @@ Of a decoder, per token written after the first; of an encoder, per token read.
 
 from llmfast.bench.encoding import time_encoder
 from llmfast.bench.subject import Spent, Subject, Trial
-from llmfast.bench.workload import case_of
+from llmfast.bench.workload import TEXT_TASKS, case_of
 from llmfast.report import Column
 
 ORDER = 57
 KIND = "speed"
-TASKS = (
-    "feature-extraction",
-    "fill-mask",
-    "question-answering",
-    "summarization",
-    "text-classification",
-    "text-generation",
-    "text-ranking",
-    "text2text-generation",
-    "token-classification",
-    "translation",
-)
+TASKS = TEXT_TASKS
 NEEDS = ("vocab_size",)
 HIGHER_IS_BETTER = {
     "joules_per_token{case}": False,

@@ -7,20 +7,13 @@ caches as another model left them. The manifest holds shapes, types and ranges: 
 import numpy as np
 
 from llmfast.bench.subject import Subject, Trial
-from llmfast.bundle import UNKNOWN_TASK
+from llmfast.bench.workload import SIGNAL_TASKS
 from llmfast.example_inputs import random_inputs
 from llmfast.report import Column
 
 ORDER = 55
 KIND = "speed"
-TASKS = (
-    "audio-classification",
-    "automatic-speech-recognition",
-    "image-classification",
-    "image-feature-extraction",
-    "zero-shot-image-classification",
-    UNKNOWN_TASK,
-)
+TASKS = SIGNAL_TASKS
 NEEDS = ("example_inputs",)
 HIGHER_IS_BETTER = {"forward_s": False}
 COLUMNS = (

@@ -8,18 +8,12 @@ import numpy as np
 
 from llmfast.bench.encoding import time_encoder
 from llmfast.bench.subject import Subject, Trial
+from llmfast.bench.workload import ENCODER_TASKS
 from llmfast.report import Column
 
 ORDER = 50
 KIND = "speed"
-TASKS = (
-    "feature-extraction",
-    "fill-mask",
-    "question-answering",
-    "text-classification",
-    "text-ranking",
-    "token-classification",
-)
+TASKS = ENCODER_TASKS
 NEEDS = ("vocab_size",)
 HIGHER_IS_BETTER = {"latency_s_{shape}": False, "latency_p95_s_{shape}": False, "samples_per_s_{shape}": True}
 COLUMNS = (

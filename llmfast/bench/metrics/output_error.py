@@ -11,21 +11,15 @@ import numpy as np
 
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.subject import Subject
-from llmfast.bundle import UNKNOWN_TASK, ModelBundle
+from llmfast.bench.workload import SIGNAL_TASKS
+from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError
 from llmfast.example_inputs import random_inputs
 from llmfast.report import Column
 
 ORDER = 90
 KIND = "quality"
-TASKS = (
-    "audio-classification",
-    "automatic-speech-recognition",
-    "image-classification",
-    "image-feature-extraction",
-    "zero-shot-image-classification",
-    UNKNOWN_TASK,
-)
+TASKS = SIGNAL_TASKS
 NEEDS = ("example_inputs",)
 UNIT = "samples"
 DATA = ""
