@@ -22,6 +22,17 @@ AllowFallback = Annotated[
 Threads = Annotated[int | None, typer.Option(help="Threads; the default is the cores this process may use.")]
 Verify = Annotated[bool, typer.Option("--verify", help="First hash every file of a bundle; sizes are always checked.")]
 Format = Annotated[str, typer.Option("--format", help=f"How results are printed: {', '.join(report.FORMATS)}.")]
+CalibrationField = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Field of its JSON lines; `messages` holds conversations.")
+]
+NumSamples = Annotated[int | None, typer.Option(help="Windows, or an encoder's lines, of it to use.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens per window.")]
+SampleSeed = Annotated[int | None, typer.Option(help="Pick the samples at random; the default is the first ones.")]
+DataSamples = Annotated[int | None, typer.Option(help="Windows, or an encoder's lines, of it to compare.")]
+MaxDrop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="METRIC=X", help="Gate: top1_agreement or flipped_labels in points, or cosine."),
+]
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:

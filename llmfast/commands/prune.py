@@ -7,7 +7,20 @@ from typing import Annotated, Any
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import DryRun, Format, Overwrite, check_format, given, parse_settings
+from llmfast.commands._options import (
+    CalibrationField,
+    DataSamples,
+    DryRun,
+    Format,
+    MaxDrop,
+    NumSamples,
+    Overwrite,
+    SampleSeed,
+    SeqLen,
+    check_format,
+    given,
+    parse_settings,
+)
 from llmfast.errors import OptionError
 
 SUMMARY = "A checkpoint with fewer blocks, channels or heads."
@@ -59,14 +72,12 @@ def prune(
         Path | None,
         typer.Option(help="Text or JSON lines that methods measure on; the default is a set that llmfast ships."),
     ] = None,
-    calibration_field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Field of its JSON lines; `messages` holds conversations.")
-    ] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Windows, or an encoder's lines, of it to use.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Pick the samples at random; the default is the first ones.")] = None,
+    calibration_field: CalibrationField = None,
+    num_samples: NumSamples = None,
+    seq_len: SeqLen = None,
+    seed: SampleSeed = None,
     data: Annotated[Path | None, typer.Option(help="Text to compare with the original on.")] = None,
-    data_samples: Annotated[int | None, typer.Option(help="Windows, or an encoder's lines, of it to compare.")] = None,
+    data_samples: DataSamples = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Compare with the original.")] = True,
     measure_speed: Annotated[
         bool, typer.Option("--measure-speed", help="Export a checkpoint before and after, and time both.")
@@ -74,10 +85,7 @@ def prune(
     threads: Annotated[int | None, typer.Option(help="Threads that it is timed with.")] = None,
     max_kld: Annotated[float | None, typer.Option(help="Gate: KL divergence from the original, in nats.")] = None,
     max_perplexity_ratio: Annotated[float | None, typer.Option(help="Gate: perplexity against the original's.")] = None,
-    max_drop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="METRIC=X", help="Gate: top1_agreement or flipped_labels in points, or cosine."),
-    ] = None,
+    max_drop: MaxDrop = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     show_list: Annotated[bool, typer.Option("--list", help="List methods with their options.")] = False,

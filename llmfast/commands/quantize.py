@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import DryRun, Format, Overwrite, check_format, given, parse_settings, parse_size
+from llmfast.commands._options import (
+    CalibrationField,
+    DataSamples,
+    DryRun,
+    Format,
+    MaxDrop,
+    NumSamples,
+    Overwrite,
+    SampleSeed,
+    SeqLen,
+    check_format,
+    given,
+    parse_settings,
+    parse_size,
+)
 from llmfast.errors import OptionError
 
 if TYPE_CHECKING:
@@ -45,12 +59,10 @@ def quantize(
         Path | None,
         typer.Option(help="Text or JSON lines for methods that calibrate; the default is a set that llmfast ships."),
     ] = None,
-    calibration_field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Field of its JSON lines; `messages` holds conversations.")
-    ] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Windows, or an encoder's lines, of it to use.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Pick the samples at random; the default is the first ones.")] = None,
+    calibration_field: CalibrationField = None,
+    num_samples: NumSamples = None,
+    seq_len: SeqLen = None,
+    seed: SampleSeed = None,
     target_bits: Annotated[
         float | None, typer.Option(help="Budget: stored bits per weight; chooses each layer's bits and blocks.")
     ] = None,
@@ -59,16 +71,13 @@ def quantize(
         Path | None, typer.Option(metavar="FILE", help="What each layer costs, from an earlier bundle with a budget.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Text to compare with the float model on.")] = None,
-    data_samples: Annotated[int | None, typer.Option(help="Windows, or an encoder's lines, of it to compare.")] = None,
+    data_samples: DataSamples = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Compare with the float model.")] = True,
     max_kld: Annotated[
         float | None,
         typer.Option(help="Gate: KL divergence in nats; without --scheme the budget (embeddings: 1 - cosine)."),
     ] = None,
-    max_drop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="METRIC=X", help="Gate: top1_agreement or flipped_labels in points, or cosine."),
-    ] = None,
+    max_drop: MaxDrop = None,
     auto: Annotated[
         bool, typer.Option("--auto", help="Try what suits this machine, and keep the fastest that passes the gates.")
     ] = False,
