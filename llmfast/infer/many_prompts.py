@@ -5,16 +5,15 @@ from dataclasses import asdict
 from typing import Any
 
 from llmfast.bundle import ModelBundle
-from llmfast.errors import LlmfastError, OptionError, UnsupportedError
+from llmfast.errors import LlmfastError, OptionError
 from llmfast.infer.batch import Batch, check_prompt
-from llmfast.infer.decoder import Decoder, context_length
-from llmfast.infer.engine import Engine
+from llmfast.infer.decoder import context_length
 from llmfast.infer.generate import Generation, check_limits
 from llmfast.infer.jsonl import Line
-from llmfast.infer.memory import MemoryPlan, plan_memory
-from llmfast.infer.opening import open_decoder
+from llmfast.infer.memory import MemoryPlan
+from llmfast.infer.opening import open_rows
 from llmfast.infer.requests import FIELDS, RequestReader
-from llmfast.infer.rows import OneRow, Rows, SlabRows
+from llmfast.infer.rows import Rows
 from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
 from llmfast.report import note
 from llmfast.tokenizer import Tokenizer
@@ -114,22 +113,10 @@ class Prompts:
         return self._batch.counts.generated_tokens if self._batch else 0
 
     def _open(self, remaining: int) -> Rows:
-        engine: Decoder = open_decoder(self._bundle, self._provider, self._threads, max_length=self._capacity)
-        if engine.note:
-            note(f"note: `{self._bundle.name}`: {engine.note}")
-        takes_rows = isinstance(engine, Engine) and engine.takes_rows
-        if not takes_rows and (self._batch_size or 0) > 1:
-            raise UnsupportedError(
-                f"`{self._bundle.path}` answers one prompt at a time with {self._provider}: its graph is another "
-                "exporter's, or its cache is on a device",
-                "leave --batch-size out",
-            )
-        plan = plan_memory(self._bundle, engine, self._capacity, remaining if takes_rows else 1, self._batch_size)
+        rows, plan = open_rows(self._bundle, self._provider, self._threads, self._capacity, remaining, self._batch_size)
         self._memory = plan
         note(f"{remaining} prompts; {plan}")
-        if isinstance(engine, Engine) and takes_rows:
-            return SlabRows(engine, plan.rows, self._capacity)
-        return OneRow(engine)
+        return rows
 
 
 def _record(generation: Generation) -> dict[str, Any]:

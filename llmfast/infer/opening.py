@@ -6,7 +6,10 @@ from llmfast.bundle import TEXT_GENERATION, ModelBundle
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.infer.decoder import Decoder, runs
 from llmfast.infer.engine import Engine
+from llmfast.infer.memory import MemoryPlan, plan_memory
+from llmfast.infer.rows import OneRow, Rows, SlabRows
 from llmfast.infer.speculate import Drafter, DraftModel, PromptLookup, Speculation
+from llmfast.report import note
 from llmfast.tokenizer import Tokenizer
 
 # Prompt lookup is worth its opening, a quarter of a second for SmolLM2, from so many tokens on, unless asked for.
@@ -130,3 +133,35 @@ def _open_draft(
             "a draft is a smaller or more quantized model of the same family",
         )
     return open_decoder(draft, provider, threads, length, spin=False)
+
+
+def open_rows(
+    bundle: ModelBundle, provider: str, threads: int | None, capacity: int, most_rows: int, batch_size: int | None
+) -> tuple[Rows, MemoryPlan]:
+    """Open a text-generation model for several sequences at once, and say what they take.
+
+    Args:
+        bundle: the model.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads; None takes the cores this process may use.
+        capacity: positions of a sequence.
+        most_rows: sequences that there can be at once.
+        batch_size: sequences asked for; None chooses by the memory.
+
+    Raises:
+        UnsupportedError: several are asked for, and the graph or the provider takes one at a time.
+        ResourceError: they do not fit the memory.
+    """
+    engine = open_decoder(bundle, provider, threads, max_length=capacity)
+    if engine.note:
+        note(f"note: `{bundle.name}`: {engine.note}")
+    if isinstance(engine, Engine) and engine.takes_rows:
+        plan = plan_memory(bundle, engine, capacity, most_rows, batch_size)
+        return SlabRows(engine, plan.rows, capacity), plan
+    if (batch_size or 0) > 1:
+        raise UnsupportedError(
+            f"`{bundle.path}` answers one prompt at a time with {provider}: its graph is another "
+            "exporter's, or its cache is on a device",
+            "leave --batch-size out",
+        )
+    return OneRow(engine), plan_memory(bundle, engine, capacity, 1, batch_size)

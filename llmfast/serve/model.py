@@ -11,12 +11,10 @@ from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
 from llmfast.errors import InputError, LlmfastError, UnsupportedError
 from llmfast.infer.batch import Batch, Event
 from llmfast.infer.decoder import context_length
-from llmfast.infer.engine import Engine
 from llmfast.infer.jsonl import Line
-from llmfast.infer.memory import DEFAULT_ROWS, plan_memory
-from llmfast.infer.opening import open_decoder
+from llmfast.infer.memory import DEFAULT_ROWS
+from llmfast.infer.opening import open_rows
 from llmfast.infer.requests import RequestReader
-from llmfast.infer.rows import OneRow, Rows, SlabRows
 from llmfast.kept import keeping
 from llmfast.tokenizer import Tokenizer
 
@@ -119,12 +117,7 @@ class ServedModel:
             raise InputError(f"--context-length {limit}: the model's is {longest}", f"2 to {longest}")
         capacity = limit or min(longest, DEFAULT_CONTEXT)
         tokenizer = Tokenizer.load(self._bundle.path)
-        engine = open_decoder(self._bundle, self._provider, self._threads, max_length=capacity)
-        rows: Rows = OneRow(engine)
-        many = isinstance(engine, Engine) and engine.takes_rows
-        self._plan = plan_memory(self._bundle, engine, capacity, DEFAULT_ROWS if many else 1, batch_size)
-        if isinstance(engine, Engine) and many:
-            rows = SlabRows(engine, self._plan.rows, capacity)
+        rows, self._plan = open_rows(self._bundle, self._provider, self._threads, capacity, DEFAULT_ROWS, batch_size)
         # A prompt is gone on with as it is; messages go through the chat template.
         self._readers = {is_chat: RequestReader(tokenizer, raw=not is_chat) for is_chat in (False, True)}
         self._batch = Batch(rows, tokenizer)
