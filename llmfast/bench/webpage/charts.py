@@ -72,7 +72,7 @@ def draw_all(document: Mapping[str, Any]) -> list[Chart]:
 
 def _trade_off(rows: Rows, colours: Mapping[str, str]) -> Chart | None:
     """Speed against quality, or against size where no quality was measured; the line joins what nothing beats."""
-    speed = _first(rows, (key for stem in _SPEEDS for key in _keys(rows, f"{stem}(_.*)?_ratio")))
+    speed = next((key for stem in _SPEEDS for key in _keys(rows, f"{stem}(_.*)?_ratio")), None)
     quality = next((one for one in _QUALITIES if sum(row.get(one[0]) is not None for row in rows) > 1), None)
     figure, title, more_is_better = quality or ("size_bytes", "size, MB", False)
     if speed is None or len(rows) < 2:
@@ -307,10 +307,6 @@ def _keys(rows: Rows, pattern: str) -> list[str]:
             key for row in rows for key, value in row.items() if value is not None and re.fullmatch(pattern, key)
         )
     )
-
-
-def _first(rows: Rows, keys: Iterator[str]) -> str | None:
-    return next(keys, None)
 
 
 def _spell_key(key: str) -> str:

@@ -57,7 +57,7 @@ def to_html(document: Mapping[str, Any]) -> str:
         document=document,
         outcome=spell_outcome(document),
         titles=[column.title for column in columns],
-        cells=[[spell_row(row, columns)[column.key] for column in columns] for row in document["rows"]],
+        cells=[list(spell_row(row, columns).values()) for row in document["rows"]],
         gates=[(entry, spell(entry)) for entry in document["verdict"]],
         footer=make_footer(document),
         charts=charts,
