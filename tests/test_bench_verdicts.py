@@ -1,12 +1,10 @@
-"""llmfast bench: what is better, worse or unsure; gates; failures of one bundle; documents and their comparison."""
+"""llmfast bench: what is better, worse or unsure; rounds, sweeps, gates, and failures of one bundle."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import jsonschema
 import numpy as np
@@ -14,14 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from llmfast.bench import processes, rounds
-from llmfast.bench import stage as bench_stage
-from llmfast.bench.comparison import compare_documents
-from llmfast.bench.document import load_document, read_schema, save_document
-from llmfast.bench.energy import open_meter
-from llmfast.bench.junit import to_junit
+from llmfast.bench.document import read_schema
 from llmfast.bench.options import BenchOptions, parse_numbers
-from llmfast.bench.profile import summarize_events
-from llmfast.bench.roofline import measure_bandwidth
 from llmfast.bench.stage import bench, print_document
 from llmfast.bench.statistics import (
     coverage,
@@ -32,10 +24,9 @@ from llmfast.bench.statistics import (
     simultaneous,
     unpaired_interval,
 )
-from llmfast.bench.watch import Snapshot, describe_change
 from llmfast.bench.workload import plan
 from llmfast.cli import app
-from llmfast.errors import InputError, LlmfastError, NativeCrashError, OptionError
+from llmfast.errors import LlmfastError, NativeCrashError, OptionError
 from llmfast.verdict import Gate, enforce, judge, parse_drop, parse_speedup, spell
 from tests.fake_bench import Stage, make_stage
 from tests.tiny_bench import QUICK, make_bundle, make_table, write_text
@@ -386,272 +377,6 @@ def test_bundles_are_opened_in_turn_when_memory_is_short(
             assert row[key] == other[key]
         assert len(row["samples"]["tpot_s"]) == QUICK.rounds
         assert row["size_bytes"] == other["size_bytes"]
-
-
-# Documents
-
-
-@pytest.fixture
-def document(stage: Stage, tmp_path: Path) -> dict[str, Any]:
-    stage.add("base")
-    stage.add("x", prefill_s=0.25, decode_s=0.125, table=make_table(0) + make_table(1) / 4)
-    write_text(tmp_path / "text")
-    models = [make_bundle(tmp_path, name) for name in ("base", "x")]
-    options = replace(QUICK, rounds=8, data=tmp_path / "text", gates=(Gate("kld", 1e-9, "max"),), price_per_hour=3.6)
-    return bench(models, options)
-
-
-def test_the_document_keeps_its_schema(document: dict[str, Any]) -> None:
-    schema = read_schema()
-    jsonschema.Draft202012Validator.check_schema(schema)
-    found = json.loads(json.dumps(document, allow_nan=False))
-    jsonschema.validate(found, schema)
-    for broken in (
-        found | {"schema_version": 1},
-        found | {"surprise": 1},
-        found | {"rows": [found["rows"][0] | {"decode_tokens_per_s": "fast"}]},
-        {key: value for key, value in found.items() if key != "machine"},
-    ):
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(broken, schema)
-
-
-def test_the_document_says_what_it_was_measured_on(document: dict[str, Any]) -> None:
-    row = document["rows"][1]
-    assert document["machine"]["onnxruntime"]
-    assert (row["provider"], row["threads"], row["placement"]) == ("cpu", 1, {"CPUExecutionProvider": 3})
-    assert list(row["model_sha256"]) == ["model.onnx"]
-    assert row["energy_source"].startswith("estimate: CPU time x 3.5 W")
-    assert len(row["latencies"]["itl_s"]) == 8 * (QUICK.output_tokens - 1)
-    # 3.6 an hour are a thousandth a second; 8 tokens are read in a quarter of one, a token is written in an eighth.
-    assert row["price_per_million_input_tokens"] == pytest.approx(1e6 * 0.001 * 0.25 / 8)
-    assert row["price_per_million_output_tokens"] == pytest.approx(1e6 * 0.001 * 0.125)
-
-
-def test_documents_are_saved_and_read_again(document: dict[str, Any], tmp_path: Path) -> None:
-    save_document(document, tmp_path / "run.json")
-    assert load_document(tmp_path / "run.json") == json.loads(json.dumps(document))
-    for content, message in (
-        ("[]", "not a document"),
-        ("{", "not a JSON file"),
-        (json.dumps(document | {"schema_version": 99}), "schema version 99"),
-        (json.dumps(document | {"rows": [{}]}), "a row without `bundle`"),
-        (json.dumps(document | {"rows": [{"bundle": "x"}]}), "`x` has no `samples`"),
-        (json.dumps(document | {"machine": 1}), "no `machine`"),
-    ):
-        (tmp_path / "bad.json").write_text(content)
-        with pytest.raises(InputError, match=message):
-            load_document(tmp_path / "bad.json")
-
-
-def _slowed(document: dict[str, Any], factor: float, seed: int, noise: float = 0.02) -> dict[str, Any]:
-    """Return a document as a later run gives it, in which candidates are slower by a factor."""
-    copy = json.loads(json.dumps(document))
-    random = np.random.default_rng(seed)
-    for row in copy["rows"]:
-        mood = random.normal(1.3, 0.01)  # the machine is slower today, for all
-        by = 1.0 if row["bundle"] == copy["baseline"] else factor
-        for key, samples in row["samples"].items():
-            times = np.exp(random.normal(0, noise, len(samples)))
-            if key.endswith("_per_s"):
-                row["samples"][key] = list(np.array(samples) / mood / by * times)
-            elif key.endswith("_s"):
-                row["samples"][key] = list(np.array(samples) * mood * by * times)
-            row[key] = median(row["samples"][key])
-    return copy
-
-
-def test_a_planted_regression_is_found_and_nothing_else(document: dict[str, Any]) -> None:
-    before = _slowed(document, 1.0, 1)
-    gate = Gate("decode_tokens_per_s_ratio", 0.95, "min")
-    for factor, verdict, passed in ((1.0, ("equal", "inconclusive"), True), (1.25, ("worse",), False)):
-        compared = compare_documents(before, _slowed(document, factor, 2), ("old", "new"), [gate], (), "pass")
-        rows = {(row["bundle"], row["figure"]): row for row in compared["rows"]}
-        decode = rows["x", "decode_tokens_per_s"]
-        assert decode["basis"] == "baseline"  # so that the machine's mood does not count
-        assert decode["verdict"] in verdict
-        assert decode["ratio"] == pytest.approx(1 / factor, abs=0.04)
-        assert rows["x", "kld"]["verdict"] == "equal"
-        assert rows["x", "size_bytes"]["verdict"] == "equal"
-        (entry,) = [entry for entry in compared["verdict"] if entry["bundle"] == "x"]
-        assert entry["passed"] is passed
-
-
-def test_comparisons_of_other_work_are_refused_or_noted(document: dict[str, Any]) -> None:
-    other = json.loads(json.dumps(document))
-    other["settings"]["shapes"] = ["1x9"]
-    with pytest.raises(InputError, match="measured different work: shapes"):
-        compare_documents(document, other, ("old", "new"))
-    other = json.loads(json.dumps(document))
-    for row in other["rows"]:
-        row["bundle"] = f"other {row['bundle']}"
-    with pytest.raises(InputError, match="no bundle of `new` is in `old`"):
-        compare_documents(document, other, ("old", "new"))
-    other = json.loads(json.dumps(document))
-    other["machine"]["cpu"] = "another"
-    other["settings"]["data"]["sha256"] = "0" * 64
-    other["rows"][0]["model_sha256"] = {"model.onnx": "0" * 64}
-    compared = compare_documents(document, other, ("old", "new"))
-    assert any("cpu was" in warning for warning in compared["warnings"])
-    assert any("different data" in warning for warning in compared["warnings"])
-    assert any("no baseline in common" in warning for warning in compared["warnings"])
-    assert not [row for row in compared["rows"] if row["figure"] == "kld"]
-    with pytest.raises(OptionError, match="gate on `nonsense`"):
-        compare_documents(document, document, ("old", "new"), [Gate("nonsense", 1, "max")])
-
-
-def test_ci_fails_on_a_planted_regression_and_passes_without(document: dict[str, Any], tmp_path: Path) -> None:
-    files = {name: tmp_path / f"{name}.json" for name in ("old", "same", "slow")}
-    for (name, file), factor in zip(files.items(), (1.0, 1.0, 1.5), strict=True):
-        save_document(_slowed(document, factor, len(name), noise=0.001), file)
-    junit = tmp_path / "junit.xml"
-    for new, code in (("same", 0), ("slow", 7)):
-        arguments = ["bench", "--compare", str(files["old"]), str(files[new]), "--junit", str(junit)]
-        result = CliRunner().invoke(app, [*arguments, "--min-speedup", "decode_tokens_per_s=0.95", "--format", "md"])
-        assert result.exit_code == code, result.output
-        assert f"old.json -> {new}.json" in result.stdout
-        suite = ElementTree.parse(junit).getroot()
-        assert (suite.attrib["failures"] != "0") == (code == 7)
-    for arguments in (["a.json"], []):
-        assert CliRunner().invoke(app, ["bench", "--compare", *arguments]).exit_code == 2
-
-
-def test_foreign_names_are_escaped_everywhere(document: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    name = "<script>alert(1)</script>|\x1b[31m=cmd()&\x00"
-    document["rows"][1]["bundle"] = document["verdict"][0]["bundle"] = name
-    xml = to_junit(document)
-    cases = ElementTree.fromstring(xml).iter("testcase")
-    assert {case.attrib["classname"] for case in cases} == {"base", name.replace("\x1b", "�").replace("\x00", "�")}
-    for form in ("md", "table", "csv"):
-        document["rows"][1]["bundle"] = name if form != "csv" else f"={name}"
-        print_document(document, form)
-        printed = capsys.readouterr().out
-        assert ("<script>" in printed) == (form != "md")
-        assert "\x1b" not in printed or form == "csv"
-        assert "\n=<script>" not in printed
-
-
-def test_junit_has_a_case_for_every_gate_and_bundle(document: dict[str, Any]) -> None:
-    document["rows"][0]["error"] = {"kind": "NativeCrashError", "message": "died", "hint": "why", "exit_code": 9}
-    root = ElementTree.fromstring(to_junit(document))
-    assert root.attrib == {"name": "llmfast bench", "tests": "3", "failures": "1", "errors": "1"}
-    failure = root.find(".//failure")
-    assert failure is not None
-    assert failure.attrib["message"].startswith("MISSED: `x` kld 0.")
-    error = root.find(".//error")
-    assert error is not None
-    assert error.attrib == {"message": "died", "type": "NativeCrashError"}
-
-
-def test_files_into_a_missing_folder_are_refused_before_anything_runs(stage: Stage, tmp_path: Path) -> None:
-    stage.add("a")
-    model = str(make_bundle(tmp_path, "a"))
-    for flag in ("--save", "--junit"):
-        result = CliRunner().invoke(app, ["bench", model, flag, str(tmp_path / "missing" / "file")])
-        assert result.exit_code == 2
-        assert "no such folder" in result.stderr
-    assert stage.calls == []
-
-
-# The machine
-
-
-def test_disturbances_are_told(tmp_path: Path) -> None:
-    before = Snapshot(busy=1000, total=2000, stolen=0, swapped=10, throttled=3)
-    quiet = Snapshot(busy=1500, total=3000, stolen=1, swapped=20, throttled=3)
-    assert describe_change(before, quiet, own=490) == []
-    loud = Snapshot(busy=1900, total=3000, stolen=100, swapped=5000, throttled=5)
-    warnings = describe_change(before, loud, own=400)
-    assert [warning.split(" ")[1] for warning in warnings] == ["processes", "hypervisor", "processor", "machine"]
-    assert "50% of the machine's time" in warnings[0]
-    assert describe_change(None, loud, 0) == []
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/stat").write_text("cpu  10 0 5 100 2 1 1 4 0 0\ncpu0 1\n")
-    (tmp_path / "proc/vmstat").write_text("pswpin 3\npswpout 4\nnr_free 1\n")
-    core = tmp_path / "sys/devices/system/cpu/cpu0/thermal_throttle"
-    core.mkdir(parents=True)
-    (core / "core_throttle_count").write_text("7\n")
-    assert Snapshot.take(tmp_path) == Snapshot(busy=17, total=123, stolen=4, swapped=7, throttled=7)
-    assert Snapshot.take(tmp_path / "nowhere") is None
-
-
-def test_energy_is_read_from_rapl_and_else_estimated(tmp_path: Path) -> None:
-    package = tmp_path / "intel-rapl:0"
-    package.mkdir()
-    (tmp_path / "intel-rapl:0:0").mkdir()  # a core's share of the package, not to be counted twice
-    (package / "max_energy_range_uj").write_text("999999")
-    (package / "energy_uj").write_text("900000")
-    meter = open_meter("cpu", 3.5, powercap=tmp_path)
-    before = meter.read()
-    (package / "energy_uj").write_text("400000")  # it has wrapped
-    assert meter.source == "rapl"
-    assert meter.read() - before == pytest.approx(0.5)
-    now = [2.0]
-    meter = open_meter("cpu", 3.5, cpu_time=lambda: now[0], powercap=tmp_path / "none")
-    assert (meter.source, meter.read()) == ("estimate: CPU time x 3.5 W per core", 7.0)
-
-
-def test_bandwidth_is_bytes_by_seconds_of_the_best_pass() -> None:
-    times = iter(np.cumsum([0, 0.5, 0.1, 0.25, 0.1, 0.5, 0.1, 0.5, 0.1, 0.5]))
-    assert measure_bandwidth(2, lambda: float(next(times)), size=1 << 20) == pytest.approx((1 << 20) / 0.25)
-
-
-# Profiles
-
-
-def test_events_are_summed_by_operator_and_role() -> None:
-    def event(name: str, operator: str, start: int, took: int) -> dict[str, Any]:
-        return {"cat": "Node", "name": f"{name}_kernel_time", "ts": start, "dur": took, "args": {"op_name": operator}}
-
-    events = [
-        event("model.layers.0.mlp.up_proj", "MatMul", 5, 100),  # before the phase
-        event("model.layers.0.mlp.up_proj", "MatMul", 10, 20),
-        event("model.layers.1.mlp.up_proj", "MatMul", 40, 40),
-        event("Memcpy", "MemcpyToHost", 90, 6),
-        {"cat": "Session", "name": "model_run", "ts": 20, "dur": 1000},
-    ]
-    phase = summarize_events(events, {f"model.layers.{n}.mlp.up_proj": "up_proj" for n in (0, 1)}, 10, 110, 2)
-    assert phase["seconds"] == pytest.approx(50e-6)
-    assert phase["operators"] == [
-        {"name": "MatMul", "seconds": pytest.approx(30e-6), "calls": 1.0},
-        {"name": "MemcpyToHost", "seconds": pytest.approx(3e-6), "calls": 0.5},
-    ]
-    assert [row["name"] for row in phase["roles"]] == ["up_proj", "copies between devices"]
-    assert phase["copies"] == {"calls": 0.5, "seconds": pytest.approx(3e-6)}
-    assert phase["outside_s"] == pytest.approx((100 - 66) / 2 * 1e-6)
-
-
-def test_a_real_model_is_profiled_and_slowness_is_found(fp32_bundle: Path, tmp_path: Path, capsys: Any) -> None:
-    copy = shutil.copytree(fp32_bundle, tmp_path / "copy")
-    options = BenchOptions(
-        prompt_tokens=300, output_tokens=6, rounds=2, warmup=0, threads=1, profile=True, price_per_hour=1.0
-    )
-    document = bench([fp32_bundle, copy], options)
-    jsonschema.validate(json.loads(json.dumps(document)), read_schema())
-    for row in document["rows"]:
-        prefill, decode = row["profile"]["phases"]
-        assert (prefill["phase"], prefill["unit"], decode["phase"], decode["unit"]) == (
-            "prefill", "prompt", "decode", "token",
-        )  # fmt: skip
-        calls = {entry["name"]: entry["calls"] for entry in decode["operators"]}
-        # Two layers; a token is one run, a prompt of 300 tokens two chunks of 256.
-        assert calls["GroupQueryAttention"] == 2
-        assert {entry["name"]: entry["calls"] for entry in prefill["operators"]}["GroupQueryAttention"] == 4
-        assert {"down_proj", "qkv_proj", "attention", "norm"} <= {entry["name"] for entry in decode["roles"]}
-        kernels = sum(entry["seconds"] for entry in decode["operators"])
-        assert kernels + decode["outside_s"] == pytest.approx(decode["seconds"])
-        assert row["roofline_share"] > 0
-        tables = [layer for layer in row["layers"] if layer["role"] == "embedding"]
-        assert row["bytes_per_token"] < sum(layer["bytes"] for layer in row["layers"]) * 2
-        assert tables
-    capsys.readouterr()
-    print_document(document)
-    printed = capsys.readouterr().out
-    assert "decode, by operator" in printed
-    assert "decode, by layer role" in printed
-    assert "no copies between devices" in printed
-    assert "MB are read for a token" in printed
-    assert document["schema_version"] == bench_stage.SCHEMA_VERSION
 
 
 def test_unpaired_ratios_are_oriented() -> None:
