@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from llmfast import registry
+from llmfast.batch_session import open_encoder
 from llmfast.bench.energy import open_meter
 from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
 from llmfast.errors import ResourceError
-from llmfast.runtime import open_session, placement, profiled, resolve_threads
+from llmfast.runtime import placement, profiled, resolve_threads
 
 if TYPE_CHECKING:
     from llmfast.tokenizer import Text
@@ -79,6 +80,7 @@ class Subject:
         max_length: positions a text-generation model must hold; None takes its context length.
         watts_per_core: for an estimate of energy.
         profile: prefix of the profile that ONNX Runtime writes; None writes none.
+        is_batch: an encoder gets several rows at a time.
         clock: monotonic seconds.
 
     Attributes:
@@ -98,6 +100,7 @@ class Subject:
         max_length: int | None = None,
         watts_per_core: float = 0.0,
         profile: Path | None = None,
+        is_batch: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.bundle = ModelBundle.open(path)
@@ -107,7 +110,9 @@ class Subject:
         self._shared: tuple[Trial | None, dict[str, Any]] = (None, {})
         self.meter = open_meter(provider, watts_per_core)
         self.latencies: dict[str, list[float]] = {}
-        open_model = _opener(self.bundle, provider, self.threads, max_length)
+        self._provider, self._is_batch = provider, is_batch
+        self._other: Any = None
+        open_model = _opener(self.bundle, provider, self.threads, max_length, is_batch)
         start = clock()
         with profiled(profile):
             self.engine, self.session = open_model()
@@ -138,6 +143,14 @@ class Subject:
     def task(self) -> Any:
         """The bundle's task plug-in."""
         return registry.load("tasks", self.bundle.manifest.task)
+
+    def encoder(self, batch: int) -> Any:
+        """Return the session of an encoder for so many rows at a time; of a sweep over both kinds the second is opened
+        when it is first asked for."""
+        if (batch > 1) == self._is_batch:
+            return self.session
+        self._other = self._other or open_encoder(self.bundle.model, self._provider, self.threads, batch > 1)
+        return self._other
 
     def facts(self) -> dict[str, Any]:
         """Return `vocab_size` (None when unknown), the engine's `note`, `placement`: nodes per provider, and
@@ -254,7 +267,9 @@ def settle(cpu_time: Callable[[], float] = time.process_time, sleep: Callable[[f
             return
 
 
-def _opener(bundle: ModelBundle, provider: str, threads: int, max_length: int | None) -> Callable[[], tuple[Any, Any]]:
+def _opener(
+    bundle: ModelBundle, provider: str, threads: int, max_length: int | None, is_batch: bool
+) -> Callable[[], tuple[Any, Any]]:
     """Import what opens the bundle, and return the function that does: (engine or None, session)."""
     if bundle.manifest.task in SEQ2SEQ_TASKS:
         from llmfast.bench.translator import Translator
@@ -278,4 +293,4 @@ def _opener(bundle: ModelBundle, provider: str, threads: int, max_length: int | 
         return open_engine
     if bundle.manifest.task != UNKNOWN_TASK:
         registry.load("tasks", bundle.manifest.task)
-    return lambda: (None, open_session(bundle.model, provider, threads))
+    return lambda: (None, open_encoder(bundle.model, provider, threads, is_batch))

@@ -53,6 +53,11 @@ class Workload:
     seq_len: int = SEQ_LEN
 
     @property
+    def is_batch(self) -> bool:
+        """Whether every input is of several rows."""
+        return bool(self.shapes) and all(batch > 1 for batch, _ in self.shapes.values())
+
+    @property
     def max_length(self) -> int | None:
         """Positions that a decoder's cache must hold; None for encoders."""
         longest = max((length for _, length in self.shapes.values()), default=0)
