@@ -17,6 +17,7 @@ from llmfast.errors import ResourceError
 from llmfast.runtime import placement, profiled, resolve_threads
 
 if TYPE_CHECKING:
+    from llmfast.bench.harness.scoring import Pair
     from llmfast.tokenizer import Text
 
 Result = TypeVar("Result")
@@ -204,6 +205,18 @@ class Subject:
         from llmfast.bench.profile import profile_subject
 
         return profile_subject(self, trial)
+
+    def continuation_scores(self, pairs: "Sequence[Pair]") -> list[tuple[float, bool]]:
+        """Return log p and greediness of continuations, see `harness.scoring`."""
+        from llmfast.bench.harness.scoring import continuation_scores
+
+        return continuation_scores(self.engine, pairs)
+
+    def continuations(self, prompts: "Sequence[tuple[Sequence[int], Any]]") -> list[str]:
+        """Return what the model writes after each prompt, see `harness.scoring`."""
+        from llmfast.bench.harness.scoring import continuations
+
+        return continuations(self.engine, self.tokenizer, prompts)
 
     def compare(self, metric: str, item: Any, reference: Path, is_baseline: bool) -> np.ndarray:
         """Answer one item of the data and compare the answer with the baseline's.

@@ -9,7 +9,7 @@ from llmfast.bench.profile_table import print_profile
 from llmfast.bench.workload import per_case
 from llmfast.errors import OptionError
 from llmfast.report import Column
-from llmfast.verdict import INCONCLUSIVE, PASSED, spell
+from llmfast.verdict import INCONCLUSIVE, PASSED, is_share, spell
 
 _NAME = Column("bundle", "bundle", align_right=False)
 # Before a ratio: what its verdict is when it is neither better nor worse.
@@ -100,8 +100,18 @@ def make_columns(document: Mapping[str, Any]) -> list[Column]:
             for column in group:
                 key = dict(zip(shapes, per_case(column.key, shapes), strict=False)).get(shape, column.key)
                 columns.append(replace(column, title=column.title.format(shape=shape, case=name), key=key))
+    tasks = document["settings"].get("tasks") or {"figures": ()}
+    columns += [_task_column(figure) for figure in tasks["figures"] if figure["in_table"]]
     measured = {key for row in document["rows"] for key in row}
     return [column for column in dict.fromkeys(columns) if column.key in measured]
+
+
+def _task_column(figure: Mapping[str, Any]) -> Column:
+    """Return the column of a figure of lm-eval."""
+    title, key = report.printable(f"{figure['task']} {figure['metric']}"), figure["key"]
+    if is_share(key):
+        return Column(f"{title} %", key, lambda value: f"{value * 100:.1f}")
+    return Column(title, key, "{:.4g}".format)
 
 
 def spell_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, str | None]:
@@ -135,6 +145,9 @@ def make_footer(document: Mapping[str, Any]) -> list[str]:
         work.append(f"medians of {settings['rounds']} interleaved rounds, x against `{document['baseline']}`")
     if settings["data"]:
         work.append(f"quality on `{settings['data']['name']}`")
+    if tasks := settings.get("tasks"):
+        documents = sum(tasks["documents"].values())
+        work.append(f"{', '.join(tasks['names'])} by lm-eval {tasks['lm_eval']} on {documents} documents")
     lines += ["; ".join(work)] if work else []
     if bandwidth := machine.get("read_bandwidth_bytes_per_s"):
         spelled = ", ".join(f"{value / 1e9:.1f} GB/s with {count} threads" for count, value in bandwidth.items())

@@ -44,6 +44,20 @@ def bench(
     context_tokens: Annotated[
         int | None, typer.Option(help="Tokens of a window that are given, not scored; llama-perplexity: 257 of 512.")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval, a comma list of names, groups or patterns: hellaswag,arc_easy."),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(help="Folder of own lm-eval tasks, YAML; functions that they name are run.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task, at most.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question; the default is the task's.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch the data of tasks from the Hugging Face hub where it is missing.")
+    ] = False,
     provider: Annotated[
         str, typer.Option(help=f"Execution provider, or a list: {', '.join(registry.names('providers'))}.")
     ] = "cpu",
@@ -128,6 +142,11 @@ def bench(
             "num_samples": num_samples,
             "seq_len": seq_len,
             "context_tokens": context_tokens,
+            "tasks": _names(tasks),
+            "tasks_dir": tasks_dir,
+            "limit": limit,
+            "num_fewshot": num_fewshot,
+            "download": download,
             "provider": provider,
             "allow_fallback": allow_fallback,
             "threads": _numbers("--threads", threads),
@@ -199,6 +218,20 @@ def _numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
     from llmfast.bench.options import parse_numbers
 
     return None if text is None else parse_numbers(text, flag)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """Return the names of a comma list.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if text is None:
+        return None
+    names = tuple(filter(None, (name.strip() for name in text.split(","))))
+    if not names:
+        raise OptionError("--tasks: no task is named", "for example --tasks hellaswag,arc_easy")
+    return names
 
 
 def _bytes(flag: str, text: str | None) -> float | None:
