@@ -67,8 +67,8 @@ class BenchOptions:
     Attributes:
         prompt_tokens: lengths of the random input; several make a sweep.
         output_tokens: tokens a text-generation model generates after it, at least 2.
-        batch: sequences at once; several make a sweep.
-        shapes: batch x length of an encoder's random input, a comma list: `8x128,1x16`.
+        batch: sequences at once, of a decoder each in a row of one KV cache; several make a sweep.
+        shapes: batch x length of the random input, a comma list: `8x128,1x16`.
         rounds: measured rounds; every bundle runs once per round. None takes `DEFAULT_ROUNDS` at least, and more
             until speeds are known to `precision` or `max_time` ends.
         max_time: seconds of rounds; given, `rounds` are the fewest.

@@ -85,7 +85,7 @@ def bench(
     _compare_tokenizers(task, contestants, reference, options)
     items = _prepare_data(_of_kind(metrics, "quality"), reference, replace(options, seq_len=workload.seq_len))
     machine = describe_machine() | {"threads": reference.threads}
-    watch = Watch.start(machine)
+    watch = Watch.start()
     if task == UNKNOWN_TASK and not items:
         report.note("note: no bundle says what its model is for: answers are not compared")
 

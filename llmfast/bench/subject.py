@@ -13,11 +13,12 @@ from llmfast import registry
 from llmfast.batch_session import open_encoder
 from llmfast.bench.energy import open_meter
 from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
-from llmfast.errors import ResourceError
+from llmfast.errors import ResourceError, UnsupportedError
 from llmfast.runtime import placement, profiled, resolve_threads
 
 if TYPE_CHECKING:
     from llmfast.bench.harness.scoring import Pair
+    from llmfast.infer.rows import Rows
     from llmfast.tokenizer import Text
 
 Result = TypeVar("Result")
@@ -108,6 +109,7 @@ class Subject:
         self.clock = clock
         self.threads = resolve_threads(threads)
         self._tokenizer: Any = None
+        self._rows: Rows | None = None
         self._shared: tuple[Trial | None, dict[str, Any]] = (None, {})
         self.meter = open_meter(provider, watts_per_core)
         self.latencies: dict[str, list[float]] = {}
@@ -250,7 +252,9 @@ class Subject:
         return rows
 
     def _generate(self, trial: Trial, shape: str) -> Generation:
-        _, length = trial.shapes[shape]
+        batch, length = trial.shapes[shape]
+        if batch > 1:
+            return self._generate_rows(self._rows_for(trial), trial, shape)
         prompt = trial.ids(length)
         self.engine.reset()
         with self.spending() as spent:
@@ -266,6 +270,47 @@ class Subject:
                 times.append(self.clock() - start)
             decode = spent()
         return Generation(prefilled, tuple(times), prefill, decode)
+
+    def _generate_rows(self, rows: "Rows", trial: Trial, shape: str) -> Generation:
+        """Read a prompt into every row, and write a token to all of them at a time."""
+        batch, length = trial.shapes[shape]
+        prompts = trial.ids(batch, length)
+        tokens = np.zeros(batch, np.int64)
+        with self.spending() as spent:
+            start = self.clock()
+            for row, prompt in enumerate(prompts):
+                tokens[row] = rows.prefill(row, prompt).argmax()
+            prefilled = self.clock() - start
+            times = [prefilled]
+            prefill = spent()
+        with self.spending() as spent:
+            for position in range(length, length + trial.output_tokens - 1):
+                tokens = rows.decode(tokens.tolist(), [position] * batch).argmax(axis=1)
+                times.append(self.clock() - start)
+            decode = spent()
+        return Generation(prefilled, tuple(times), prefill, decode)
+
+    def _rows_for(self, trial: Trial) -> "Rows":
+        """Return rows for the largest batch of a run; smaller ones use the first of them.
+
+        Raises:
+            UnsupportedError: the graph takes one sequence at a time.
+            ResourceError: no memory for the KV cache.
+        """
+        if self._rows is None:
+            from llmfast.infer.memory import plan_memory
+            from llmfast.infer.rows import SlabRows
+
+            if not getattr(self.engine, "takes_rows", False):
+                raise UnsupportedError(
+                    "one sequence at a time: its graph is another exporter's, or its cache is on a device",
+                    "leave --batch out",
+                )
+            count = max(batch for batch, _ in trial.shapes.values())
+            capacity = max(length for _, length in trial.shapes.values()) + trial.output_tokens
+            plan_memory(self.bundle, self.engine, capacity, count, count)
+            self._rows = SlabRows(self.engine, count, capacity)
+        return self._rows
 
 
 def settle(cpu_time: Callable[[], float] = time.process_time, sleep: Callable[[float], None] = time.sleep) -> None:

@@ -19,6 +19,7 @@ _LEGEND = {
     "equal": "= equal within {precision:g} %",
 }
 _ROOFLINE = (
+    Column("{case}KV MB", "cache_bytes{case}", lambda value: f"{value / 1e6:.1f}"),
     Column("MB/token", "bytes_per_token{case}", lambda value: f"{value / 1e6:.1f}"),
     Column("{case}% of roofline", "roofline_share{case}", lambda value: f"{value * 100:.0f}"),
 )
@@ -131,7 +132,7 @@ def make_footer(document: Mapping[str, Any]) -> list[str]:
     """Return the lines without which the figures mean little."""
     machine, settings, rows = document["machine"], document["settings"], document["rows"]
     isa = f" ({' '.join(machine['isa'])})" if machine["isa"] else ""
-    load = "" if machine["load_average"] is None else f", load {machine['load_average']:.1f} at start"
+    load = "" if machine["load_average"] is None else f", load average {machine['load_average']:.1f}"
     threads = ", ".join(map(str, settings["threads"]))
     lines = [
         f"{report.printable(machine['cpu'])}{isa}, {machine['cores']} cores{load}",
@@ -140,7 +141,9 @@ def make_footer(document: Mapping[str, Any]) -> list[str]:
     work = []
     if any(key.startswith("ttft_s") for row in rows for key in row):
         lengths = ", ".join(map(str, settings["prompt_tokens"]))
-        work.append(f"{lengths} prompt and {settings['output_tokens']} output tokens")
+        widths = [width for width in settings["batch"] if settings["batch"] != [1]]
+        at_once = f", {', '.join(map(str, widths))} sequences at once" if widths else ""
+        work.append(f"{lengths} prompt and {settings['output_tokens']} output tokens{at_once}")
     if any("spread" in key for row in rows for key in row):
         work.append(f"medians of {settings['rounds']} interleaved rounds, x against `{document['baseline']}`")
     if settings["data"]:

@@ -23,10 +23,8 @@ def bench(
         typer.Option("--prompt-tokens", "-p", help="Tokens of the input: 512, or a sweep: 128,512 or 128-512+128."),
     ] = None,
     output_tokens: Annotated[int | None, typer.Option("--output-tokens", "-n", help="Tokens decoded.")] = None,
-    batch: Annotated[
-        str | None, typer.Option("--batch", "-b", help="Encoders: texts at once, or a sweep: 1,8.")
-    ] = None,
-    shapes: Annotated[str | None, typer.Option(help="Encoders: batch x length, e.g. 1x16,8x128.")] = None,
+    batch: Annotated[str | None, typer.Option("--batch", "-b", help="Sequences at once, or a sweep: 1,4,8.")] = None,
+    shapes: Annotated[str | None, typer.Option(help="Batch x tokens in place of both, e.g. 1x16,8x128.")] = None,
     rounds: Annotated[
         int | None, typer.Option(help="Interleaved rounds per bundle; the default is 8 and more until speeds are sure.")
     ] = None,
