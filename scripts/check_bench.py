@@ -158,12 +158,13 @@ def main() -> int:
         options.data,
         replace(settings, num_samples=8, seq_len=SEQ_LEN),
     )
-    good = 0
+    good = held = 0
     for number in range(options.runs):
         found = run(options.bundle, settings, 0.0)
         good += found[0] in ("equal", "inconclusive")
+        held += found[2][0] <= 1 <= found[2][1]
         print(f"itself {number + 1}: {spell(found)}", flush=True)
-    print(f"{good} of {options.runs} runs against itself found no difference")
+    print(f"{good} of {options.runs} runs against itself found no difference, {held} intervals hold 1.00")
     settings = replace(settings, max_time=DELAYED_S)
     found = run(options.bundle, settings, options.delay)
     print(f"delayed by {options.delay:.0%}: {spell(found)}")

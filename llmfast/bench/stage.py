@@ -61,7 +61,8 @@ def bench(
     Returns:
         A document that JSON can hold, as `document.schema.json` beside this file says. For speed a row has `<name>`
         (median over the rounds), `<name>_spread` ([low, high], 95 % bootstrap interval, None with one round),
-        `<name>_ratio` (above 1 is better than the baseline) and its spread; for quality `<name>` (over all data),
+        `<name>_ratio` (above 1 is better than the baseline) and its spread, which knows of luck that stays with a
+        process, see `statistics.launch_interval`; for quality `<name>` (over all data),
         `<name>_spread` and, where a figure means something alone, `<name>_change` against the baseline.
         `verdict` of a row says of every figure compared whether it is better, worse, equal or inconclusive. The
         figures of single rounds and units are under `samples`. Size, memory and loading are one observation each.

@@ -123,6 +123,8 @@ def spell_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, st
         figure = column.key.removesuffix("_ratio")
         mark = _MARKS.get(row["verdict"].get(figure, ""), "") if figure != column.key else ""
         cells[column.key] = None if value is None else mark + column.spell(value)
+    if row.get("provider", "cpu") != "cpu" and set(row["placement"]) == {"CPUExecutionProvider"}:
+        cells["bundle"] = f"{row['bundle']} (ran on the CPU)"
     if "error" in row:
         cells["bundle"] = f"{row['bundle']} (failed)"
     return cells
