@@ -286,7 +286,7 @@ def test_a_line_that_kills_its_workers_is_given_up_alone(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(pool_module, "_Actor", _Mortal)
+    monkeypatch.setattr(pool_module, "Actor", _Mortal)
     lines = [{"prompt": "die" if number == 37 else str(number)} for number in range(80)]
     source = _write(tmp_path / "in.jsonl", lines)
     summary = answer_folder(fp32_bundle, str(source), str(tmp_path / "out"), _two(cluster), batch_size=1)

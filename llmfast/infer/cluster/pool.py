@@ -56,7 +56,7 @@ class _Worker:
     chunks: dict[Any, Chunk] = field(default_factory=dict)  # by the reference of what they will be
 
 
-class _Actor:
+class Actor:
     """A worker in a process of its own; what it can't open is told by `start`, as Ray has no words of a constructor's.
 
     Args:
@@ -177,7 +177,7 @@ class Pool:
             settings["num_gpus"] = 1
         if given := {name: os.environ[name] for name in (FORCE, ALLOW_HARDLINKS) if name in os.environ}:
             settings["runtime_env"] = {"env_vars": given}
-        actor = self._ray.remote(_Actor).options(scheduling_strategy="SPREAD", max_restarts=0, **settings)
+        actor = self._ray.remote(Actor).options(scheduling_strategy="SPREAD", max_restarts=0, **settings)
         arguments = model, digest, provider, self.plan.threads, batch_size, self.plan.neighbours, dict(options)
         self._make = lambda: actor.remote(*arguments)
         for _ in range(self.plan.workers):
