@@ -125,7 +125,7 @@ def main() -> None:
         hours = count / best / 3600
         print(f"a {name} prompts: {hours:,.0f} hours of this machine, {hours * arguments.price_per_hour:,.2f} in money")
     machines = lines_per_s / best
-    print(f"one process reads, hands out and writes {lines_per_s:,.0f} lines/s: what {machines:,.0f} such machines answer")
+    print(f"one process reads, hands out, writes {lines_per_s:,.0f} lines/s: what {machines:,.0f} such machines answer")
 
 
 if __name__ == "__main__":
