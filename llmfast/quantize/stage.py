@@ -33,6 +33,8 @@ from llmfast.quantize.corpus import Corpus
 from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_cache
 from llmfast.quantize.measure import Proof
 from llmfast.quantize.options import MIXED_SCHEME, QuantizeOptions
+from llmfast.quantize.pair_proof import PairProof, make_proof
+from llmfast.quantize.pairs import PairReader, Values, feed_pairs, is_encoder_decoder
 from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Plan, choose_layers, list_layers
 from llmfast.quantize.rewrite import LayerReport, QuantizedGraph, RoundWeight, Weight
 from llmfast.quantize.summary import make_manifest, slow_forms, summarize, versions
@@ -71,15 +73,16 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
     plan, bundle, graphs = _prepare(source, output, options)
     states = {role: model.state() for role, (model, _) in graphs.items()}
     cache = measure_ranges(graphs["model"][0], options.calibration.split(bundle)[0]) if options.kv else None
-    proof = _prove(plan, bundle, {role: model for role, (model, _) in graphs.items()}, options)
+    models = {role: model for role, (model, _) in graphs.items()}
+    samples = _samples(bundle, models, options.calibration) if plan.needs_calibration else {}
+    proof = _prove(plan, bundle, models, options)
     checkpoint = None
     if options.resume or options.budget or plan.rounding.plugin.NEEDS_STATISTICS:
-        models = [model for model, _ in graphs.values()]
-        checkpoint = Checkpoint(output, _facts(bundle, models, plan, options), options.resume)
+        checkpoint = Checkpoint(output, _facts(bundle, list(models.values()), plan, options), options.resume)
     with kept_for_resuming(checkpoint), stage_output(output, options.overwrite) as staged:
-        fitting = _start_fitting(plan, bundle, graphs, options, checkpoint, staged)
+        fitting = _start_fitting(plan, bundle, graphs, samples, options, checkpoint, staged)
         writers = {
-            role: _prepare_writer(role, plan, bundle, model, layers, options, checkpoint, proof)
+            role: _prepare_writer(role, plan, Workpiece(model, layers, samples.get(role, ())), checkpoint, proof)
             for role, (model, layers) in graphs.items()
         }
         while True:
@@ -97,27 +100,30 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         for name in COMPANIONS:
             if companion := bundle.companion(name):
                 shutil.copyfile(companion, staged / name)
-        for role, (model, _) in graphs.items():
+        for role, model in models.items():
             model.require_unchanged(states[role])
-        before = [model for model, _ in graphs.values()]
+        before = list(models.values())
         forms = {"slow_forms": slow_forms(before, after.values())} | ({"kv": options.kv} if options.kv else {})
         measured = {**summarize(reports), **forms, **figures, "gates": verdict, "text": proof and proof.text}
         write_manifest(staged, make_manifest(bundle, before, after, plan, options, measured))
     return ModelBundle.open(output)
 
 
-def _prove(plan: Plan, bundle: ModelBundle, models: dict[str, OnnxModel], options: QuantizeOptions) -> Proof | None:
+def _prove(
+    plan: Plan, bundle: ModelBundle, models: dict[str, OnnxModel], options: QuantizeOptions
+) -> Proof | PairProof | None:
     if not options.measure:
         return None
     data = Corpus(options.data, options.calibration.field) if options.data else None
     is_calibrated = bool(plan.needs_calibration or options.budget)
-    return Proof(bundle, models, data, options.calibration, is_calibrated, options.data_samples)
+    return make_proof(bundle, models, data, options.calibration, is_calibrated, options.data_samples)
 
 
 def _start_fitting(
     plan: Plan,
     bundle: ModelBundle,
     graphs: dict[str, tuple[OnnxModel, Layers]],
+    samples: Mapping[str, Sequence[Values]],
     options: QuantizeOptions,
     checkpoint: Checkpoint | None,
     staged: Path,
@@ -127,7 +133,7 @@ def _start_fitting(
     model, layers = graphs["model"]
     # Weights and activations as they are: what transforms do is no part of the probe.
     plain = replace(plan, transforms=())
-    workpiece = _transform(plain, bundle, model, layers, options.calibration)
+    workpiece = Workpiece(model, layers, samples.get("model", ()))
     shares = not plan.transforms and not getattr(plan.rounding.options, "sequential", False)
     round_weight = _rounding(plain, workpiece, checkpoint, "model" if shares else "probe")
     return start_fitting(
@@ -148,15 +154,13 @@ def _start_fitting(
 def _prepare_writer(
     role: str,
     plan: Plan,
-    bundle: ModelBundle,
-    model: OnnxModel,
-    layers: Layers,
-    options: QuantizeOptions,
+    workpiece: Workpiece,
     checkpoint: Checkpoint | None,
-    proof: Proof | None,
+    proof: Proof | PairProof | None,
 ) -> Callable[[Layers, WeightFile], QuantizedGraph]:
     """Transform one graph; return what quantizes it, as often as its grids are chosen anew."""
-    workpiece = _transform(plan, bundle, model, layers, options.calibration)
+    for transform in plan.transforms:
+        transform.plugin.transform(workpiece, transform.options)
     write_linear = plan.scheme.plugin.make_writer(workpiece, plan.scheme.options)
 
     def make(chosen: Layers, weights: WeightFile) -> QuantizedGraph:
@@ -164,9 +168,8 @@ def _prepare_writer(
         grids = {**workpiece.layers.grids, **chosen.grids}
         rounding = _rounding(plan, workpiece, checkpoint, role)
         inputs = proof.inputs_of(role, workpiece) if proof else None
-        return QuantizedGraph(
-            model, replace(workpiece.layers, grids=grids), workpiece.edits, weights, write_linear, rounding, inputs
-        )
+        layers = replace(workpiece.layers, grids=grids)
+        return QuantizedGraph(workpiece.model, layers, workpiece.edits, weights, write_linear, rounding, inputs)
 
     return make
 
@@ -264,29 +267,27 @@ def _prepare(
     check_output(output, inputs, options.overwrite)
     require_disk(output.parent, bundle.size_bytes // 8, "the smallest result, 4 bits of 32,")
     models = {role: OnnxModel.load(path) for role, path in bundle.graphs.items()}
-    if plan.needs_calibration and len(models) > 1:
-        raise UnsupportedError(
-            f"{' and '.join(plan.needs_calibration)} can't be calibrated on an encoder-decoder yet",
-            "choose what needs no text, e.g. --method rtn",
-        )
+    if plan.needs_calibration and is_encoder_decoder(models):
+        PairReader(bundle, models)  # refuses what no text can calibrate
     if can_adopt(bundle):
         bundle, models["model"] = adopt(bundle, models["model"])
+    if options.kv and is_encoder_decoder(models):
+        raise UnsupportedError(f"the KV cache of `{source}`, an encoder-decoder, stays float", "leave out --kv")
     if options.kv:
         cached_values(next(iter(models.values())))  # refuses what has no such cache
     chosen = {role: choose_layers(model, plan, options.include, options.exclude) for role, model in models.items()}
     return plan, bundle, {role: (models[role], layers) for role, layers in chosen.items()}
 
 
-def _transform(
-    plan: Plan, bundle: ModelBundle, model: OnnxModel, layers: Layers, calibration: Calibration
-) -> Workpiece:
-    """Run the transforms and return what they made."""
-    ids = calibration.split(bundle)[0] if plan.needs_calibration else []
-    inputs = graph_inputs(model.proto.graph)
-    workpiece = Workpiece(model, layers, [sequence_feeds(inputs, one[None]) for one in ids])
-    for transform in plan.transforms:
-        transform.plugin.transform(workpiece, transform.options)
-    return workpiece
+def _samples(bundle: ModelBundle, models: Mapping[str, OnnxModel], calibration: Calibration) -> dict[str, list[Values]]:
+    """Return what graphs are calibrated on: role -> the inputs of each sample."""
+    if is_encoder_decoder(models):
+        reader = PairReader(bundle, models)
+        pairs, _ = calibration.divide(reader.read(calibration.corpus, calibration.seq_len))
+        return feed_pairs(models, reader.complete(pairs, calibration.seq_len, "calibrate"))
+    ids, _ = calibration.split(bundle)
+    inputs = {role: graph_inputs(model.proto.graph) for role, model in models.items()}
+    return {role: [sequence_feeds(own, one[None]) for one in ids] for role, own in inputs.items()}
 
 
 def _rounding(plan: Plan, workpiece: Workpiece, checkpoint: Checkpoint | None, key: str) -> RoundWeight:
