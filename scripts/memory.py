@@ -166,7 +166,7 @@ def name_of(pid: int, parent: int) -> str:
         return ""
     if "libtorch_cpu" in maps:
         return "PyTorch, to compare"
-    return "ONNX Runtime, to compare" if "onnxruntime" in maps else ""
+    return "ONNX Runtime" if "onnxruntime" in maps else ""
 
 
 if __name__ == "__main__":

@@ -311,3 +311,13 @@ def test_gates_that_do_not_fit_the_model_say_which_do(tmp_path: Path) -> None:
     assert "compared by cosine" in raised.value.hint
     with pytest.raises(GateError, match="budget missed: 1 - cosine"):
         quantize(fp32, tmp_path / "out", QuantizeOptions("int4", budget=Budget(max_kld=1e-9)))
+
+
+def test_blocks_that_do_not_divide_are_filled_up_and_it_is_said(
+    fp32_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize(fp32_bundle, tmp_path / "small", QuantizeOptions("int4", settings={"block_size": "32"}, measure=False))
+    assert "do not divide" not in capsys.readouterr().err
+    large = quantize(fp32_bundle, tmp_path / "large", QuantizeOptions("int4", settings={"block_size": "256"}))
+    assert "blocks of 256 do not divide the input features of" in capsys.readouterr().err
+    assert large.manifest.measured["quantize"]["kld"] < 1

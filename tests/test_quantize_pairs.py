@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from llmfast.bundle import ModelBundle
+from llmfast.cli import app
 from llmfast.errors import GateError, InputError, OptionError
 from llmfast.export import seq2seq_parity
 from llmfast.export.stage import ExportOptions, export
@@ -259,3 +261,25 @@ def test_every_graph_has_its_layers_quantized(exported: Any, pairs: Path, tmp_pa
     for role, path in small.graphs.items():
         names = {one.name for one in find_linears(OnnxModel.load(ModelBundle.open(bundle).graphs[role]))}
         assert set(_weights(OnnxModel.load(path))) == {name for name in names if role in name or "kv_proj" in name}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scheme", "int8", "--kv", "int8"], "the KV cache of `{bundle}`, an encoder-decoder, stays float"),
+        (["--target-bits", "6"], "`{bundle}` has several graphs, a budget works on one"),
+        (
+            ["--scheme", "int8", "--trim-vocabulary", "{pairs}"],
+            "the vocabulary of `{bundle}` can't be trimmed: it has an encoder and a decoder",
+        ),
+    ],
+)
+def test_what_encoder_decoders_can_not_have_is_said(
+    exported: Any, pairs: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    bundle, _ = exported("t5")
+    typed = [argument.format(pairs=pairs) for argument in arguments]
+    result = CliRunner().invoke(app, ["quantize", str(bundle), "-o", str(tmp_path / "out"), *typed])
+    assert result.exit_code == 5
+    assert message.format(bundle=bundle) in result.stderr
+    assert list(tmp_path.iterdir()) == []

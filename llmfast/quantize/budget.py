@@ -62,6 +62,12 @@ class Budget:
             return self.max_bits * parameters / 8
         return float("inf") if self.max_bytes is None else self.max_bytes
 
+    def spell(self, num_bytes: float, parameters: int) -> str:
+        """Return a size as the budget was asked for."""
+        if self.max_bits is not None:
+            return f"{8 * num_bytes / parameters:.4g} bits per weight"
+        return f"{num_bytes / 1e6:.4g} MB"
+
     def size(self, model: OnnxModel) -> int:
         """Return the size that the budget is about: bytes on disk, for bits per weight the weights' alone."""
         return count_weight_bytes([model]) if self.max_bytes is None else file_bytes(model)
@@ -162,15 +168,16 @@ class Fitting:
     Args:
         choice: gives layers for limits.
         budget: what is asked.
-        limit: the most that the budget's `size` may be.
-        overhead: what that size is expected to hold beside the weights.
+        parameters: of the model.
+        overhead: what the budget's `size` is expected to hold beside the weights.
     """
 
-    def __init__(self, choice: GridChoice, budget: Budget, limit: float, overhead: int) -> None:
+    def __init__(self, choice: GridChoice, budget: Budget, parameters: int, overhead: int) -> None:
         self._choice = choice
         self._budget = budget
-        self._limit = limit
-        self._max_bytes = limit - overhead
+        self._parameters = parameters
+        self._limit = budget.limit(parameters)
+        self._max_bytes = self._limit - overhead
         self._max_damage = budget.max_kld or 0.0
         self._attempts = 0
         self._expected = 0.0
@@ -193,8 +200,9 @@ class Fitting:
         layers, self._expected = self._choice.under(self._max_bytes, self._max_damage)
         if layers is None:
             smallest = self._choice.smallest_bytes + self._limit - self._max_bytes
+            needed, asked = (self._budget.spell(size, self._parameters) for size in (smallest, self._limit))
             raise GateError(
-                f"budget missed: at least {smallest / 1e6:.4g} MB are needed, asked at most {self._limit / 1e6:.4g} MB",
+                f"budget missed: at least {needed} are needed, asked at most {asked}",
                 "raise the target, or leave out more with --trim-vocabulary",
             )
         self._written = layers
@@ -314,7 +322,7 @@ def start_fitting(
     if budget.max_bytes is not None:
         padding = _PADDING if budget.max_bytes > SINGLE_FILE_BYTES else 0
         overhead = file_bytes(model) - count_weight_bytes([model]) + (_NODE_BYTES + padding) * len(damages)
-    return Fitting(choice, budget, budget.limit(num_parameters(bundle, [model])), overhead)
+    return Fitting(choice, budget, num_parameters(bundle, [model]), overhead)
 
 
 def file_bytes(model: OnnxModel) -> int:

@@ -12,6 +12,7 @@ from llmfast.graph.floats import FloatFormat
 from llmfast.graph.linear import Embedding, Linear, find_embeddings, find_linears
 from llmfast.graph.model import HALVES, OnnxModel
 from llmfast.graph.packed import Grid, largest_block_size
+from llmfast.report import note
 
 HEAD_ROLE = "lm_head"
 EMBEDDING_ROLE = "embedding"
@@ -177,7 +178,19 @@ def choose_layers(model: OnnxModel, plan: Plan, include: str, exclude: str) -> L
         if found:
             hint = "--include/--exclude leave none of its layers"
         raise UnsupportedError(f"nothing to quantize in `{model.path}`", hint)
-    return _assign_grids(linears, embeddings, tied, plan)
+    layers = _assign_grids(linears, embeddings, tied, plan)
+    _say_what_is_padded(layers)
+    return layers
+
+
+def _say_what_is_padded(layers: Layers) -> None:
+    """Say which block sizes do not divide the input features: the last blocks are filled up, and take space."""
+    shapes = [(layers.grids.get(linear.weight), linear.shape[1]) for linear in layers.linears]
+    blocks = [(one.block_size, features) for one, features in shapes if isinstance(one, Grid) and one.block_size]
+    padded = [size for size, features in blocks if features % size]
+    for size in sorted(set(padded)):
+        count = padded.count(size)
+        note(f"note: blocks of {size} do not divide the input features of {count} layers: the last are filled up")
 
 
 def refuse_quantized(model: OnnxModel) -> None:
