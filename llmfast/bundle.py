@@ -21,6 +21,7 @@ LINEAGE = "llmfast-lineage.json"  # of a checkpoint that llmfast wrote, see line
 MODEL = "model.onnx"
 UNKNOWN_TASK = "unknown"
 TEXT_GENERATION = "text-generation"  # a decoder alone
+PREFILL = "prefill"  # the role of a decoder's second graph, which reads prompts into the cache of the first
 # An encoder and a decoder.
 SEQ2SEQ_TASKS = ("summarization", "text2text-generation", "translation")
 # Where a directory without a manifest has its graph: onnxruntime-genai, optimum, transformers.js.
@@ -69,7 +70,7 @@ class Manifest:
         task: a name in `llmfast.tasks`, or `unknown`.
         source: where the weights come from: id, revision, sha256.
         architecture: sizes in the spellings of genai_config.json (`num_hidden_layers`, `head_size`, ...).
-        graphs: role (`model`, or `encoder` and `decoder`) -> `{file, inputs, outputs}`.
+        graphs: role (`model`, and perhaps `prefill`; or `encoder` and `decoder`) -> `{file, inputs, outputs}`.
         bits_per_weight: stored bits of all weights, scales included, per parameter.
         sparsity: share of zeros among the parameters.
         lineage: the steps that made this bundle, oldest first.

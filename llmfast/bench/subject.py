@@ -139,13 +139,19 @@ class Subject:
         """The bundle's task plug-in."""
         return registry.load("tasks", self.bundle.manifest.task)
 
+    @property
+    def sessions(self) -> Sequence[Any]:
+        """All ONNX Runtime sessions that the model takes, the decoder's first."""
+        sessions: Sequence[Any] = self.engine.sessions if self.engine is not None else (self.session,)
+        return sessions
+
     def facts(self) -> dict[str, Any]:
         """Return `vocab_size` (None when unknown), the engine's `note`, `placement`: nodes per provider, and
         `energy_source`."""
         facts = {"vocab_size": self.bundle.manifest.architecture.get("vocab_size"), "note": ""}
         if self.engine is not None:
             facts = {"vocab_size": self.engine.vocab_size, "note": self.engine.note}
-        return facts | {"placement": placement(self.session), "energy_source": self.meter.source}
+        return facts | {"placement": placement(*self.sessions), "energy_source": self.meter.source}
 
     def generate(self, trial: Trial, shape: str) -> Generation:
         """Run the trial's prompt and decode greedily; metrics of one round share one run."""

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,11 @@ class Decoder(ABC):
             InputError: as `prefill`.
         """
 
+    @property
+    def sessions(self) -> tuple[Any, ...]:
+        """All ONNX Runtime sessions; the one that decodes is the first."""
+        return (self.session,)
+
     def reset(self) -> None:
         """Forget all tokens."""
         self.rollback(0)
@@ -131,3 +137,10 @@ def context_length(bundle: ModelBundle) -> int:
     if type(found) is not int or found < 1:
         raise InputError(f"`{bundle.path}` does not say how long its context is", "copy config.json beside the model")
     return found
+
+
+def cuts(start: int, end: int, chunk_tokens: int) -> list[tuple[int, int]]:
+    """Return begin and end of the parts in which a prompt goes through the graph: cut at whole chunks from 0."""
+    inner = range((start // chunk_tokens + 1) * chunk_tokens, end, chunk_tokens)
+    places = [start, *inner, end]
+    return list(pairwise(places))

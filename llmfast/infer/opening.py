@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llmfast.bundle import TEXT_GENERATION, ModelBundle
+from llmfast.bundle import PREFILL, TEXT_GENERATION, ModelBundle
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.infer.decoder import Decoder, runs
 from llmfast.infer.engine import Engine
@@ -24,6 +24,7 @@ def open_decoder(
     chunk_tokens: int = 256,
     spin: bool = True,
     verify: bool = False,
+    even_if_inexact: bool = False,
 ) -> Decoder:
     """Open a text-generation model, llmfast's own or another exporter's.
 
@@ -35,6 +36,8 @@ def open_decoder(
         chunk_tokens: tokens of a prompt that go through the graph at once.
         spin: let idle threads spin.
         verify: let steps verify drafted tokens, where graph and provider allow it; the `Engine` says so.
+        even_if_inexact: verify with the graph for prompts where the bundle has one: it takes several tokens faster, and
+            rounds otherwise than the one that decodes.
 
     Raises:
         UnsupportedError: the graph is no decoder, or one of a form that no engine runs.
@@ -48,6 +51,8 @@ def open_decoder(
         from llmfast.graph.model import OnnxModel
         from llmfast.graph.verify import ROWS, add_verification
 
+        if even_if_inexact and PREFILL in bundle.graphs:
+            return Engine(bundle, provider, threads, max_length, chunk_tokens, spin, verify_rows=ROWS)
         able = add_verification(OnnxModel.load(bundle.model))
         if able is None:
             return Engine(bundle, provider, threads, max_length, chunk_tokens, spin)
@@ -106,7 +111,8 @@ def open_speculating(
     wanted = is_asked or (speculate is None and may_pay)
     length = prompt_tokens + max_tokens
     # Threads of two models that both spin take each other's cores.
-    decoder = open_decoder(bundle, provider, threads, length, spin=draft is None, verify=wanted)
+    spin = draft is None
+    decoder = open_decoder(bundle, provider, threads, length, spin=spin, verify=wanted, even_if_inexact=is_asked)
     if not isinstance(decoder, Engine) or not decoder.verify_rows:
         if is_asked:
             reason = f"the provider is {provider}" if provider != "cpu" else "its attention can't be split by tokens"

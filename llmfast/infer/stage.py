@@ -75,7 +75,7 @@ def infer(
     )
     if speculation and generation.drafted_tokens and not speculation.is_exact and (speculate or draft):
         note(f"note: `{bundle.name}` rounds several tokens otherwise than one: --no-speculate may answer differently")
-    return replace(generation, placement=placement(engine.session))
+    return replace(generation, placement=placement(*engine.sessions))
 
 
 def answer(

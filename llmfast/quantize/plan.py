@@ -123,6 +123,15 @@ class Layers:
         return self.grids[weight].bits if weight in self.grids else FLOAT_BITS
 
 
+@dataclass(frozen=True)
+class Part:
+    """One graph of a bundle and what becomes of it."""
+
+    plan: Plan
+    model: OnnxModel
+    layers: Layers
+
+
 def list_layers(graphs: Sequence[Layers]) -> list[dict[str, Any]]:
     """Return one row per role over all graphs of a bundle: layers, parameters, bits; what they share counts once."""
     parts: dict[str, tuple[str, tuple[int, int], int]] = {}
