@@ -56,8 +56,12 @@ def minilm() -> str:
 
 @pytest.mark.parametrize(
     ("name", "bundle", "method"),
-    [("llm-int8", "int8", "gptq"), ("llm-int4-small", "int4", "gptq"), ("llm-mixed", "mixed", "rtn")]
-    + [("llm-hybrid", "hybrid", "rtn")],
+    [
+        ("llm-int8", "int8", "gptq"),
+        ("llm-int4-small", "int4", "gptq"),
+        ("llm-mixed", "mixed", "rtn"),
+        ("llm-hybrid", "hybrid", "rtn"),
+    ],
 )
 def test_a_decoder_becomes_smaller(name: str, bundle: str, method: str, llm: str, tmp_path: Path) -> None:
     run(name, tmp_path, MODEL=llm, METHOD=method)

@@ -83,6 +83,12 @@ def infer(
     draft: Annotated[
         Path | None, typer.Option(metavar="BUNDLE", help="Smaller model that drafts; same tokenizer.")
     ] = None,
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Keeps the prompt's keys and values; the next one that begins alike starts there."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -155,6 +161,7 @@ def infer(
             "stop": stop,
             "speculate": speculate,
             "draft": draft,
+            "prompt_cache": prompt_cache,
             "source_lang": source_lang,
             "target_lang": target_lang,
             "num_beams": num_beams,

@@ -14,6 +14,12 @@ from llmfast.errors import InputError, LlmfastError, OptionError, UnsupportedErr
 
 CACHE_HINT = "export it with its cache, e.g. optimum's --task text-generation-with-past"
 
+# Positions of a common beginning are shared in whole multiples of this. Matrix kernels work on tiles of rows; cut
+# between tiles, the sums of both parts stay those of the whole.
+_TILE = 16
+# Attention over one token is another kernel than over several; what follows a common beginning must be several.
+_LEAST_REST = 2
+
 
 class Decoder(ABC):
     """A decoder and the tokens it has seen, batch 1.
@@ -144,3 +150,18 @@ def cuts(start: int, end: int, chunk_tokens: int) -> list[tuple[int, int]]:
     inner = range((start // chunk_tokens + 1) * chunk_tokens, end, chunk_tokens)
     places = [start, *inner, end]
     return list(pairwise(places))
+
+
+def common_beginning(held: np.ndarray, ids: np.ndarray) -> int:
+    """Return how many positions of a prompt that a cache holds another prompt can take over without other sums.
+
+    Args:
+        held: int64 [m], the prompt in the cache.
+        ids: int64 [n].
+    """
+    # The last token of what a cache holds may have gone through the graph alone.
+    count = min(len(held) - 1, len(ids) - _LEAST_REST)
+    if count < _TILE:
+        return 0
+    differs = np.flatnonzero(held[:count] != ids[:count])
+    return int(differs[0] if len(differs) else count) // _TILE * _TILE
