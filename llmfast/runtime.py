@@ -61,6 +61,7 @@ def open_session(
     graph: bytes | None = None,
     prepack: bool = True,
     rest: bool = False,
+    block_base: int = 0,
 ) -> "onnxruntime.InferenceSession":
     """Open an ONNX Runtime session on the provider that was asked for, never silently on another.
 
@@ -74,6 +75,7 @@ def open_session(
         prepack: copy weights into the order that the kernels like best. Without it weights stay in the mapped
             file, and its pages are all the memory that they take.
 
+        block_base: of `session.dynamic_block_base`; 0 leaves it out.
         rest: threads that spin stop when a run ends, for another session takes the next turn.
 
     Raises:
@@ -85,10 +87,10 @@ def open_session(
     first, _, others = provider.partition(",")
     if others:
         try:
-            return open_session(model, first, threads, spin, graph, prepack, rest)
+            return open_session(model, first, threads, spin, graph, prepack, rest, block_base)
         except UnsupportedError as error:
             note(f"note: {error.message}; going on with {others}")
-            return open_session(model, others, threads, spin, graph, prepack, rest)
+            return open_session(model, others, threads, spin, graph, prepack, rest, block_base)
     ort = import_onnxruntime()
     plugin = registry.load("providers", provider)
     if not _is_unicode(model):
@@ -104,6 +106,8 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1" if rest else "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if block_base:
+        options.add_session_config_entry("session.dynamic_block_base", str(block_base))
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if (profile := _PROFILE.get()) is not None:

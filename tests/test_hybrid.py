@@ -145,9 +145,9 @@ def test_the_manifest_says_what_became_of_both_graphs(hybrid: ModelBundle) -> No
 def test_only_the_session_that_decodes_keeps_spinning(hybrid: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = {}
 
-    def record(model: Path, *args: object, **settings: object) -> object:
-        opened[model.stem] = settings["rest"]
-        return open_session(model, *args, **settings)
+    def record(model: Path, *args: object) -> object:
+        opened[model.stem] = args[5]
+        return open_session(model, *args)
 
     open_session = runtime.open_session
     monkeypatch.setattr("llmfast.infer.engine.open_session", record)

@@ -76,6 +76,7 @@ def test_it_is_written_where_it_held_too_little(bundles: dict[str, ModelBundle],
     with safe_open(path, framework="numpy") as file:
         np.testing.assert_array_equal(file.get_tensor("tokens"), PROMPT)
         assert file.metadata()["model"] == bundle.digest
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def _fill(path: Path, bundle: ModelBundle) -> None:

@@ -14,6 +14,7 @@ from llmfast.bench.energy import open_meter
 from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
 from llmfast.errors import ResourceError
 from llmfast.runtime import open_session, placement, profiled, resolve_threads
+from llmfast.tuned import SessionSettings, settings_for
 
 if TYPE_CHECKING:
     from llmfast.tokenizer import Text
@@ -79,6 +80,7 @@ class Subject:
         max_length: positions a text-generation model must hold; None takes its context length.
         watts_per_core: for an estimate of energy.
         profile: prefix of the profile that ONNX Runtime writes; None writes none.
+        settings: of a decoder's session; None takes those that were found best on this machine, or the defaults.
         clock: monotonic seconds.
 
     Attributes:
@@ -98,6 +100,7 @@ class Subject:
         max_length: int | None = None,
         watts_per_core: float = 0.0,
         profile: Path | None = None,
+        settings: SessionSettings | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.bundle = ModelBundle.open(path)
@@ -107,7 +110,7 @@ class Subject:
         self._shared: tuple[Trial | None, dict[str, Any]] = (None, {})
         self.meter = open_meter(provider, watts_per_core)
         self.latencies: dict[str, list[float]] = {}
-        open_model = _opener(self.bundle, provider, self.threads, max_length)
+        open_model = _opener(self.bundle, provider, self.threads, max_length, settings)
         start = clock()
         with profiled(profile):
             self.engine, self.session = open_model()
@@ -156,6 +159,12 @@ class Subject:
     def generate(self, trial: Trial, shape: str) -> Generation:
         """Run the trial's prompt and decode greedily; metrics of one round share one run."""
         return self.once(trial, shape, lambda: self._generate(trial, shape))
+
+    def time_request(self, trial: Trial, shape: str) -> float:
+        """Return the seconds from the trial's prompt to its last token; the process is idle again then."""
+        seconds = self._generate(trial, shape).tokens_s[-1]
+        settle()
+        return seconds
 
     def once(self, trial: Trial, name: str, work: Callable[[], Result]) -> Result:
         """Do a piece of a trial's work once, for all metrics that look at it."""
@@ -260,7 +269,9 @@ def settle(cpu_time: Callable[[], float] = time.process_time, sleep: Callable[[f
             return
 
 
-def _opener(bundle: ModelBundle, provider: str, threads: int, max_length: int | None) -> Callable[[], tuple[Any, Any]]:
+def _opener(
+    bundle: ModelBundle, provider: str, threads: int, max_length: int | None, settings: SessionSettings | None
+) -> Callable[[], tuple[Any, Any]]:
     """Import what opens the bundle, and return the function that does: (engine or None, session)."""
     if bundle.manifest.task in SEQ2SEQ_TASKS:
         from llmfast.bench.translator import Translator
@@ -278,7 +289,8 @@ def _opener(bundle: ModelBundle, provider: str, threads: int, max_length: int | 
         from llmfast.infer.opening import open_decoder
 
         def open_engine() -> tuple[Any, Any]:
-            engine = open_decoder(bundle, provider, threads, max_length)
+            chosen = settings or settings_for(bundle, provider, threads, tell=False)
+            engine = open_decoder(bundle, provider, threads, max_length, settings=chosen)
             return engine, engine.session
 
         return open_engine

@@ -20,6 +20,9 @@ AllowFallback = Annotated[
     bool, typer.Option("--allow-fallback", help="Go on with cpu where the provider is missing or takes no node.")
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads; the default is the cores this process may use.")]
+NoTuned = Annotated[
+    bool, typer.Option("--no-tuned", help="Leave the settings that bench --tune-session kept for this machine alone.")
+]
 Verify = Annotated[bool, typer.Option("--verify", help="First hash every file of a bundle; sizes are always checked.")]
 Format = Annotated[str, typer.Option("--format", help=f"How results are printed: {', '.join(report.FORMATS)}.")]
 CalibrationField = Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import AllowFallback, Provider, Threads, Verify, given
+from llmfast.commands._options import AllowFallback, NoTuned, Provider, Threads, Verify, given
 from llmfast.errors import OptionError
 
 SUMMARY = "A prompt to an answer; a text to its labels, vector, entities or rank; an image to labels, speech to text."
@@ -108,6 +108,7 @@ def infer(
     provider: Provider = "cpu",
     allow_fallback: AllowFallback = False,
     threads: Threads = None,
+    no_tuned: NoTuned = False,
     verify: Verify = False,
     output_format: Annotated[
         str, typer.Option("--format", help="text, json for one document, or jsonl for one a line.")
@@ -138,6 +139,7 @@ def infer(
     from llmfast.infer.jsonl import is_jsonl
     from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
     from llmfast.runtime import with_fallback
+    from llmfast.tuned import ignoring_tuned
     from llmfast.verify import verify_hashes
 
     given_texts = given({"prompt": prompt, "context": context, "document": document, "image": image, "audio": audio})
@@ -173,42 +175,43 @@ def infer(
     provider = with_fallback(provider, allow_fallback)
     if verify:
         verify_hashes(model)
-    if input_file is not None and (is_jsonl(input_file) or (output is not None and is_jsonl(output))):
-        if given_texts:
-            raise OptionError(f"--{next(iter(given_texts))} and --input exclude each other")
-        if output is None or not is_jsonl(output):
-            raise OptionError(f"--input `{input_file}` needs --output FILE.jsonl for the answers")
-        settings = {"overwrite": overwrite, "batch_size": batch_size, "provider": provider, "threads": threads}
-        _answer_file(model, input_file, output, output_format, **settings, **options)
-        return
-    if batch_size is not None:
-        raise OptionError("--batch-size is for a file of prompts", "give --input FILE and --output FILE.jsonl")
-    options |= given({"output": output, "overwrite": overwrite or None})
-    bundle = ModelBundle.open(model)
-    stage.check_options(bundle, [*given_texts, *options])
-    task = TEXT_GENERATION if bundle.manifest.task == UNKNOWN_TASK else bundle.manifest.task
-    texts = _read_texts(given_texts.get(stage.text_option(task)), input_file, stage.text_option(task))
-    is_one = input_file is None and len(texts) == 1
-    if task != TEXT_GENERATION or not is_one:
-        answers = stage.answer(model, texts, provider=provider, threads=threads, **options)
-        if output is None:
-            _print_answers(answers, registry.load("tasks", task).spell, output_format, is_one)
-        return
-    sampling = Sampling(**{key: options.pop(key) for key in SAMPLING_OPTIONS if key in options})
-    generation = stage.infer(
-        model,
-        texts[0],
-        emit=report.write if output_format == "text" else lambda piece: None,
-        sampling=sampling,
-        provider=provider,
-        threads=threads,
-        **options,
-    )
-    if output_format == "text":
-        report.out("")
-    else:
-        _print_answers([generation.document(texts[0])], str, output_format, is_one)
-    report.note(stage.spell_speed(generation))
+    with ignoring_tuned(no_tuned):
+        if input_file is not None and (is_jsonl(input_file) or (output is not None and is_jsonl(output))):
+            if given_texts:
+                raise OptionError(f"--{next(iter(given_texts))} and --input exclude each other")
+            if output is None or not is_jsonl(output):
+                raise OptionError(f"--input `{input_file}` needs --output FILE.jsonl for the answers")
+            settings = {"overwrite": overwrite, "batch_size": batch_size, "provider": provider, "threads": threads}
+            _answer_file(model, input_file, output, output_format, **settings, **options)
+            return
+        if batch_size is not None:
+            raise OptionError("--batch-size is for a file of prompts", "give --input FILE and --output FILE.jsonl")
+        options |= given({"output": output, "overwrite": overwrite or None})
+        bundle = ModelBundle.open(model)
+        stage.check_options(bundle, [*given_texts, *options])
+        task = TEXT_GENERATION if bundle.manifest.task == UNKNOWN_TASK else bundle.manifest.task
+        texts = _read_texts(given_texts.get(stage.text_option(task)), input_file, stage.text_option(task))
+        is_one = input_file is None and len(texts) == 1
+        if task != TEXT_GENERATION or not is_one:
+            answers = stage.answer(model, texts, provider=provider, threads=threads, **options)
+            if output is None:
+                _print_answers(answers, registry.load("tasks", task).spell, output_format, is_one)
+            return
+        sampling = Sampling(**{key: options.pop(key) for key in SAMPLING_OPTIONS if key in options})
+        generation = stage.infer(
+            model,
+            texts[0],
+            emit=report.write if output_format == "text" else lambda piece: None,
+            sampling=sampling,
+            provider=provider,
+            threads=threads,
+            **options,
+        )
+        if output_format == "text":
+            report.out("")
+        else:
+            _print_answers([generation.document(texts[0])], str, output_format, is_one)
+        report.note(stage.spell_speed(generation))
 
 
 def _answer_file(model: Path, input_file: Path, output: Path, output_format: str, **settings: Any) -> None:

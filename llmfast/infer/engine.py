@@ -62,6 +62,7 @@ class Engine(Decoder):
         graph: a serialized model to run in place of the bundle's, over the same external weights.
         verify_rows: numbers of rows that the graph verifies; see `llmfast.graph.verify`. Without `graph` it is the one
             for prompts that does, and rounds otherwise than the one that decodes.
+        block_base: see `open_session`.
 
     Raises:
         InputError: the two graphs of the bundle have different caches.
@@ -80,6 +81,7 @@ class Engine(Decoder):
         prepack: bool = True,
         graph: bytes | None = None,
         verify_rows: tuple[int, ...] = (),
+        block_base: int = 0,
     ) -> None:
         check_sizes(max_length, chunk_tokens)
         ort = import_onnxruntime()
@@ -87,11 +89,15 @@ class Engine(Decoder):
         prompt_graph = bundle.graphs.get(PREFILL)
         # Threads that go on spinning after a run would take the cores of the other session's.
         rest = prompt_graph is not None and graph is None and bool(verify_rows)
-        self.session = open_session(bundle.model, provider, threads, spin, graph=graph, prepack=prepack, rest=rest)
+
+        def opening(graph_file: Path, rest: bool, graph: bytes | None = None) -> "onnxruntime.InferenceSession":
+            return open_session(graph_file, provider, threads, spin, graph, prepack, rest, block_base)
+
+        self.session = opening(bundle.model, rest, graph)
         self.ids_dtype = _check_contract(self.session, bundle.model)
         self.prompt_session = self.session
         if prompt_graph is not None:
-            self.prompt_session = open_session(prompt_graph, provider, threads, spin, prepack=prepack, rest=True)
+            self.prompt_session = opening(prompt_graph, True)
             _check_contract(self.prompt_session, prompt_graph)
             _check_same_cache(self.session, self.prompt_session, bundle)
         self._verifying = self.session if graph is not None else self.prompt_session

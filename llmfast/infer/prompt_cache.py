@@ -73,6 +73,7 @@ class PromptCache:
         with stage_file(self.path, overwrite=True) as staged:
             try:
                 save_file({_TOKENS: prompt_ids.astype(np.int64), **cache}, staged, metadata=facts)
+                staged.chmod(0o600)  # the prompt may be private
             except SafetensorError as error:
                 raise ResourceError(f"cannot write `{self.path}`: {error}") from error
         return True
