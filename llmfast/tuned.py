@@ -42,8 +42,9 @@ class SessionSettings:
     chunk_tokens: int = 256
 
     def __str__(self) -> str:
+        count = resolve_threads(self.threads)
         parts = [
-            f"{resolve_threads(self.threads)} threads",
+            f"{count} thread{'s' if count > 1 else ''}",
             "spinning" if self.spin else "not spinning",
             f"blocks by {self.block_base}" if self.block_base else "equal blocks",
             f"chunks of {self.chunk_tokens} tokens",

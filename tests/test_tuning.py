@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,7 +145,7 @@ def test_kept_settings_are_used_and_said(bundle: ModelBundle, capsys: pytest.Cap
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     assert options.get_session_config_entry("session.dynamic_block_base") == "4"
     assert (
-        "tune-session` found best: 1 threads, not spinning, blocks by 4, chunks of 32 tokens" in capsys.readouterr().err
+        "tune-session` found best: 1 thread, not spinning, blocks by 4, chunks of 32 tokens" in capsys.readouterr().err
     )
     assert settings_for(bundle, threads=1) == best
     assert settings_for(bundle, threads=2) == SessionSettings(2), "they were found for another number of threads"
@@ -199,16 +200,18 @@ def test_a_cache_that_cannot_be_written(bundle: ModelBundle, cache: Path) -> Non
 
 
 @pytest.fixture
-def fast_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
+def fast_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that puts a machine in the place of processes."""
 
-    def put(machine: Machine) -> None:
+    def put(machine: Machine, disturbances: tuple[str, ...] = ()) -> None:
+        watch = SimpleNamespace(finish=lambda workers: list(disturbances))
+        monkeypatch.setattr(tuning, "Watch", SimpleNamespace(start=lambda machine: watch))
         monkeypatch.setattr(tuning.Requests, "measure", lambda self, *args: machine(*args))
 
     return put
 
 
-def test_the_command(bundle: ModelBundle, fast_machine: Callable[[Machine], None]) -> None:
+def test_the_command(bundle: ModelBundle, fast_machine: Callable[..., None]) -> None:
     run, path = CliRunner().invoke, str(bundle.path)
     fast_machine(Machine({("chunk_tokens", 128): 0.8}, noise=0.01))
     result = run(app, ["bench", path, "--tune-session", "--format", "json"])
@@ -224,6 +227,10 @@ def test_the_command(bundle: ModelBundle, fast_machine: Callable[[Machine], None
     arguments = ["bench", path, "--rounds", "1", "-p", "8", "-n", "2", "--warmup", "0"]
     assert "chunks of 128 tokens" in run(app, arguments).stderr
     assert "chunks of 128 tokens" not in run(app, [*arguments, "--no-tuned"]).stderr
+    fast_machine(Machine({("spin", False): 0.8}, noise=0.01), ("the machine is busy",))
+    result = run(app, ["bench", path, "--tune-session"])
+    assert "not kept: " in result.stderr
+    assert settings_for(bundle).chunk_tokens == 128, "what was found beside others takes nothing's place"
     fast_machine(Machine({}, noise=0.1))
     result = run(app, ["bench", path, "--tune-session"])
     assert "the defaults: they stay" in result.stderr

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from llmfast import report
+from llmfast.bench.machine import describe_machine
 from llmfast.bench.options import BenchOptions, numbers
 from llmfast.bench.processes import available_memory
 from llmfast.bench.rounds import rotated
 from llmfast.bench.statistics import Interval, decide, launch_interval, median, paired_ratios, simultaneous
 from llmfast.bench.subject import Trial
+from llmfast.bench.watch import Watch
 from llmfast.bundle import TEXT_GENERATION, ModelBundle
 from llmfast.errors import OptionError
 from llmfast.report import Column
@@ -186,8 +188,12 @@ class Requests:
 def tune_session(models: Sequence[Path], options: BenchOptions) -> dict[str, Any]:
     """Search the session settings of a decoder on this machine, and keep those that are proven faster.
 
+    Nothing is kept, and nothing that an earlier search kept is touched, where other programs take part of the machine:
+    what is best beside them, fewer threads for instance, is not when they are gone.
+
     Returns:
-        `bundle`, `settings`, `is_default`, `file`, and `rows`: the scores of both passes.
+        `bundle`, `model`, `settings`, `spelled`, `is_default`, `file` (None where nothing is kept), `prompt_tokens`,
+        `output_tokens` and `rows`: the scores of both passes.
 
     Raises:
         OptionError: not one model, or one that generates no text.
@@ -205,25 +211,31 @@ def tune_session(models: Sequence[Path], options: BenchOptions) -> dict[str, Any
     output_tokens = options.output_tokens or DEFAULT_OUTPUT_TOKENS
     vocab_size = int(bundle.manifest.architecture.get("vocab_size", 1))
     trial = Trial((options.seed,), vocab_size, {_SHAPE: (1, length)}, output_tokens)
+    watch = Watch.start(describe_machine())
     default, tried = SessionSettings(usable_cores()), candidates(usable_cores())
     needed, free = bundle.size_bytes * _BYTES_PER_STORED_BYTE * (1 + len(tried)), available_memory()
     with Requests(models[0], provider, trial, free is not None and needed > free) as requests:
         rounds = options.rounds or DEFAULT_ROUNDS
         found, passes = search(default, tried, requests.measure, rounds, options.precision, options.seed)
+    disturbances = watch.finish([])  # all processes have ended: this one's counters have theirs
+    for warning in disturbances:
+        report.note(f"note: {warning}")
     rows = [
         {"pass": number, "spelled": str(score.settings), **asdict(score)}
         for number, scores in enumerate(passes, 1)
         for score in scores
     ]
     measured: Mapping[str, Any] = {"prompt_tokens": length, "output_tokens": output_tokens, "rows": rows}
-    path = keep_settings(bundle, options.provider, found if found != default else None, measured)
+    path = None
+    if not disturbances:
+        path = keep_settings(bundle, options.provider, found if found != default else None, measured)
     return {
         "bundle": bundle.name,
         "model": digest,
         "settings": asdict(found),
         "spelled": str(found),
         "is_default": found == default,
-        "file": None if found == default else str(path),
+        "file": None if found == default or path is None else str(path),
         **measured,
     }
 
@@ -236,5 +248,9 @@ def print_tuning(document: Mapping[str, Any], output_format: str) -> None:
     report.print_rows(document["rows"], COLUMNS, output_format)
     if document["is_default"]:
         report.note("nothing is proven faster than the defaults: they stay")
+    elif document["file"] is None:
+        report.note(
+            f"best while others take part of the machine, not kept: {document['spelled']}; try again when it is quiet"
+        )
     else:
         report.note(f"infer, serve and bench use from now on: {document['spelled']} (kept in `{document['file']}`)")
