@@ -109,7 +109,7 @@ def test_prompt_over_the_context_is_refused(engine):
     engine.prefill(np.zeros(CONTEXT, np.int64))
     with pytest.raises(InputError, match=f"{CONTEXT + 1} tokens, the context holds {CONTEXT}"):
         engine.decode(0)
-    with pytest.raises(InputError, match=f"{CONTEXT + 2} tokens, the context holds {CONTEXT}") as caught:
+    with pytest.raises(InputError, match=f"{CONTEXT + 2} tokens, the context holds {CONTEXT}; 2 too many") as caught:
         engine.prefill(np.zeros(2, np.int64))
     assert caught.value.exit_code == 3
     assert engine.length == CONTEXT

@@ -283,3 +283,14 @@ def _lone(bundle: ModelBundle, folder: Path) -> Path:
     for name in ("model.onnx", "config.json", "tokenizer.json"):
         (lone / name).write_bytes((bundle.path / name).read_bytes())
     return lone
+
+
+def test_more_threads_than_cores_are_said(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmfast.runtime.usable_cores", lambda: 2)
+    infer = ["infer", str(bundle.path), "-p", "ab", "--max-tokens", "1"]
+    bench = ["bench", str(bundle.path), "--rounds", "1", "-p", "8", "-n", "2", "--warmup", "0"]
+    for arguments in (infer, bench):
+        result = CliRunner().invoke(app, [*arguments, "--threads", "9"])
+        assert result.exit_code == 0, result.output
+        assert result.stderr.count("note: --threads 9, but this process may use") == 1
+        assert "may use" not in CliRunner().invoke(app, [*arguments, "--threads", "1"]).stderr

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import AllowFallback, Format, NoTuned, Verify, check_format, given, parse_size
+from llmfast.commands._options import (
+    AllowFallback,
+    Format,
+    NoTuned,
+    Verify,
+    check_format,
+    check_threads,
+    given,
+    parse_size,
+)
 from llmfast.errors import LlmfastError, NativeCrashError, OptionError
 
 # Options of a run that --tune-session looks at too.
@@ -141,7 +150,7 @@ def bench(
             "context_tokens": context_tokens,
             "provider": provider,
             "allow_fallback": allow_fallback,
-            "threads": _numbers("--threads", threads),
+            "threads": _threads(threads),
             "price_per_hour": price_per_hour,
             "watts_per_core": watts_per_core,
             "profile": profile,
@@ -236,6 +245,12 @@ def _numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
     from llmfast.bench.options import parse_numbers
 
     return None if text is None else parse_numbers(text, flag)
+
+
+def _threads(text: str | None) -> tuple[int, ...] | None:
+    counts = _numbers("--threads", text)
+    check_threads(max(counts) if counts else None)
+    return counts
 
 
 def _bytes(flag: str, text: str | None) -> float | None:

@@ -110,7 +110,10 @@ class Decoder(ABC):
             )
 
     def _full(self, tokens: int) -> InputError:
-        return InputError(f"too long: {tokens} tokens, the context holds {self.capacity}", "shorten the prompt")
+        excess = tokens - self.capacity
+        return InputError(
+            f"too long: {tokens} tokens, the context holds {self.capacity}; {excess} too many", "shorten the prompt"
+        )
 
 
 @contextmanager

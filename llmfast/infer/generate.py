@@ -118,8 +118,9 @@ def generate(
     room = engine.capacity - len(prompt_ids)
     if room < 1:
         raise InputError(
-            f"prompt too long: {len(prompt_ids)} tokens, the context holds {engine.capacity}",
-            "shorten it; the answer needs room too",
+            f"prompt too long: {len(prompt_ids)} tokens, the context holds {engine.capacity} with the answer; "
+            f"{1 - room} too many",
+            "shorten it",
         )
     if speculation is not None:
         speculation.begin()
