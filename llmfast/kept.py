@@ -13,9 +13,10 @@ _open: dict[Any, Any] | None = None
 
 @contextmanager
 def keeping() -> Iterator[None]:
-    """Within the body, functions marked `kept` give the same arguments the same result."""
+    """Within the body, and in bodies within it, functions marked `kept` give the same arguments the same result."""
     global _open
-    before, _open = _open, {}
+    before = _open
+    _open = {} if before is None else before
     try:
         yield
     finally:

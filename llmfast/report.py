@@ -59,7 +59,10 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         cells = ["" if row.get(key) is None else row[key] for key in keys]
         writer.writerow(
-            [f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "@")) else cell for cell in cells]
+            [
+                f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+                for cell in cells
+            ]
         )
     return out.getvalue().rstrip("\n")
 

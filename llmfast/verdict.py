@@ -17,6 +17,14 @@ SHARES = (
     *("accuracy", "changed_answers", "exact_match", "f1", "flipped_labels", "flipped_tokens", "same_answers"),
     *("recall_at_1", "recall_at_10", "top1_agreement"),
 )
+# Of lm-eval's tasks, whose figures are called TASK.METRIC.
+_TASK_SHARES = ("acc", "acc_bytes", "acc_mutual_info", "acc_norm", "em", "exact_match", "f1")
+
+
+def is_share(figure: str) -> bool:
+    """Return whether a figure is a share of 1."""
+    _, _, metric = figure.partition(".")
+    return figure in SHARES or metric.partition(".")[0] in _TASK_SHARES
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ def parse_drop(text: str, higher_is_better: Mapping[str, bool], compared: Sequen
         raise OptionError(
             f"--max-drop `{metric}`: no quality of this run", f"choose from: {', '.join(higher_is_better)}"
         )
-    drop *= 0.01 if metric in SHARES else 1
+    drop *= 0.01 if is_share(metric) else 1
     figure, unmoved = (f"{metric}_change", 0.0) if metric in compared else (metric, 1.0)
     if higher_is_better[metric]:
         return Gate(figure, unmoved - drop, "min")
@@ -132,8 +140,8 @@ def spell(entry: Mapping[str, Any]) -> str:
     unit, scale = ("", 1.0)
     if figure.endswith("_bytes"):  # people, --max-size and --max-rss say megabytes
         unit, scale = " MB", 1e-6
-    elif figure.removesuffix("_change") in SHARES:
-        unit, scale = " %" if figure in SHARES else " points", 100.0
+    elif is_share(figure.removesuffix("_change")):
+        unit, scale = " points" if figure.endswith("_change") else " %", 100.0
     if value is None:
         spelled, unit = NOT_MEASURED, ""
     else:

@@ -91,6 +91,6 @@ def make_stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setattr(contestants, "Worker", InProcess)
     monkeypatch.setattr(subjects, "settle", lambda: None)
     monkeypatch.setattr(watch, "_GLANCE_S", 0.0)
-    monkeypatch.setattr(subjects, "_opener", opener)
+    monkeypatch.setattr(subjects, "opener", opener)
     monkeypatch.setattr(subjects, "placement", lambda session: {"CPUExecutionProvider": 3})
     return stage

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llmfast.bench import stage as bench_stage
+from llmfast.bench import watch
 from llmfast.bench.document import read_schema
 from llmfast.bench.energy import open_meter
 from llmfast.bench.options import BenchOptions
@@ -36,6 +37,17 @@ def test_disturbances_are_told(tmp_path: Path) -> None:
     (core / "core_throttle_count").write_text("7\n")
     assert Snapshot.take(tmp_path) == Snapshot(busy=17, total=123, stolen=4, swapped=7, throttled=7)
     assert Snapshot.take(tmp_path / "nowhere") is None
+
+
+def test_only_what_others_use_now_makes_a_machine_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_GLANCE_S", 0.0)
+    for busy, warnings in ((52, 0), (90, 1)):
+        own = iter([10, 60, 60])  # ticks of this process: it used 50 of 100 between the snapshots
+        monkeypatch.setattr(watch, "_own_ticks", lambda _, own=own: next(own))
+        counters = iter([Snapshot(0, 0, 0, 0, 0), Snapshot(busy, 100, 0, 0, 0)])
+        found = watch.Watch.start(lambda counters=counters: next(counters))
+        assert len(found._warnings) == warnings
+    assert "other processes use 40%" in found._warnings[0]
 
 
 def test_energy_is_read_from_rapl_and_else_estimated(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_encoder_latency_is_the_median_of_a_round_and_per_shape() -> None:
     outputs = [SimpleNamespace(name=name) for name in ("sentence_embedding", "last_hidden_state")]
     session = SimpleNamespace(get_inputs=lambda: inputs, get_outputs=lambda: outputs, run=run)
     subject = SimpleNamespace(clock=lambda: now[0], session=session, task=registry.load("tasks", "feature-extraction"))
+    subject.encoder = lambda batch: session
     subject.once = lambda trial, name, work: work()
     subject.spending = lambda: nullcontext(lambda: Spent(2.0, 1.0))
     subject.latencies = {}

@@ -5,15 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from llmfast import registry
-from llmfast.bench.stage import bench
+from llmfast.bench.document import read_schema
+from llmfast.bench.options import BenchOptions
+from llmfast.bench.stage import bench, print_document
+from llmfast.bench.subject import Subject, Trial
 from llmfast.bundle import Manifest, write_manifest
-from llmfast.errors import LlmfastError
+from llmfast.errors import LlmfastError, UnsupportedError
+from llmfast.infer.rows import SlabRows
 from tests.tiny_bench import QUICK, VOCAB, make_bundle, make_table, reference_figures, write_text, write_tokenizer
 
 
@@ -136,3 +141,49 @@ def test_real_classifiers_in_real_processes(tmp_path: Path) -> None:
 def test_a_malformed_graph_names_the_bundle(tmp_path: Path) -> None:
     with pytest.raises(LlmfastError, match="cannot bench `broken`"):
         bench([make_bundle(tmp_path, "broken")], QUICK)
+
+
+def test_decoders_in_batches_write_what_they_write_alone(fp32_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[list[int]] = []
+    decode = SlabRows.decode
+
+    def watch(self: SlabRows, tokens: Any, lengths: Any, first: int = 0) -> np.ndarray:
+        chosen.append(list(tokens))
+        return decode(self, tokens, lengths, first)
+
+    monkeypatch.setattr(SlabRows, "decode", watch)
+    subject = Subject(fp32_bundle, threads=1, max_length=32)
+    trial = Trial((7,), 259, {"2x8": (2, 8), "3x8": (3, 8)}, output_tokens=5)
+    done = subject.generate(trial, "3x8")
+    assert len(done.tokens_s) == 5
+    assert done.prefill_s <= done.tokens_s[0]
+    for row, prompt in enumerate(trial.ids(3, 8)):
+        subject.engine.reset()
+        token = int(subject.engine.prefill(prompt).argmax())
+        for step in chosen:
+            assert step[row] == token
+            token = int(subject.engine.decode(token).argmax())
+    chosen.clear()
+    subject.generate(trial, "2x8")  # in the first rows of the same cache
+    assert [len(step) for step in chosen] == [2] * 4
+    other = Subject(fp32_bundle, threads=1, max_length=32)
+    monkeypatch.setattr(other.engine, "takes_rows", False)  # as another exporter's graph
+    with pytest.raises(UnsupportedError, match="one sequence at a time"):
+        other.generate(trial, "2x8")
+
+
+def test_a_sweep_of_batches_has_figures_of_each(fp32_bundle: Path, capsys: Any) -> None:
+    options = BenchOptions(prompt_tokens=8, output_tokens=6, batch=(1, 4), rounds=3, threads=1)
+    document = bench([fp32_bundle], options)
+    jsonschema.validate(document, read_schema())
+    row = document["rows"][0]
+    for batch, case in ((1, "1x8"), (4, "4x8")):
+        tokens = np.divide(batch, row["samples"][f"tpot_s_{case}"])
+        assert row["samples"][f"decode_tokens_per_s_{case}"] == pytest.approx(tokens.tolist())
+        assert row[f"cache_bytes_{case}"] == batch * 14 * 2 * 2 * 2 * 16 * 4  # positions, layers, K and V, heads, size
+    capsys.readouterr()
+    print_document(document)
+    printed = capsys.readouterr().out
+    assert "4x8 decode tok/s" in printed
+    assert "8 prompt and 6 output tokens, 1, 4 sequences at once" in printed
+    assert "4x8 KV MB" in printed

@@ -211,8 +211,13 @@ def test_default_lengths_fit_a_small_context(capsys: pytest.CaptureFixture[str])
         "2x4": (2, 4),
         "2x8": (2, 8),
     }
-    with pytest.raises(OptionError, match="--batch 8: models for text-generation are measured one sequence at a time"):
-        plan("text-generation", BenchOptions(batch=(1, 8)), [])
+    assert plan("text-generation", BenchOptions(prompt_tokens=4, batch=(1, 8)), []).shapes == {
+        "1x4": (1, 4),
+        "8x4": (8, 4),
+    }
+    assert plan("text-generation", BenchOptions(shapes="2x16,4x8"), []).shapes == {"2x16": (2, 16), "4x8": (4, 8)}
+    with pytest.raises(OptionError, match="--batch 8: models for translation are measured one sequence at a time"):
+        plan("translation", BenchOptions(batch=(1, 8)), [])
     # A prompt that fits leaves the rest to the output; one that does not is all that the error names.
     assert plan("text-generation", BenchOptions(prompt_tokens=60), [("small", 64)]).output_tokens == 4
     with pytest.raises(OptionError, match=r"^--prompt-tokens 70: 72 tokens, `small` holds 64"):

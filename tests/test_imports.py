@@ -12,7 +12,7 @@ from llmfast import registry
 
 ROOT = Path(llmfast.__file__).parent
 HEAVY = {"torch", "transformers", "optimum", "numpy", "onnx", "onnxruntime", "tokenizers", "rich", "jinja2", "gguf"}
-HEAVY |= {"peft", "matplotlib"}
+HEAVY |= {"peft", "matplotlib", "lm_eval", "datasets", "ray", "pyarrow", "pandas"}
 CHECKPOINT_STACK = {"torch", "transformers", "optimum", "gguf", "huggingface_hub", "peft"}
 CHECKPOINT_FOLDERS = ("export", "tune", "prune/checkpoint", "prune/structured")
 PLUGIN_FOLDERS = (

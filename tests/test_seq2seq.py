@@ -239,16 +239,6 @@ def test_quantized_models_stay_near(exported: Any, tmp_path: Path, name: str, sc
     assert search(engine, read_rules(bundle.path, None, 8, num_beams=2))
 
 
-def test_methods_that_need_text_are_refused(exported: Any, tmp_path: Path) -> None:
-    from llmfast.quantize.calibrate import Calibration
-
-    text = tmp_path / "text.txt"
-    text.write_text("a b c\n" * 9)
-    options = QuantizeOptions("int4", "gptq", calibration=Calibration(text))
-    with pytest.raises(UnsupportedError, match="can't be calibrated on an encoder-decoder"):
-        quantize(exported("t5")[0].path, tmp_path / "int4", options)
-
-
 def test_a_wrong_graph_is_refused_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_seq2seq(tmp_path / "checkpoint", "t5")
     monkeypatch.setattr(seq2seq_parity, "Worker", InProcess)

@@ -1,5 +1,6 @@
 """The server, in a process of its own, asked by OpenAI's client and by hand."""
 
+import asyncio
 import contextlib
 import errno
 import gzip
@@ -25,9 +26,14 @@ import numpy as np
 import openai
 import pytest
 
+from llmfast.errors import NativeCrashError
 from llmfast.export.stage import export
 from llmfast.infer import stage as infer_stage
+from llmfast.infer.batch import Event
+from llmfast.infer.generate import Generation
+from llmfast.serve import scheduler as scheduler_module
 from llmfast.serve import stage as serve_stage
+from llmfast.serve.model import Facts
 from tests.tiny_encoder import WORDS, save_encoder
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
@@ -357,6 +363,61 @@ def test_a_crash_of_the_model_is_answered_and_mended(bundle: Path) -> None:
         assert server.process.wait(30) == 9
 
 
+def test_an_exception_of_onnx_runtime_is_answered_as_often_as_it_comes(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "checkpoint", vocab_size=len(WORDS))
+    export(str(tmp_path / "checkpoint"), tmp_path / "encoder")
+    tokenizer = tmp_path / "encoder" / "tokenizer.json"
+    text = tokenizer.read_text(encoding="utf-8")
+    assert text.count('"by": 13') + text.count('"by":13') == 1
+    tokenizer.write_text(re.sub('"by":( ?)13', r'"by":\g<1>99', text), encoding="utf-8")  # no row of the embedding
+    with serving(tmp_path / "encoder") as server:
+        for restarts in range(1, 5):  # more than there may be crashes in a minute
+            with pytest.raises(openai.InternalServerError):
+                server.client().embeddings.create(model="encoder", input="by")
+            assert len(server.client().embeddings.create(model="encoder", input="cat").data) == 1
+            assert server.figure("llmfast_model_restarts") == restarts
+        assert any("the model failed: " in line for line in server.lines)
+        assert "Traceback" not in "".join(server.lines)
+
+
+class _Failing:
+    """A worker whose first turn fails, in the place of one that runs a model."""
+
+    def __init__(self, failures: "list[Exception]") -> None:
+        self._failures = failures
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        if method == "describe":
+            return Facts("fake", "text-generation", 2, 10, "")
+        if self._failures:
+            raise self._failures.pop()
+        return [Event(number, "x", Generation("x", 1, 1, 0.1, None, "eos")) for number, _ in arguments[0]]
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_turn_that_fails_is_told_to_those_in_it_and_the_next_one_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "_BACKOFF_S", 0.001)
+    failures: list[Exception] = [RuntimeError("Traceback\nonnxruntime: out of bounds")]
+
+    async def ask() -> None:
+        scheduler = scheduler_module.Scheduler(lambda: _Failing(failures), 9, 9)  # type: ignore[arg-type,return-value]
+        for _ in range(3):
+            hit = scheduler.submit({})
+            turns = asyncio.create_task(scheduler.run())
+            with pytest.raises(NativeCrashError, match="the model failed: onnxruntime: out of bounds"):
+                await asyncio.wait_for(hit.next(), 10)
+            answered = await asyncio.wait_for(scheduler.submit({}).next(), 10)
+            assert answered.generation is not None
+            turns.cancel()
+            failures.append(RuntimeError("Traceback\nonnxruntime: out of bounds"))
+        assert len(scheduler.restarts) == 3
+        scheduler.close()
+
+    asyncio.run(ask())
+
+
 def test_sigterm_lets_answers_end(bundle: Path) -> None:
     with serving(bundle) as server:
         pieces = []
@@ -394,6 +455,9 @@ def test_open_doors_and_taken_ports_are_refused(server: Server, bundle: Path, tm
     (tmp_path / "key").write_text(" \n")
     empty = _run(str(bundle), "--api-key-file", str(tmp_path / "key"))
     assert (empty.returncode, "empty key" in empty.stderr) == (3, True)
+    for length in ("1", "100000"):
+        beyond = _run(str(bundle), "--port", "0", "--context-length", length)
+        assert (beyond.returncode, "2 to 512" in beyond.stderr) == (2, True)
     missing = _run(str(tmp_path / "nothing"))
     assert (missing.returncode, "Traceback" in missing.stderr) == (3, False)
 
@@ -406,6 +470,8 @@ def test_embeddings_are_those_of_infer(tmp_path: Path) -> None:
     with serving(tmp_path / "encoder") as server:
         found = server.client().embeddings.create(model="encoder", input=texts)
         np.testing.assert_allclose([one.embedding for one in found.data], expected, atol=1e-6)
+        assert found.usage.prompt_tokens == found.usage.total_tokens == (5 + 2) + (1 + 2)  # [CLS] and [SEP]
+        assert server.figure("llmfast_prompt_tokens_total") == 10
         with pytest.raises(openai.BadRequestError, match="input"):
             server.client().embeddings.create(model="encoder", input=[])
         with pytest.raises(openai.NotFoundError, match="feature-extraction"):

@@ -205,7 +205,7 @@ def fast_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def put(machine: Machine, disturbances: tuple[str, ...] = ()) -> None:
         watch = SimpleNamespace(finish=lambda workers: list(disturbances))
-        monkeypatch.setattr(tuning, "Watch", SimpleNamespace(start=lambda machine: watch))
+        monkeypatch.setattr(tuning, "Watch", SimpleNamespace(start=lambda: watch))
         monkeypatch.setattr(tuning.Requests, "measure", lambda self, *args: machine(*args))
 
     return put

@@ -52,7 +52,7 @@ def _document(name: str = "int4") -> dict[str, Any]:
     }  # fmt: skip
     gate = {"bundle": name, "figure": "kld", "limit": 0.1, "value": 0.25, "kind": "max", "spread": None}
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "machine": machine,
         "settings": settings,
         "warnings": [f"`{name}` is noisy"],

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llmfast import registry, report
+from llmfast.bench.gating import of_every_task
 from llmfast.bench.statistics import (
     RESAMPLES,
     Interval,
@@ -87,7 +88,7 @@ def compare_documents(
         "new": names[1],
         "warnings": _warn(old, new, before, shared),
         "rows": [*figures, *failed],
-        "verdict": judge(_judged(figures), "", _resolve(gates, max_drops, figures), inconclusive),
+        "verdict": judge(_judged(figures), "", _resolve(gates, max_drops, figures, new["settings"]), inconclusive),
     }
 
 
@@ -119,15 +120,16 @@ def _spell_move(row: Mapping[str, Any]) -> str:
 def _compare_row(
     before: Mapping[str, Any], after: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    metrics = list(_figures(after["task"], new["settings"]["shapes"]))
+    metrics = list(_figures(after["task"], new["settings"]))
     speeds = [key for kind, key, _ in metrics if kind == "speed" and before["samples"].get(key)]
     confidence = simultaneous(len(speeds))
     data = [document["settings"].get("data") or {} for document in (old, new)]
     same_data = data[0].get("sha256") == data[1].get("sha256")
+    same_questions = _questions(old) == _questions(new)
     rows = []
     for kind, key, is_higher in metrics:
         ours, theirs = after.get(key), before.get(key)
-        if ours is None or theirs is None or (kind == "quality" and not same_data):
+        if ours is None or theirs is None or not {"quality": same_data, "task": same_questions}.get(kind, True):
             continue
         row = {"bundle": after["bundle"], "figure": key, "old": theirs, "new": ours}
         row |= {"ratio": None, "ratio_spread": None, "change": None, "change_spread": None, "basis": "raw"}
@@ -197,14 +199,21 @@ def _change_interval(before: Mapping[str, Any], after: Mapping[str, Any], key: s
     return (now[0] - then[1], now[1] - then[0]) if now and then else None
 
 
-def _figures(task: str, shapes: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
+def _questions(document: Mapping[str, Any]) -> str:
+    """Return the hash of what lm-eval asked, empty where it asked nothing."""
+    return str((document["settings"].get("tasks") or {}).get("sha256", ""))
+
+
+def _figures(task: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
     """Yield kind, key and whether higher is better of every figure of a task, in the order of tables."""
     metrics = [registry.load("bench.metrics", name) for name in registry.names("bench.metrics")]
     for metric in sorted(metrics, key=lambda metric: int(metric.ORDER)):
         if not metric.TASKS or task in metric.TASKS:
             for template, is_higher in metric.HIGHER_IS_BETTER.items():
-                for key in per_case(template, shapes):
+                for key in per_case(template, settings["shapes"]):
                     yield metric.KIND, key, is_higher
+    for figure in (settings.get("tasks") or {}).get("figures", ()):
+        yield "task", figure["key"], figure["higher_is_better"]
 
 
 def _baseline(document: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -232,10 +241,14 @@ def _warn(
         warnings.append("speeds are of two moments of the machine: no baseline in common says how they differ")
     if (old["settings"].get("data") or {}).get("sha256") != (new["settings"].get("data") or {}).get("sha256"):
         warnings.append("quality was measured on different data, and is not compared")
+    if _questions(old) and _questions(new) and _questions(old) != _questions(new):
+        warnings.append("lm-eval asked other questions, and its tasks are not compared")
     return warnings
 
 
-def _resolve(gates: Sequence[Gate], max_drops: Sequence[str], figures: Sequence[Mapping[str, Any]]) -> list[Gate]:
+def _resolve(
+    gates: Sequence[Gate], max_drops: Sequence[str], figures: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> list[Gate]:
     """Return the gates; those that no figure of the comparison answers are refused."""
     higher = {
         key: is_higher
@@ -244,8 +257,10 @@ def _resolve(gates: Sequence[Gate], max_drops: Sequence[str], figures: Sequence[
         if metric.KIND == "quality"
         for key, is_higher in metric.HIGHER_IS_BETTER.items()
     }
+    higher |= {one["key"]: one["higher_is_better"] for one in (settings.get("tasks") or {}).get("figures", ())}
     found = {row["figure"] for row in figures}
-    resolved = [*gates, *(parse_drop(text, higher, list(higher)) for text in max_drops)]
+    drops = [one for text in max_drops for one in of_every_task(text, higher)]
+    resolved = [*gates, *(parse_drop(text, higher, list(higher)) for text in drops)]
     for gate in resolved:
         figure = gate.figure if gate.figure in found else gate.figure.removesuffix("_ratio").removesuffix("_change")
         if figure not in found:

@@ -9,7 +9,9 @@ from llmfast.bundle import ModelBundle, read_json, sha256, stage_file
 from llmfast.errors import InputError
 from llmfast.report import to_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+# Documents of version 2 hold no tasks of lm-eval, and are read as such.
+_READABLE = (2, SCHEMA_VERSION)
 SCHEMA = Path(__file__).with_name("document.schema.json")
 
 
@@ -40,7 +42,7 @@ def load_document(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or "schema_version" not in document or "rows" not in document:
         raise InputError(f"not a document of llmfast bench: `{path}`", "make one with `llmfast bench --save FILE`")
     version = document["schema_version"]
-    if version != SCHEMA_VERSION:
+    if version not in _READABLE:
         raise InputError(f"`{path}` has schema version {version}, this llmfast reads {SCHEMA_VERSION}", "measure again")
     required = {"machine": dict, "settings": dict, "baseline": str, "rows": list, "verdict": list}
     for key, kind in required.items():

@@ -31,7 +31,8 @@ def time_encoder(subject: Subject, trial: Trial, shape: str) -> Encoding:
 
 
 def make_run(subject: Subject, trial: Trial) -> Callable[[], object]:
-    """Return what runs an encoder, or a module of no known task, once."""
+    """Return what runs an encoder, or a module of no known task, once, with all threads on each operator: operators
+    that run beside each other would be measured together."""
     if "example_inputs" in subject.bundle.manifest.architecture:
         feed, outputs = random_inputs(subject.bundle, trial.seed), None
     else:
@@ -46,17 +47,19 @@ def _outputs(subject: Subject) -> list[str]:
 
 
 def _time(subject: Subject, trial: Trial, shape: str) -> Encoding:
+    batch, length = trial.shapes[shape]
     outputs = _outputs(subject)
-    feed = _feed(subject, trial.ids(*trial.shapes[shape]))
+    feed = _feed(subject, trial.ids(batch, length))
+    session = subject.encoder(batch)
     with subject.spending() as spent:
-        latencies = tuple(_time_run(subject, outputs, feed) for _ in range(_REPEATS))
+        latencies = tuple(_time_run(subject.clock, lambda: session.run(outputs, feed)) for _ in range(_REPEATS))
         return Encoding(latencies, spent())
 
 
-def _time_run(subject: Subject, outputs: list[str], feed: dict[str, np.ndarray]) -> float:
-    start = subject.clock()
-    subject.session.run(outputs, feed)
-    return subject.clock() - start
+def _time_run(clock: Callable[[], float], run: Callable[[], object]) -> float:
+    start = clock()
+    run()
+    return clock() - start
 
 
 def _feed(subject: Subject, ids: np.ndarray) -> dict[str, np.ndarray]:

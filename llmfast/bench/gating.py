@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import ModuleType
+from typing import Any
 
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.workload import Workload, per_case
@@ -12,7 +12,7 @@ from llmfast.verdict import Gate, parse_drop
 _RATIO = "_ratio"
 
 
-def resolve_gates(metrics: Mapping[str, ModuleType], options: BenchOptions, workload: Workload) -> tuple[Gate, ...]:
+def resolve_gates(metrics: Mapping[str, Any], options: BenchOptions, workload: Workload) -> tuple[Gate, ...]:
     """Return the gates on this run's figures; one on a swept figure becomes one for each length.
 
     Raises:
@@ -27,12 +27,13 @@ def resolve_gates(metrics: Mapping[str, ModuleType], options: BenchOptions, work
     quality = [metric for metric in metrics.values() if metric.KIND == "quality"]
     higher = {key: is_higher for metric in quality for key, is_higher in metric.HIGHER_IS_BETTER.items()}
     compared = [key for metric in quality for key in metric.COMPARED]
-    gates = [*options.gates, *(parse_drop(text, higher, compared) for text in options.max_drops)]
+    drops = [one for text in options.max_drops for one in of_every_task(text, higher)]
+    gates = [*options.gates, *(parse_drop(text, higher, compared) for text in drops)]
     return tuple(one for gate in gates for one in _resolve(gate, kinds, options, workload, metrics))
 
 
 def _resolve(
-    gate: Gate, kinds: Mapping[str, str], options: BenchOptions, workload: Workload, metrics: Mapping[str, ModuleType]
+    gate: Gate, kinds: Mapping[str, str], options: BenchOptions, workload: Workload, metrics: Mapping[str, Any]
 ) -> list[Gate]:
     if gate.kind == "min" and gate.figure.endswith(_RATIO):
         asked, speeds = gate.figure.removesuffix(_RATIO), [key for key, kind in kinds.items() if kind == "speed"]
@@ -50,6 +51,13 @@ def _resolve(
     if figure in needy and options.data is None:
         raise OptionError(f"gate on `{gate.figure}` needs --data", "give the text to measure quality on")
     return [replace(gate, figure=gate.figure.replace(figure, key, 1)) for key in found]
+
+
+def of_every_task(text: str, figures: Mapping[str, bool]) -> list[str]:
+    """Return `METRIC=X` once for every task that has the metric, `TASK.METRIC=X`; as it is where none has."""
+    metric, *rest = text.split("=", 1)
+    named = [figure for figure in figures if figure.partition(".")[2] == metric.replace("-", "_")]
+    return ["=".join([figure, *rest]) for figure in named] or [text]
 
 
 def _cases(figure: str, workload: Workload) -> list[str]:

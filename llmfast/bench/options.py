@@ -67,8 +67,8 @@ class BenchOptions:
     Attributes:
         prompt_tokens: lengths of the random input; several make a sweep.
         output_tokens: tokens a text-generation model generates after it, at least 2.
-        batch: sequences at once; several make a sweep.
-        shapes: batch x length of an encoder's random input, a comma list: `8x128,1x16`.
+        batch: sequences at once, of a decoder each in a row of one KV cache; several make a sweep.
+        shapes: batch x length of the random input, a comma list: `8x128,1x16`.
         rounds: measured rounds; every bundle runs once per round. None takes `DEFAULT_ROUNDS` at least, and more
             until speeds are known to `precision` or `max_time` ends.
         max_time: seconds of rounds; given, `rounds` are the fewest.
@@ -88,6 +88,11 @@ class BenchOptions:
         price_per_hour: of the machine, in any currency.
         watts_per_core: what energy is estimated with where there is no counter.
         profile: measure time by operator too.
+        tasks: of lm-eval: names of tasks, groups and tags, or patterns.
+        tasks_dir: a folder of further tasks.
+        limit: documents of each task, at most.
+        num_fewshot: examples before each question; None takes the tasks' own numbers.
+        download: fetch the data of tasks where it is not on this machine.
 
     Raises:
         OptionError: a value out of range, or a shape that is not `BATCHxLENGTH`.
@@ -115,6 +120,11 @@ class BenchOptions:
     price_per_hour: float | None = None
     watts_per_core: float = 3.5
     profile: bool = False
+    tasks: tuple[str, ...] = ()
+    tasks_dir: Path | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    download: bool = False
 
     def __post_init__(self) -> None:
         lowest = {
@@ -130,6 +140,8 @@ class BenchOptions:
             "seq_len": 2,  # the first token is not scored
             "seed": 0,
             "price_per_hour": 0,
+            "limit": 1,
+            "num_fewshot": 0,
             "watts_per_core": 0,
         }
         for name, least in lowest.items():
@@ -140,6 +152,11 @@ class BenchOptions:
                     raise OptionError(f"--{flag} {one}: must be at least {least}")
         if self.inconclusive not in ("pass", "fail"):
             raise OptionError(f"--inconclusive `{self.inconclusive}`: unknown", "choose from: pass, fail")
+        if not self.tasks:
+            needless = {"tasks-dir": self.tasks_dir, "limit": self.limit, "num-fewshot": self.num_fewshot}
+            for flag, value in (needless | {"download": self.download or None}).items():
+                if value is not None:
+                    raise OptionError(f"--{flag} is for tasks of lm-eval", "name some with --tasks")
         if self.shapes is not None:
             parse_shapes(self.shapes)
 

@@ -68,7 +68,7 @@ class Processes:
     def start(self, one: Contestant, **settings: Any) -> None:
         """Open a bundle that is not open."""
         if one.worker is None:
-            one.start(self._workload.max_length, self._options, **settings)
+            one.start(self._workload.max_length, self._options, is_batch=self._workload.is_batch, **settings)
 
     def turn(self, one: Contestant, work: Callable[[], None]) -> None:
         """Do something with a bundle that is open for as long as it takes."""

@@ -65,7 +65,7 @@ def find_slow_forms(bundle: ModelBundle) -> list[dict[str, Any]]:
 
 
 def profile_subject(subject: Subject, trial: Trial) -> list[dict[str, Any]]:
-    """Run a subject that was opened with a profile, in the worker, and read the profile.
+    """Run a subject that was opened with a profile, in the worker, and read the profile; a decoder on one sequence.
 
     Returns:
         One entry a phase (`prefill`, `decode` or `forward`): `phase`, `unit` (what the seconds are per: `prompt`,

@@ -66,7 +66,7 @@ def measure_quality(
                 one.stop()
     for one in able:
         if one in rows and one.failure is None:
-            _file_figures(one, metric, rows[one], rows[baseline], seed)
+            file_figures(one, metric, rows[one], rows[baseline], seed)
     return len(rows[baseline])
 
 
@@ -106,7 +106,16 @@ def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
         raise ResourceError(f"no temporary directory: {error.strerror}", "set TMPDIR") from error
 
 
-def _file_figures(one: Contestant, metric: ModuleType, rows: np.ndarray, theirs: np.ndarray, seed: int) -> None:
+def file_figures(one: Contestant, metric: Any, rows: np.ndarray, theirs: np.ndarray, seed: int) -> None:
+    """File a bundle's figures of quality, their intervals, changes against the baseline and verdicts.
+
+    Args:
+        one: the bundle.
+        metric: has `figures`, `HIGHER_IS_BETTER` and `COMPARED` as a plug-in of quality has.
+        rows: the bundle's, float64 [units, fields].
+        theirs: the baseline's of the same units.
+        seed: of the bootstrap.
+    """
     compared = () if one.is_baseline else metric.COMPARED
     figures, reference = metric.figures(rows), metric.figures(theirs)
     # Drawn together: a unit that is hard is hard for both, and a difference of the two knows it.

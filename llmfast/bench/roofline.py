@@ -30,6 +30,8 @@ _CACHE_BYTES = {1: 4, 10: 2, 16: 2, 3: 1, 2: 1}  # TensorProto.DataType -> bytes
 def file_rooflines(contestants: Sequence[Contestant], workload: Workload) -> dict[str, Any]:
     """File `bytes_per_token`, `roofline_tokens_per_s` and `roofline_share` of decoders on the CPU.
 
+    Of batches `cache_bytes` too, of the positions in use at the end: a process's peak memory is of all sizes together.
+
     Returns:
         `read_bandwidth_bytes_per_s` of each number of threads.
     """
@@ -49,6 +51,8 @@ def file_rooflines(contestants: Sequence[Contestant], workload: Workload) -> dic
             # The mean position of the tokens generated.
             read = weights / batch + cache * (length + workload.output_tokens / 2)
             limit, speed = measured[one.threads] / read, one.figures.get(f"decode_tokens_per_s{case}")
+            if any(width > 1 for width, _ in workload.shapes.values()):
+                one.figures[f"cache_bytes{case}"] = cache * batch * (length + workload.output_tokens)
             one.figures |= {f"bytes_per_token{case}": read, f"roofline_tokens_per_s{case}": limit}
             one.figures[f"roofline_share{case}"] = None if speed is None else speed / limit
     return {"read_bandwidth_bytes_per_s": {str(threads): value for threads, value in measured.items()}}

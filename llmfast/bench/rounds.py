@@ -188,7 +188,7 @@ class Rounds:
                     key: median(samples) if samples else None,
                     f"{key}_spread": median_interval(samples, seed) if samples else None,
                     f"{key}_ratio": median(ratios) if ratios else None,
-                    f"{key}_ratio_spread": median_interval(ratios, seed) if ratios else None,
+                    f"{key}_ratio_spread": launch_interval(ratios, self._launches, seed) if ratios else None,
                 }
                 if ratios and not one.is_baseline:
                     interval = launch_interval(ratios, self._launches, seed, confidence)

@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmfast import registry, report
 from llmfast.bench.contestant import Contestant, line_up, note_lacks
 from llmfast.bench.document import SCHEMA_VERSION, hash_model
 from llmfast.bench.gating import resolve_gates
+from llmfast.bench.harness.run import measure_tasks, metrics_of
 from llmfast.bench.layers import describe_layers
 from llmfast.bench.machine import describe_machine
 from llmfast.bench.options import BenchOptions
@@ -24,9 +24,12 @@ from llmfast.bench.table import print_document
 from llmfast.bench.watch import Watch
 from llmfast.bench.workload import Workload, per_case, plan
 from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, sha256
-from llmfast.errors import InputError
+from llmfast.errors import InputError, OptionError
 from llmfast.runtime import resolve_threads
 from llmfast.verdict import judge
+
+if TYPE_CHECKING:
+    from llmfast.bench.harness.tasks import Tasks
 
 __all__ = ["BenchOptions", "bench", "print_document"]
 
@@ -35,7 +38,7 @@ FEWEST_ROUNDS = 5
 # Speed figures that spread more than this need more rounds, or a quieter machine.
 NOISY_SPREAD = 0.10
 
-Metrics = dict[str, ModuleType]
+Metrics = dict[str, Any]
 
 
 def bench(
@@ -58,7 +61,8 @@ def bench(
     Returns:
         A document that JSON can hold, as `document.schema.json` beside this file says. For speed a row has `<name>`
         (median over the rounds), `<name>_spread` ([low, high], 95 % bootstrap interval, None with one round),
-        `<name>_ratio` (above 1 is better than the baseline) and its spread; for quality `<name>` (over all data),
+        `<name>_ratio` (above 1 is better than the baseline) and its spread, which knows of luck that stays with a
+        process, see `statistics.launch_interval`; for quality `<name>` (over all data),
         `<name>_spread` and, where a figure means something alone, `<name>_change` against the baseline.
         `verdict` of a row says of every figure compared whether it is better, worse, equal or inconclusive. The
         figures of single rounds and units are under `samples`. Size, memory and loading are one observation each.
@@ -76,17 +80,19 @@ def bench(
     contexts = [(one.label, one.bundle.manifest.architecture.get("context_length")) for one in contestants]
     workload = plan(task, options, contexts)
     metrics = _metrics_for(task)
-    gates = resolve_gates(metrics, options, workload)
+    tasks = _load_tasks(task, contestants, options)
+    of_tasks = {} if tasks is None else metrics_of(tasks)
+    gates = resolve_gates(metrics | of_tasks, options, workload)
     _compare_tokenizers(task, contestants, reference, options)
     items = _prepare_data(_of_kind(metrics, "quality"), reference, replace(options, seq_len=workload.seq_len))
     machine = describe_machine() | {"threads": reference.threads}
-    watch = Watch.start(machine)
+    watch = Watch.start()
     if task == UNKNOWN_TASK and not items:
         report.note("note: no bundle says what its model is for: answers are not compared")
 
     units: dict[str, int] = {}
     rounds = options.warmup + options.fewest_rounds
-    steps = (1 + rounds + sum(map(len, items.values()))) * len(contestants)
+    steps = (1 + rounds + sum(map(len, items.values())) + (tasks is not None)) * len(contestants)
     with (
         Processes(contestants, options, workload, _of_kind(metrics, "static")) as processes,
         report.progress("bench", total=steps) as advance,
@@ -113,6 +119,9 @@ def bench(
             units[metrics[name].UNIT] = measure_quality(
                 name, metrics[name], contestants, reference, prepared, options.seed, processes, advance
             )
+        asked = None
+        if tasks is not None:
+            asked = measure_tasks(tasks, of_tasks, contestants, reference, options, advance)
     if task == TEXT_GENERATION:
         machine |= file_rooflines(contestants, workload)
     if options.profile:
@@ -125,12 +134,23 @@ def bench(
     return {
         "schema_version": SCHEMA_VERSION,
         "machine": machine,
-        "settings": _settings(options, workload, counted, units),
+        "settings": _settings(options, workload, counted, units) | {"tasks": asked},
         "warnings": warnings,
         "baseline": reference.label,
         "rows": rows,
         "verdict": judge(rows, reference.label, gates, options.inconclusive),
     }
+
+
+def _load_tasks(task: str, contestants: Sequence[Contestant], options: BenchOptions) -> "Tasks | None":
+    """Load the tasks of lm-eval that were asked for, before anything is opened: a bad name fails at once."""
+    if not options.tasks:
+        return None
+    if task != TEXT_GENERATION or any(one.bundle.companion("tokenizer.json") is None for one in contestants):
+        raise OptionError("--tasks: lm-eval asks models that generate text and have a tokenizer", "leave it out")
+    from llmfast.bench.harness.tasks import load_tasks
+
+    return load_tasks(options)
 
 
 def _metrics_for(task: str) -> Metrics:
@@ -140,17 +160,17 @@ def _metrics_for(task: str) -> Metrics:
     return dict(sorted(fitting.items(), key=lambda pair: pair[1].ORDER))
 
 
-def _of_kind(metrics: Mapping[str, ModuleType], kind: str) -> Metrics:
+def _of_kind(metrics: Mapping[str, Any], kind: str) -> Metrics:
     return {name: metric for name, metric in metrics.items() if kind == metric.KIND}
 
 
 def _prepare_data(metrics: Metrics, baseline: Contestant, options: BenchOptions) -> dict[str, Collection[Any]]:
     """Return quality metric -> items of the data, before anything is opened: a bad file fails at once."""
     needy = {name: metric for name, metric in metrics.items() if metric.DATA}
-    if options.data is None:
+    if options.data is None and not options.tasks:
         for metric in list(needy.values())[:1]:
             report.note(f"note: speed only; for quality give --data FILE, {metric.DATA}")
-    elif not options.data.is_file():
+    elif options.data is not None and not options.data.is_file():
         raise InputError(f"not found: `{options.data}`", "--data takes a text file")
     prepared = {
         name: metric.prepare(baseline.bundle, options.data, options)
@@ -202,6 +222,8 @@ def _settings(options: BenchOptions, workload: Workload, rounds: int, units: dic
     settings = asdict(options)
     for name in ("gates", "max_drops", "inconclusive"):
         del settings[name]  # the verdict repeats them
+    for name in ("tasks_dir", "limit", "num_fewshot", "download"):
+        del settings[name]  # said under `tasks`, or without meaning elsewhere
     settings |= {
         "prompt_tokens": sorted({length for _, length in workload.shapes.values()}),
         "batch": sorted({batch for batch, _ in workload.shapes.values()}),

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from llmfast import registry
+from llmfast.batch_session import open_encoder
 from llmfast.bench.energy import open_meter
-from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
-from llmfast.errors import ResourceError
-from llmfast.runtime import open_session, placement, profiled, resolve_threads
-from llmfast.tuned import SessionSettings, settings_for
+from llmfast.bench.opening import opener
+from llmfast.bundle import ModelBundle
+from llmfast.errors import ResourceError, UnsupportedError
+from llmfast.runtime import placement, profiled, resolve_threads
+from llmfast.tuned import SessionSettings
 
 if TYPE_CHECKING:
+    from llmfast.bench.harness.scoring import Pair
+    from llmfast.infer.rows import Rows
     from llmfast.tokenizer import Text
 
 Result = TypeVar("Result")
@@ -81,6 +85,7 @@ class Subject:
         watts_per_core: for an estimate of energy.
         profile: prefix of the profile that ONNX Runtime writes; None writes none.
         settings: of a decoder's session; None takes those that were found best on this machine, or the defaults.
+        is_batch: an encoder gets several rows at a time.
         clock: monotonic seconds.
 
     Attributes:
@@ -101,16 +106,20 @@ class Subject:
         watts_per_core: float = 0.0,
         profile: Path | None = None,
         settings: SessionSettings | None = None,
+        is_batch: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.bundle = ModelBundle.open(path)
         self.clock = clock
         self.threads = resolve_threads(threads)
         self._tokenizer: Any = None
+        self._rows: Rows | None = None
         self._shared: tuple[Trial | None, dict[str, Any]] = (None, {})
         self.meter = open_meter(provider, watts_per_core)
         self.latencies: dict[str, list[float]] = {}
-        open_model = _opener(self.bundle, provider, self.threads, max_length, settings)
+        self._provider, self._is_batch = provider, is_batch
+        self._other: Any = None
+        open_model = opener(self.bundle, provider, self.threads, max_length, settings, is_batch)
         start = clock()
         with profiled(profile):
             self.engine, self.session = open_model()
@@ -147,6 +156,14 @@ class Subject:
         """All ONNX Runtime sessions that the model takes, the decoder's first."""
         sessions: Sequence[Any] = self.engine.sessions if self.engine is not None else (self.session,)
         return sessions
+
+    def encoder(self, batch: int) -> Any:
+        """Return the session of an encoder for so many rows at a time; of a sweep over both kinds the second is opened
+        when it is first asked for."""
+        if (batch > 1) == self._is_batch:
+            return self.session
+        self._other = self._other or open_encoder(self.bundle.model, self._provider, self.threads, batch > 1)
+        return self._other
 
     def facts(self) -> dict[str, Any]:
         """Return `vocab_size` (None when unknown), the engine's `note`, `placement`: nodes per provider, and
@@ -207,6 +224,18 @@ class Subject:
 
         return profile_subject(self, trial)
 
+    def continuation_scores(self, pairs: "Sequence[Pair]") -> list[tuple[float, bool]]:
+        """Return log p and greediness of continuations, see `harness.scoring`."""
+        from llmfast.bench.harness.scoring import continuation_scores
+
+        return continuation_scores(self.engine, pairs)
+
+    def continuations(self, prompts: "Sequence[tuple[Sequence[int], Any]]") -> list[str]:
+        """Return what the model writes after each prompt, see `harness.scoring`."""
+        from llmfast.bench.harness.scoring import continuations
+
+        return continuations(self.engine, self.tokenizer, prompts)
+
     def compare(self, metric: str, item: Any, reference: Path, is_baseline: bool) -> np.ndarray:
         """Answer one item of the data and compare the answer with the baseline's.
 
@@ -239,7 +268,9 @@ class Subject:
         return rows
 
     def _generate(self, trial: Trial, shape: str) -> Generation:
-        _, length = trial.shapes[shape]
+        batch, length = trial.shapes[shape]
+        if batch > 1:
+            return self._generate_rows(self._rows_for(trial), trial, shape)
         prompt = trial.ids(length)
         self.engine.reset()
         with self.spending() as spent:
@@ -256,6 +287,47 @@ class Subject:
             decode = spent()
         return Generation(prefilled, tuple(times), prefill, decode)
 
+    def _generate_rows(self, rows: "Rows", trial: Trial, shape: str) -> Generation:
+        """Read a prompt into every row, and write a token to all of them at a time."""
+        batch, length = trial.shapes[shape]
+        prompts = trial.ids(batch, length)
+        tokens = np.zeros(batch, np.int64)
+        with self.spending() as spent:
+            start = self.clock()
+            for row, prompt in enumerate(prompts):
+                tokens[row] = rows.prefill(row, prompt).argmax()
+            prefilled = self.clock() - start
+            times = [prefilled]
+            prefill = spent()
+        with self.spending() as spent:
+            for position in range(length, length + trial.output_tokens - 1):
+                tokens = rows.decode(tokens.tolist(), [position] * batch).argmax(axis=1)
+                times.append(self.clock() - start)
+            decode = spent()
+        return Generation(prefilled, tuple(times), prefill, decode)
+
+    def _rows_for(self, trial: Trial) -> "Rows":
+        """Return rows for the largest batch of a run; smaller ones use the first of them.
+
+        Raises:
+            UnsupportedError: the graph takes one sequence at a time.
+            ResourceError: no memory for the KV cache.
+        """
+        if self._rows is None:
+            from llmfast.infer.memory import plan_memory
+            from llmfast.infer.rows import SlabRows
+
+            if not getattr(self.engine, "takes_rows", False):
+                raise UnsupportedError(
+                    "one sequence at a time: its graph is another exporter's, or its cache is on a device",
+                    "leave --batch out",
+                )
+            count = max(batch for batch, _ in trial.shapes.values())
+            capacity = max(length for _, length in trial.shapes.values()) + trial.output_tokens
+            plan_memory(self.bundle, self.engine, capacity, count, count)
+            self._rows = SlabRows(self.engine, count, capacity)
+        return self._rows
+
 
 def settle(cpu_time: Callable[[], float] = time.process_time, sleep: Callable[[float], None] = time.sleep) -> None:
     """Wait until this process uses no CPU, for a second at most.
@@ -267,33 +339,3 @@ def settle(cpu_time: Callable[[], float] = time.process_time, sleep: Callable[[f
         sleep(0.01)
         if cpu_time() - before < 0.001:
             return
-
-
-def _opener(
-    bundle: ModelBundle, provider: str, threads: int, max_length: int | None, settings: SessionSettings | None
-) -> Callable[[], tuple[Any, Any]]:
-    """Import what opens the bundle, and return the function that does: (engine or None, session)."""
-    if bundle.manifest.task in SEQ2SEQ_TASKS:
-        from llmfast.bench.translator import Translator
-
-        def open_translator() -> tuple[Any, Any]:
-            translator = Translator(bundle, provider, threads, max_length)
-            return translator, translator.session
-
-        return open_translator
-    if "decoder" in bundle.graphs:  # which hears: random sound passes its encoder
-        from llmfast.infer.seq2seq import Seq2SeqEngine
-
-        return lambda: (None, Seq2SeqEngine(bundle, provider, threads).encoder)
-    if bundle.manifest.task == TEXT_GENERATION:
-        from llmfast.infer.opening import open_decoder
-
-        def open_engine() -> tuple[Any, Any]:
-            chosen = settings or settings_for(bundle, provider, threads, tell=False)
-            engine = open_decoder(bundle, provider, threads, max_length, settings=chosen)
-            return engine, engine.session
-
-        return open_engine
-    if bundle.manifest.task != UNKNOWN_TASK:
-        registry.load("tasks", bundle.manifest.task)
-    return lambda: (None, open_session(bundle.model, provider, threads))

@@ -9,7 +9,7 @@ from llmfast.bench.profile_table import print_profile
 from llmfast.bench.workload import per_case
 from llmfast.errors import OptionError
 from llmfast.report import Column
-from llmfast.verdict import INCONCLUSIVE, PASSED, spell
+from llmfast.verdict import INCONCLUSIVE, PASSED, is_share, spell
 
 _NAME = Column("bundle", "bundle", align_right=False)
 # Before a ratio: what its verdict is when it is neither better nor worse.
@@ -19,6 +19,7 @@ _LEGEND = {
     "equal": "= equal within {precision:g} %",
 }
 _ROOFLINE = (
+    Column("{case}KV MB", "cache_bytes{case}", lambda value: f"{value / 1e6:.1f}"),
     Column("MB/token", "bytes_per_token{case}", lambda value: f"{value / 1e6:.1f}"),
     Column("{case}% of roofline", "roofline_share{case}", lambda value: f"{value * 100:.0f}"),
 )
@@ -100,8 +101,18 @@ def make_columns(document: Mapping[str, Any]) -> list[Column]:
             for column in group:
                 key = dict(zip(shapes, per_case(column.key, shapes), strict=False)).get(shape, column.key)
                 columns.append(replace(column, title=column.title.format(shape=shape, case=name), key=key))
+    tasks = document["settings"].get("tasks") or {"figures": ()}
+    columns += [_task_column(figure) for figure in tasks["figures"] if figure["in_table"]]
     measured = {key for row in document["rows"] for key in row}
     return [column for column in dict.fromkeys(columns) if column.key in measured]
+
+
+def _task_column(figure: Mapping[str, Any]) -> Column:
+    """Return the column of a figure of lm-eval."""
+    title, key = report.printable(f"{figure['task']} {figure['metric']}"), figure["key"]
+    if is_share(key):
+        return Column(f"{title} %", key, lambda value: f"{value * 100:.1f}")
+    return Column(title, key, "{:.4g}".format)
 
 
 def spell_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, str | None]:
@@ -112,6 +123,8 @@ def spell_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, st
         figure = column.key.removesuffix("_ratio")
         mark = _MARKS.get(row["verdict"].get(figure, ""), "") if figure != column.key else ""
         cells[column.key] = None if value is None else mark + column.spell(value)
+    if row.get("provider", "cpu") != "cpu" and set(row["placement"]) == {"CPUExecutionProvider"}:
+        cells["bundle"] = f"{row['bundle']} (ran on the CPU)"
     if "error" in row:
         cells["bundle"] = f"{row['bundle']} (failed)"
     return cells
@@ -121,7 +134,7 @@ def make_footer(document: Mapping[str, Any]) -> list[str]:
     """Return the lines without which the figures mean little."""
     machine, settings, rows = document["machine"], document["settings"], document["rows"]
     isa = f" ({' '.join(machine['isa'])})" if machine["isa"] else ""
-    load = "" if machine["load_average"] is None else f", load {machine['load_average']:.1f} at start"
+    load = "" if machine["load_average"] is None else f", load average {machine['load_average']:.1f}"
     threads = ", ".join(map(str, settings["threads"]))
     lines = [
         f"{report.printable(machine['cpu'])}{isa}, {machine['cores']} cores{load}",
@@ -130,11 +143,16 @@ def make_footer(document: Mapping[str, Any]) -> list[str]:
     work = []
     if any(key.startswith("ttft_s") for row in rows for key in row):
         lengths = ", ".join(map(str, settings["prompt_tokens"]))
-        work.append(f"{lengths} prompt and {settings['output_tokens']} output tokens")
+        widths = [width for width in settings["batch"] if settings["batch"] != [1]]
+        at_once = f", {', '.join(map(str, widths))} sequences at once" if widths else ""
+        work.append(f"{lengths} prompt and {settings['output_tokens']} output tokens{at_once}")
     if any("spread" in key for row in rows for key in row):
         work.append(f"medians of {settings['rounds']} interleaved rounds, x against `{document['baseline']}`")
     if settings["data"]:
         work.append(f"quality on `{settings['data']['name']}`")
+    if tasks := settings.get("tasks"):
+        documents = sum(tasks["documents"].values())
+        work.append(f"{', '.join(tasks['names'])} by lm-eval {tasks['lm_eval']} on {documents} documents")
     lines += ["; ".join(work)] if work else []
     if bandwidth := machine.get("read_bandwidth_bytes_per_s"):
         spelled = ", ".join(f"{value / 1e9:.1f} GB/s with {count} threads" for count, value in bandwidth.items())

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from llmfast import report
-from llmfast.bench.machine import describe_machine
 from llmfast.bench.options import BenchOptions, numbers
 from llmfast.bench.processes import available_memory
 from llmfast.bench.rounds import rotated
@@ -211,7 +210,7 @@ def tune_session(models: Sequence[Path], options: BenchOptions) -> dict[str, Any
     output_tokens = options.output_tokens or DEFAULT_OUTPUT_TOKENS
     vocab_size = int(bundle.manifest.architecture.get("vocab_size", 1))
     trial = Trial((options.seed,), vocab_size, {_SHAPE: (1, length)}, output_tokens)
-    watch = Watch.start(describe_machine())
+    watch = Watch.start()
     default, tried = SessionSettings(usable_cores()), candidates(usable_cores())
     needed, free = bundle.size_bytes * _BYTES_PER_STORED_BYTE * (1 + len(tried)), available_memory()
     with Requests(models[0], provider, trial, free is not None and needed > free) as requests:

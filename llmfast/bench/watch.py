@@ -5,19 +5,19 @@ Read from /proc and /sys (https://docs.kernel.org/filesystems/proc.html); where 
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-# Above these shares of the machine's time the other processes take part in the figures.
-BUSY_LOAD_PER_CORE = 0.5
+# Above these shares of the machine's time the other processes take part in the figures: at the beginning, of which a
+# moment is seen, and during the rounds. The load average says neither: it remembers what has long ended.
+_BUSY_GLANCE = 0.25
 _BUSY_SHARE = 0.10
 _STOLEN_SHARE = 0.02
 # Pages of 4 KiB that went to disk or came back: 4 MiB.
 _SWAPPED_PAGES = 1024
 
-_GLANCE_S = 0.2
+_GLANCE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,20 @@ class Watch:
         self._before, self._warnings, self._own = before, warnings, _own_ticks([os.getpid()])
 
     @classmethod
-    def start(cls, machine: Mapping[str, Any]) -> "Watch":
+    def start(cls, take: Callable[[], "Snapshot | None"] = Snapshot.take) -> "Watch":
         """Look at the machine for a moment, and begin.
 
         Args:
-            machine: what `describe_machine` returned.
+            take: reads the counters.
         """
-        warnings = []
-        load, cores = machine["load_average"] or 0.0, machine["cores"]
-        first = Snapshot.take()
+        first, own = take(), _own_ticks([os.getpid()])
         time.sleep(_GLANCE_S)
-        before = Snapshot.take()
-        share = _share(first, before, "busy")
-        if load / cores > BUSY_LOAD_PER_CORE or share > BUSY_LOAD_PER_CORE:
+        before = take()
+        share = _others(first, before, _own_ticks([os.getpid()]) - own)
+        warnings = []
+        if share > _BUSY_GLANCE:
             warnings.append(
-                f"the machine is busy (load {load:.1f} on {cores} cores, {share:.0%} of their time in use): "
-                "expect noisy speed figures"
+                f"the machine is busy: other processes use {share:.0%} of its time; expect noisy speed figures"
             )
         return cls(before, warnings)
 
@@ -107,7 +105,7 @@ def describe_change(before: Snapshot | None, after: Snapshot | None, own: int) -
     if before is None or after is None or after.total <= before.total:
         return []
     warnings = []
-    others = (after.busy - before.busy - own) / (after.total - before.total)
+    others = _others(before, after, own)
     if others > _BUSY_SHARE:
         warnings.append(f"other processes used {others:.0%} of the machine's time during the rounds")
     stolen = _share(before, after, "stolen")
@@ -119,6 +117,13 @@ def describe_change(before: Snapshot | None, after: Snapshot | None, own: int) -
         moved = (after.swapped - before.swapped) * 4096 / 1e6
         warnings.append(f"the machine swapped {moved:.0f} MB: memory is too small for this run")
     return warnings
+
+
+def _others(before: Snapshot | None, after: Snapshot | None, own: int) -> float:
+    """Return the share of the machine's time that processes but these used; 0 where nobody knows."""
+    if before is None or after is None or after.total <= before.total:
+        return 0.0
+    return max(0.0, after.busy - before.busy - own) / (after.total - before.total)
 
 
 def _share(before: Snapshot | None, after: Snapshot | None, counter: str) -> float:

@@ -43,7 +43,7 @@ class Workload:
     Attributes:
         task: the bundles'.
         shapes: name, e.g. `8x128` -> (batch, length) of the random inputs or prompts.
-        output_tokens: tokens generated after each prompt.
+        output_tokens: tokens generated after each prompt of a batch.
         seq_len: tokens of a window of text that quality is measured on.
     """
 
@@ -51,6 +51,11 @@ class Workload:
     shapes: Shapes
     output_tokens: int = OUTPUT_TOKENS
     seq_len: int = SEQ_LEN
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether every input is of several rows."""
+        return bool(self.shapes) and all(batch > 1 for batch, _ in self.shapes.values())
 
     @property
     def max_length(self) -> int | None:
@@ -90,8 +95,8 @@ def plan(task: str, options: BenchOptions, contexts: Sequence[tuple[str, int | N
     """
     known = [(context, name) for name, context in contexts if context is not None]
     context, name = min(known, default=(None, ""))
-    if task in (TEXT_GENERATION, *SEQ2SEQ_TASKS) and (wide := max(numbers(options.batch), default=1)) > 1:
-        hint = "measure encoders in batches; for decoders leave --batch out"
+    if task in SEQ2SEQ_TASKS and (wide := max(numbers(options.batch), default=1)) > 1:
+        hint = "measure decoders and encoders in batches; for encoder-decoders leave --batch out"
         raise OptionError(f"--batch {wide}: models for {task} are measured one sequence at a time", hint)
     if task == TEXT_GENERATION:
         return _plan_decoder(task, options, context, name)
@@ -101,7 +106,9 @@ def plan(task: str, options: BenchOptions, contexts: Sequence[tuple[str, int | N
 
 
 def _plan_decoder(task: str, options: BenchOptions, context: int | None, name: str) -> Workload:
+    shapes = parse_shapes(options.shapes) if options.shapes is not None else {}
     prompts, output = numbers(options.prompt_tokens), options.output_tokens
+    prompts = tuple(length for _, length in shapes.values()) or prompts
     room = context if context is not None else PROMPT_TOKENS + OUTPUT_TOKENS
     if output is None:
         output = min(OUTPUT_TOKENS, max(2, room - max(prompts) if prompts else room // 4))
@@ -111,18 +118,19 @@ def _plan_decoder(task: str, options: BenchOptions, context: int | None, name: s
         flags = " + ".join(
             f"--{flag} {size}"
             for flag, size, asked in (
-                ("prompt-tokens", max(prompts), options.prompt_tokens),
+                ("prompt-tokens", max(prompts), options.prompt_tokens or options.shapes),
                 ("output-tokens", output, options.output_tokens),
             )
             if asked is not None
         )
         raise OptionError(f"{flags}: {longest} tokens, `{name}` holds {context}", "ask for fewer")
-    if options.prompt_tokens is None and options.output_tokens is None and longest < PROMPT_TOKENS + OUTPUT_TOKENS:
+    is_chosen = options.prompt_tokens is None and options.shapes is None and options.output_tokens is None
+    if is_chosen and longest < PROMPT_TOKENS + OUTPUT_TOKENS:
         report.note(f"note: `{name}` holds {context} tokens: {prompts[0]} prompt and {output} output tokens")
     seq_len = options.seq_len if options.seq_len is not None else min(SEQ_LEN, context or SEQ_LEN)
     if options.data is not None and context is not None and seq_len > context:
         raise OptionError(f"--seq-len {seq_len}: `{name}` holds {context} tokens", "ask for fewer")
-    return Workload(task, _grid((1,), prompts), output, seq_len)
+    return Workload(task, shapes or _grid(numbers(options.batch) or (1,), prompts), output, seq_len)
 
 
 def _plan_seq2seq(task: str, options: BenchOptions, context: int | None, name: str) -> Workload:

@@ -35,10 +35,8 @@ def bench(
         typer.Option("--prompt-tokens", "-p", help="Tokens of the input: 512, or a sweep: 128,512 or 128-512+128."),
     ] = None,
     output_tokens: Annotated[int | None, typer.Option("--output-tokens", "-n", help="Tokens decoded.")] = None,
-    batch: Annotated[
-        str | None, typer.Option("--batch", "-b", help="Encoders: texts at once, or a sweep: 1,8.")
-    ] = None,
-    shapes: Annotated[str | None, typer.Option(help="Encoders: batch x length, e.g. 1x16,8x128.")] = None,
+    batch: Annotated[str | None, typer.Option("--batch", "-b", help="Sequences at once, or a sweep: 1,4,8.")] = None,
+    shapes: Annotated[str | None, typer.Option(help="Batch x tokens in place of both, e.g. 1x16,8x128.")] = None,
     rounds: Annotated[
         int | None, typer.Option(help="Interleaved rounds per bundle; the default is 8 and more until speeds are sure.")
     ] = None,
@@ -56,6 +54,20 @@ def bench(
     context_tokens: Annotated[
         int | None, typer.Option(help="Tokens of a window that are given, not scored; llama-perplexity: 257 of 512.")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval, a comma list of names, groups or patterns: hellaswag,arc_easy."),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(help="Folder of own lm-eval tasks, YAML; functions that they name are run.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task, at most.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question; the default is the task's.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch the data of tasks from the Hugging Face hub where it is missing.")
+    ] = False,
     provider: Annotated[
         str, typer.Option(help=f"Execution provider, or a list: {', '.join(registry.names('providers'))}.")
     ] = "cpu",
@@ -148,6 +160,11 @@ def bench(
             "num_samples": num_samples,
             "seq_len": seq_len,
             "context_tokens": context_tokens,
+            "tasks": _names(tasks),
+            "tasks_dir": tasks_dir,
+            "limit": limit,
+            "num_fewshot": num_fewshot,
+            "download": download,
             "provider": provider,
             "allow_fallback": allow_fallback,
             "threads": _threads(threads),
@@ -251,6 +268,20 @@ def _threads(text: str | None) -> tuple[int, ...] | None:
     counts = _numbers("--threads", text)
     check_threads(max(counts) if counts else None)
     return counts
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """Return the names of a comma list.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if text is None:
+        return None
+    names = tuple(filter(None, (name.strip() for name in text.split(","))))
+    if not names:
+        raise OptionError("--tasks: no task is named", "for example --tasks hellaswag,arc_easy")
+    return names
 
 
 def _bytes(flag: str, text: str | None) -> float | None:

@@ -22,8 +22,8 @@ def infer(
         list[str] | None,
         typer.Option("--prompt", "-p", metavar="TEXT", help="Text to answer, classify or embed; - reads stdin."),
     ] = None,
-    input_file: Annotated[
-        Path | None,
+    input_files: Annotated[
+        str | None,
         typer.Option(
             "--input",
             metavar="FILE",
@@ -90,7 +90,7 @@ def infer(
         ),
     ] = None,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--output", "-o", metavar="FILE", help="File for the answers to --input, .jsonl; for vectors, .npy."
         ),
@@ -98,6 +98,21 @@ def infer(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")] = False,
     batch_size: Annotated[
         int | None, typer.Option(help="Prompts answered at once, with --output; the default fits the memory.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: --input, also a pattern or Parquet, over a cluster to a folder.")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster: HOST:PORT or auto; the default starts one on this machine.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes with a model each, with ray; the default is one a machine.")
+    ] = None,
+    parts: Annotated[
+        str | None, typer.Option(metavar="FORM", help="jsonl or parquet, with ray; the default is that of --input.")
+    ] = None,
+    part_lines: Annotated[
+        int | None, typer.Option(help="Lines answered in a part of the output, with ray; 10,000 by default.")
     ] = None,
     source_lang: Annotated[str | None, typer.Option(help="Language of the text to translate.")] = None,
     target_lang: Annotated[str | None, typer.Option(help="Language to translate to.")] = None,
@@ -131,6 +146,7 @@ def infer(
     audio-classification             infer hubert --audio speech.wav
     automatic-speech-recognition     infer wav2vec2 --audio speech.wav
     a file of any task               infer int4 --input prompts.jsonl -o answers.jsonl
+    files, on a cluster              infer int4 --input 'data/*.jsonl' -o answers --engine ray --workers 8
     """
     if output_format not in _FORMATS:
         raise OptionError(f"unknown format `{output_format}`", f"choose from: {', '.join(_FORMATS)}")
@@ -176,17 +192,32 @@ def infer(
     if verify:
         verify_hashes(model)
     with ignoring_tuned(no_tuned):
-        if input_file is not None and (is_jsonl(input_file) or (output is not None and is_jsonl(output))):
+        cluster = given({"address": address, "workers": workers, "parts": parts, "part_lines": part_lines})
+        if engine == "ray":
+            if given_texts:
+                raise OptionError(f"--{next(iter(given_texts))} is for --engine local", "give --input FILES")
+            if input_files is None or output is None:
+                raise OptionError("--engine ray needs --input FILES and --output FOLDER")
+            common = {"overwrite": overwrite, "batch_size": batch_size, "provider": provider}
+            cluster["threads"] = threads
+            _answer_folder(model, input_files, output, output_format, cluster, **common, **options)
+            return
+        if engine != "local":
+            raise OptionError(f"unknown --engine `{engine}`", "choose from: local, ray")
+        if cluster:
+            raise OptionError(f"--{next(iter(cluster)).replace('_', '-')} is for --engine ray")
+        input_file, output_file = (None if name is None else Path(name) for name in (input_files, output))
+        if input_file is not None and (is_jsonl(input_file) or (output_file is not None and is_jsonl(output_file))):
             if given_texts:
                 raise OptionError(f"--{next(iter(given_texts))} and --input exclude each other")
-            if output is None or not is_jsonl(output):
+            if output_file is None or not is_jsonl(output_file):
                 raise OptionError(f"--input `{input_file}` needs --output FILE.jsonl for the answers")
             settings = {"overwrite": overwrite, "batch_size": batch_size, "provider": provider, "threads": threads}
-            _answer_file(model, input_file, output, output_format, **settings, **options)
+            _answer_file(model, input_file, output_file, output_format, **settings, **options)
             return
         if batch_size is not None:
             raise OptionError("--batch-size is for a file of prompts", "give --input FILE and --output FILE.jsonl")
-        options |= given({"output": output, "overwrite": overwrite or None})
+        options |= given({"output": output_file, "overwrite": overwrite or None})
         bundle = ModelBundle.open(model)
         stage.check_options(bundle, [*given_texts, *options])
         task = TEXT_GENERATION if bundle.manifest.task == UNKNOWN_TASK else bundle.manifest.task
@@ -194,7 +225,7 @@ def infer(
         is_one = input_file is None and len(texts) == 1
         if task != TEXT_GENERATION or not is_one:
             answers = stage.answer(model, texts, provider=provider, threads=threads, **options)
-            if output is None:
+            if output_file is None:
                 _print_answers(answers, registry.load("tasks", task).spell, output_format, is_one)
             return
         sampling = Sampling(**{key: options.pop(key) for key in SAMPLING_OPTIONS if key in options})
@@ -216,17 +247,31 @@ def infer(
 
 def _answer_file(model: Path, input_file: Path, output: Path, output_format: str, **settings: Any) -> None:
     """Answer a file of prompts or texts, and print what was done."""
-    from llmfast.errors import InputError
-    from llmfast.infer.many import answer_file, spell
+    from llmfast.infer.many import answer_file
 
-    summary = answer_file(model, input_file, output, **settings)
+    _print_summary(answer_file(model, input_file, output, **settings), output_format)
+
+
+def _answer_folder(
+    model: Path, input_files: str, output: str, output_format: str, cluster: dict[str, Any], **settings: Any
+) -> None:
+    """Answer files of prompts or texts on a cluster, and print what was done."""
+    from llmfast.infer.cluster.run import ClusterOptions, answer_folder
+
+    _print_summary(answer_folder(model, input_files, output, ClusterOptions(**cluster), **settings), output_format)
+
+
+def _print_summary(summary: Any, output_format: str) -> None:
+    from llmfast.errors import InputError
+    from llmfast.infer.many import spell
+
     if output_format == "text":
         report.out(spell(summary))
     else:
         report.out(report.to_json(summary.document(), indent=2 if output_format == "json" else None))
     if summary.failed:
         raise InputError(
-            f"no answer to {summary.failed} of the {summary.lines} lines of `{input_file}`",
+            f"no answer to {summary.failed} of the {summary.lines} lines of `{summary.input}`",
             "mend them where they are, then run the same command again: it answers only those",
         )
 

@@ -46,7 +46,7 @@ def _machine_rows(document: dict[str, Any]) -> list[dict[str, str]]:
         "instruction sets": " ".join(machine["isa"]) or "none of those that kernels ask for",
         "memory": ", ".join(memory),
         "read bandwidth": f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s on {machine['cores']} threads",
-        "load": None if load is None else f"{load:.1f}",
+        "load": None if load is None else f"{load:.1f}, mean of the last minute",
         "system": f"{machine['os']}, Python {machine['python']}",
         "ONNX Runtime": ", ".join(f"{name} {version}" for name, version in document["wheels"].items()),
     }

@@ -15,6 +15,7 @@ PAST = "past_key_values."
 PRESENT = "present."
 # Prefix of what a decoder looks the source up by: outputs of the encoder, inputs of the decoder.
 CROSS = "cross_key_values."
+CROSS_MASK = "encoder_attention_mask"  # of the source, which a decoder takes beside them
 FEATURES = "input_features"  # a spectrogram, where an encoder takes no tokens
 # The other inputs of llmfast's own decoder graph.
 CONTRACT = ("input_ids", "seqlens_k", "total_sequence_length", "num_logits")

@@ -68,14 +68,15 @@ class Decoder(ABC):
         """
 
     @abstractmethod
-    def score(self, ids: np.ndarray) -> np.ndarray:
-        """Return the logits at every position, starting from an empty context.
+    def score_last(self, ids: np.ndarray, count: int) -> np.ndarray:
+        """Append tokens and return the logits of the last ones.
 
         Args:
             ids: int64 [n], n >= 1.
+            count: how many, from 1 to n.
 
         Returns:
-            float32 [n, vocab].
+            float32 [count, vocab].
 
         Raises:
             InputError: as `prefill`.
@@ -85,6 +86,11 @@ class Decoder(ABC):
     def sessions(self) -> tuple[Any, ...]:
         """All ONNX Runtime sessions; the one that decodes is the first."""
         return (self.session,)
+
+    def score(self, ids: np.ndarray) -> np.ndarray:
+        """Return the logits at every position, float32 [n, vocab], starting from an empty context."""
+        self.reset()
+        return self.score_last(ids, len(ids))
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -179,19 +179,23 @@ class Engine(Decoder):
             self._verify_steps[count] = self._bind(self._verifying, count, logits)
         return self._append(self._verify_steps[count], ids)
 
-    def score(self, ids: np.ndarray) -> np.ndarray:
-        """Return the logits at every position, starting from an empty context, of the graph that decodes."""
-        self._check(ids, 0)
-        self.reset()
-        scores = np.empty((len(ids), self.vocab_size), np.float32)
-        steps: dict[int, _Step] = {}  # not kept: their logits may take 100 MiB
+    def score_last(self, ids: np.ndarray, count: int) -> np.ndarray:
+        """Append tokens, chunk by chunk, and return the logits of the last ones, of the graph that decodes."""
+        self._check(ids, self.length)
+        scores = np.empty((count, self.vocab_size), np.float32)
+        steps: dict[tuple[int, int], _Step] = {}  # not kept: their logits may take 100 MiB
+        start = -len(ids)  # counted from the end, as the scores are
         for chunk in self._chunks(ids):
-            count = len(chunk)
-            if count not in steps:
-                logits = np.empty((1, count, self.vocab_size), np.float32)
-                steps[count] = self._bind(self.session, count, logits)
-            start = self.length
-            scores[start : start + count] = self._append(steps[count], chunk)
+            stop = start + len(chunk)
+            wanted = min(len(chunk), max(0, stop + count))
+            shape = len(chunk), wanted
+            if shape not in steps:
+                logits = np.empty((1, wanted, self.vocab_size), np.float32) if wanted else self._logits
+                steps[shape] = self._bind(self.session, len(chunk), logits)
+            rows = self._append(steps[shape], chunk)
+            if wanted:
+                scores[count + stop - wanted : count + stop] = rows
+            start = stop
         return scores
 
     def _append(self, step: _Step, ids: np.ndarray | int) -> np.ndarray:

@@ -91,11 +91,10 @@ class GrowingEngine(Decoder):
         logits: np.ndarray = self._append(np.array([token]))[0]
         return logits
 
-    def score(self, ids: np.ndarray) -> np.ndarray:
-        """Return the logits at every position, starting from an empty context."""
-        self._check(ids, 0)
-        self.reset()
-        return np.concatenate([self._append(chunk) for chunk in self._passes(ids)])
+    def score_last(self, ids: np.ndarray, count: int) -> np.ndarray:
+        """Append tokens and return the logits of the last ones."""
+        self._check(ids, self.length)
+        return np.concatenate([self._append(chunk) for chunk in self._passes(ids)])[-count:]
 
     def rollback(self, length: int) -> None:
         """Forget the tokens from position `length` on."""

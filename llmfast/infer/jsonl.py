@@ -10,7 +10,7 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,14 @@ class Line:
         key: 64 bits that stand for line, number, model and options.
         fields: of the JSON object; those of a line of plain text are the text alone.
         error: why it can't be used; `fields` is then empty.
+        place: where it stands, for messages.
     """
 
     number: int
     key: int
     fields: Mapping[str, Any]
     error: InputError | None = None
+    place: str = ""
 
     @property
     def id(self) -> Any:
@@ -49,9 +51,9 @@ class Line:
         return self.fields.get("id", self.number)
 
 
-def is_jsonl(path: Path) -> bool:
+def is_jsonl(path: str | Path) -> bool:
     """Return whether a file's name says that it holds a JSON object a line."""
-    return path.suffix.lower() in _SUFFIXES
+    return str(path).lower().endswith(_SUFFIXES)
 
 
 def read_lines(path: Path, text_field: str, settings: str) -> Iterator[Line]:
@@ -69,27 +71,45 @@ def read_lines(path: Path, text_field: str, settings: str) -> Iterator[Line]:
         raise InputError(f"not a regular file: `{path}`", "the prompts are read twice: to plan, and to answer them")
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                content = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-                if content := content.strip():
-                    yield _parse(content, number, path, text_field, settings)
+            yield from parse_lines(file, str(path), text_field, settings)
     except OSError as error:
         raise InputError(f"cannot read `{path}`: {error.strerror}") from error
 
 
-def _parse(content: bytes, number: int, path: Path, text_field: str, settings: str) -> Line:
+def parse_lines(file: Iterable[bytes], name: str, text_field: str, settings: str, before: int = 0) -> Iterator[Line]:
+    """Yield the lines that are not blank.
+
+    Args:
+        file: its lines.
+        name: of the file, which says whether they are JSON.
+        text_field: what a line of plain text is called.
+        settings: what all answers depend on beside the line.
+        before: lines of files that came before; numbers and keys go on from there.
+    """
+    for number, raw in enumerate(file, start=1):
+        content = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        if content := content.strip():
+            yield _parse(content, before + number, f"`{name}`: line {number}", text_field, is_jsonl(name), settings)
+
+
+def key_of(content: bytes, number: int, settings: str) -> int:
+    """Return 64 bits that stand for a line, its number, and what else its answer depends on."""
     digest = hashlib.sha256(f"{settings}\n{number}\n".encode() + content).digest()
-    key = int.from_bytes(digest[:8], "big")
+    return int.from_bytes(digest[:8], "big")
+
+
+def _parse(content: bytes, number: int, place: str, text_field: str, is_json: bool, settings: str) -> Line:
+    key = key_of(content, number, settings)
 
     def refused(reason: str) -> Line:
-        return Line(number, key, {}, InputError(f"`{path}`: line {number}: {reason}"))
+        return Line(number, key, {}, InputError(f"{place}: {reason}"), place)
 
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         return refused(f"not UTF-8 text: byte {error.start}")
-    if not is_jsonl(path):
-        return Line(number, key, {text_field: text})
+    if not is_json:
+        return Line(number, key, {text_field: text}, place=place)
     try:
         fields = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
@@ -101,7 +121,7 @@ def _parse(content: bytes, number: int, path: Path, text_field: str, settings: s
     name = fields.get("id", number)
     if isinstance(name, (dict, list)) or (isinstance(name, str) and not _is_unicode(name)):
         return refused("`id` is neither a text nor a number")
-    return Line(number, key, fields)
+    return Line(number, key, fields, place=place)
 
 
 def _refuse_constant(name: str) -> None:
@@ -145,7 +165,7 @@ class AnswerFile:
             _lock(self._file.fileno(), path)
             if overwrite:
                 self._file.truncate(0)
-            found, size = _read_keys(path)
+            found, size = read_keys(path)
             self.dropped = size < path.stat().st_size
             if not np.isin(found, keys).all():
                 raise OutputExistsError(
@@ -204,7 +224,7 @@ class AnswerFile:
             return  # no line could be answered
         with self.path.open("rb") as file:
             for raw in file:
-                keys.append(_key_of(raw, self.path))
+                keys.append(_recorded_key(raw, self.path))
                 starts.append(file.tell())
         by_key = np.argsort(self._keys)
         places = by_key[np.searchsorted(self._keys, np.array(keys, np.uint64), sorter=by_key)]
@@ -216,19 +236,19 @@ class AnswerFile:
                 out.write(file.readline())
 
 
-def _read_keys(path: Path) -> tuple[np.ndarray, int]:
+def read_keys(path: Path) -> tuple[np.ndarray, int]:
     """Return the keys in a file of answers, uint64, and the bytes up to the end of its last whole line."""
     keys = array("Q")
     size = 0
     with path.open("rb") as file:
         for raw in file:
             if raw.endswith(b"\n") or not (raw.startswith(_BEGINNING) or _BEGINNING.startswith(raw)):
-                keys.append(_key_of(raw, path))
+                keys.append(_recorded_key(raw, path))
                 size += len(raw)
     return np.array(keys, np.uint64), size
 
 
-def _key_of(raw: bytes, path: Path) -> int:
+def _recorded_key(raw: bytes, path: Path) -> int:
     try:
         return int(json.loads(raw)["key"], 16)
     except (ValueError, KeyError, TypeError) as error:

@@ -28,15 +28,21 @@ class Work(Protocol):
 
     Attributes:
         fields: names of a line that it looks at.
+        window: lines that go through the model together.
+        is_outgrown: a line that was checked needs more room than what is open; `run` has to begin again.
     """
 
     fields: tuple[str, ...]
+    window: int
+
+    @property
+    def is_outgrown(self) -> bool: ...
 
     def check(self, line: Line) -> None:
         """Look at a line before anything runs, to plan; raise why it can't be answered."""
 
-    def run(self, lines: Iterator[Line], remaining: int, done: "Done", failed: "Failed") -> None:
-        """Answer lines, in any order."""
+    def run(self, lines: Iterator[Line | None], remaining: int, done: "Done", failed: "Failed") -> None:
+        """Answer lines, in any order; None among them is that there is none yet, and ends it once all are answered."""
 
     def speed(self, seconds: float) -> str:
         """Return how fast it goes, for people."""
@@ -76,6 +82,14 @@ class Summary:
     errors: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     figures: dict[str, Any] = field(default_factory=dict)
+
+    def fail(self, line: Line, error: LlmfastError) -> None:
+        """Count a line without an answer, and say why."""
+        self.failed += 1
+        reason = error.message.removeprefix(f"{line.place}: ")
+        note(f"no answer: {line.place}: {reason}")
+        if len(self.errors) < _LISTED:
+            self.errors.append({"line": line.number, "error": reason})
 
     def document(self) -> dict[str, Any]:
         """Return the summary as one JSON object."""
@@ -117,25 +131,11 @@ def answer_file(
     if input_file.exists() and output.exists() and input_file.samefile(output):
         raise OptionError(f"--output `{output}` is the input", "name another file")
     bundle = ModelBundle.open(model)
-    task = bundle.manifest.task
-    check_options(bundle, options)
-    work: Work
-    if task in (TEXT_GENERATION, UNKNOWN_TASK):
-        work = Prompts(bundle, provider, threads, batch_size, **options)
-    else:
-        work = Texts(bundle, provider, threads, **options)
-    summary = Summary(str(input_file), str(output), task)
-
-    def failed(line: Line, error: LlmfastError) -> None:
-        summary.failed += 1
-        where = f"`{input_file}`: line {line.number}: "
-        reason = error.message.removeprefix(where)
-        note(f"no answer: {where}{reason}")
-        if len(summary.errors) < _LISTED:
-            summary.errors.append({"line": line.number, "error": reason})
+    work = open_work(bundle, provider, threads, batch_size, **options)
+    summary = Summary(str(input_file), str(output), bundle.manifest.task)
 
     read = _reader(bundle, input_file, options)
-    keys = _plan(read, work, summary, failed)
+    keys = _plan(read, work, summary)
     if not summary.lines:
         raise InputError(f"no text in `{input_file}`", "the file is empty or blank")
     file = AnswerFile(output, keys, overwrite)
@@ -153,7 +153,7 @@ def answer_file(
                 advance(1, f"answering, {work.speed(time.perf_counter() - start)}")
 
             if remaining:
-                work.run(_remaining(read, keys, file.done), remaining, done, failed)
+                work.run(_remaining(read, keys, file.done), remaining, done, summary.fail)
     except BaseException:
         count = summary.answered_before + summary.answered
         if count:
@@ -182,17 +182,52 @@ def spell(summary: Summary) -> str:
     return ", ".join(parts)
 
 
-def _reader(bundle: ModelBundle, input_file: Path, options: dict[str, Any]) -> Callable[[], Iterator[Line]]:
-    """Return what begins to read the input; its keys stand for model and options too."""
+def open_work(
+    bundle: ModelBundle,
+    provider: str,
+    threads: int | None,
+    batch_size: int | None,
+    neighbours: int = 1,
+    **options: Any,
+) -> Work:
+    """Return what answers lines with a model; nothing is opened yet.
+
+    Args:
+        bundle: the model.
+        provider: a name in `llmfast.providers`.
+        threads: intra-op threads.
+        batch_size: prompts at once, of a text-generation model; None chooses by the memory.
+        neighbours: processes that share this machine's memory, this one included.
+        options: those of the task's `INFER_OPTIONS` that are given.
+
+    Raises:
+        OptionError: an option that the task, or a file of its texts, does not have.
+    """
+    check_options(bundle, options)
+    if bundle.manifest.task in (TEXT_GENERATION, UNKNOWN_TASK):
+        return Prompts(bundle, provider, threads, batch_size, neighbours, **options)
+    return Texts(bundle, provider, threads, **options)
+
+
+def text_field(bundle: ModelBundle) -> str:
+    """Return what a line of plain text is called."""
+    return text_option(TEXT_GENERATION if bundle.manifest.task == UNKNOWN_TASK else bundle.manifest.task)
+
+
+def settings_digest(bundle: ModelBundle, options: dict[str, Any]) -> str:
+    """Return a hash of model and options: what all answers depend on."""
     manifest = bundle.path / MANIFEST
     model = sha256(manifest if manifest.is_file() else bundle.model)
-    settings = json.dumps([model, options], sort_keys=True, default=str)
-    name = text_option(TEXT_GENERATION if bundle.manifest.task == UNKNOWN_TASK else bundle.manifest.task)
-    digest = hashlib.sha256(settings.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([model, options], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _reader(bundle: ModelBundle, input_file: Path, options: dict[str, Any]) -> Callable[[], Iterator[Line]]:
+    """Return what begins to read the input; its keys stand for model and options too."""
+    name, digest = text_field(bundle), settings_digest(bundle, options)
     return lambda: read_lines(input_file, name, digest)
 
 
-def _plan(read: Callable[[], Iterator[Line]], work: Work, summary: Summary, failed: Failed) -> np.ndarray:
+def _plan(read: Callable[[], Iterator[Line]], work: Work, summary: Summary) -> np.ndarray:
     """Look at all lines; return the keys of those that can be answered, uint64."""
     keys = array("Q")
     unknown: set[str] = set()
@@ -205,7 +240,7 @@ def _plan(read: Callable[[], Iterator[Line]], work: Work, summary: Summary, fail
                     raise line.error
                 work.check(line)
             except LlmfastError as error:
-                failed(line, error)
+                summary.fail(line, error)
             else:
                 keys.append(line.key)
                 if len(unknown) < _LISTED:

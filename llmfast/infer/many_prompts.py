@@ -6,14 +6,13 @@ from typing import Any
 
 from llmfast.bundle import ModelBundle
 from llmfast.errors import LlmfastError, OptionError
-from llmfast.infer.batch import Batch, check_prompt
+from llmfast.infer.batch import Batch, Counts, check_prompt
 from llmfast.infer.decoder import context_length
 from llmfast.infer.generate import Generation, check_limits
 from llmfast.infer.jsonl import Line
-from llmfast.infer.memory import MemoryPlan
+from llmfast.infer.memory import DEFAULT_ROWS, MemoryPlan
 from llmfast.infer.opening import open_rows
 from llmfast.infer.requests import FIELDS, RequestReader
-from llmfast.infer.rows import Rows
 from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
 from llmfast.report import note
 from llmfast.tokenizer import Tokenizer
@@ -30,17 +29,25 @@ class Prompts:
         provider: a name in `llmfast.providers`.
         threads: intra-op threads.
         batch_size: prompts at once; None chooses by the memory.
+        neighbours: processes that share this machine's memory, this one included.
         options: of `infer` that hold for all lines.
     """
 
     fields = FIELDS
 
     def __init__(
-        self, bundle: ModelBundle, provider: str, threads: int | None, batch_size: int | None, **options: Any
+        self,
+        bundle: ModelBundle,
+        provider: str,
+        threads: int | None,
+        batch_size: int | None,
+        neighbours: int = 1,
+        **options: Any,
     ) -> None:
         self._bundle = bundle
         self._provider, self._threads = provider, threads
-        self._batch_size = batch_size
+        self._batch_size, self._neighbours = batch_size, neighbours
+        self.window = batch_size or DEFAULT_ROWS
         sampling = {name: options.pop(name) for name in SAMPLING_OPTIONS if name in options}
         for name in options:
             if name not in _OPTIONS:
@@ -65,15 +72,20 @@ class Prompts:
         needed = min(len(request.prompt_ids) + request.max_tokens, self._context_length)
         self._capacity = max(self._capacity, needed)
 
+    @property
+    def is_outgrown(self) -> bool:
+        """Whether a line that was checked needs a longer row than there is."""
+        return self._batch is not None and self._batch.rows.capacity < self._capacity
+
     def run(
         self,
-        lines: Iterator[Line],
+        lines: Iterator[Line | None],
         remaining: int,
         done: Callable[[Line, dict[str, Any]], None],
         failed: Callable[[Line, LlmfastError], None],
     ) -> None:
         """Answer lines; each is done when its answer is, whatever the order."""
-        batch = self._batch = Batch(self._open(remaining), self._tokenizer)
+        batch = self._open(remaining)
         pending: dict[Any, Line] = {}
         while True:
             # One more than there are rows, so that a row that falls free is filled at once.
@@ -112,11 +124,26 @@ class Prompts:
     def _generated_tokens(self) -> int:
         return self._batch.counts.generated_tokens if self._batch else 0
 
-    def _open(self, remaining: int) -> Rows:
-        rows, plan = open_rows(self._bundle, self._provider, self._threads, self._capacity, remaining, self._batch_size)
-        self._memory = plan
-        note(f"{remaining} prompts; {plan}")
-        return rows
+    def _open(self, remaining: int) -> Batch:
+        if self._batch is not None and not self.is_outgrown:
+            return self._batch
+        counts = Counts()
+        if self._batch is not None:  # opened for shorter lines; so that this is rare, there is now room for more
+            counts = self._batch.counts
+            self._capacity = max(self._capacity, min(2 * self._batch.rows.capacity, self._context_length))
+            self._batch = None  # its memory is free before the next one's is planned
+        rows, self._memory = open_rows(
+            self._bundle,
+            self._provider,
+            self._threads,
+            self._capacity,
+            remaining,
+            self._batch_size,
+            self._neighbours,
+        )
+        note(f"{remaining} prompts; {self._memory}")
+        self._batch = Batch(rows, self._tokenizer, counts)
+        return self._batch
 
 
 def _record(generation: Generation) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from llmfast.infer.jsonl import Line
 from llmfast.infer.stage import text_option
 from llmfast.kept import keeping
 
-# Lines that are sorted by length together, and at most lost when a run is cut off. A search takes seconds for a line.
+# Lines that are sorted by length together, and at most lost when a run is cut off.
 _WINDOW, _SEARCH_WINDOW = 512, 64
 # What a line may say for itself; other options of a task are for all lines.
 _LINE_OPTIONS = ("question", "query", "source_lang", "target_lang")
@@ -37,6 +37,8 @@ class Texts:
             raise OptionError("--top-k: in a file of answers every document has one", "leave it out, sort by score")
         own = [name for name in _LINE_OPTIONS if name in self._plugin.INFER_OPTIONS]
         self.fields = ("id", self._text_field, *own)
+        # A search takes seconds for a line.
+        self.window = _SEARCH_WINDOW if "num_beams" in self._plugin.INFER_OPTIONS else _WINDOW
         self._count = 0
 
     def check(self, line: Line) -> None:
@@ -47,17 +49,21 @@ class Texts:
             if not isinstance(line.fields.get(name, ""), str):
                 raise InputError(f"`{name}` is not a text")
 
+    @property
+    def is_outgrown(self) -> bool:
+        """False: nothing is kept open between windows that could be too small."""
+        return False
+
     def run(
         self,
-        lines: Iterator[Line],
+        lines: Iterator[Line | None],
         remaining: int,
         done: Callable[[Line, dict[str, Any]], None],
         failed: Callable[[Line, LlmfastError], None],
     ) -> None:
         """Answer lines; those of a window that have the same options go through the model together."""
         with keeping():
-            count = _SEARCH_WINDOW if "num_beams" in self._plugin.INFER_OPTIONS else _WINDOW
-            while window := list(islice(lines, count)):
+            while window := [line for line in islice(lines, self.window) if line is not None]:
                 groups: dict[tuple[tuple[str, str], ...], list[Line]] = {}
                 for line in window:
                     own = tuple((name, line.fields[name]) for name in self.fields[2:] if name in line.fields)

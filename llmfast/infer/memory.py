@@ -47,7 +47,12 @@ class MemoryPlan:
 
 
 def plan_memory(
-    bundle: ModelBundle, engine: Decoder, capacity: int, most_rows: int, batch_size: int | None = None
+    bundle: ModelBundle,
+    engine: Decoder,
+    capacity: int,
+    most_rows: int,
+    batch_size: int | None = None,
+    neighbours: int = 1,
 ) -> MemoryPlan:
     """Choose how many sequences run at once.
 
@@ -57,6 +62,7 @@ def plan_memory(
         capacity: positions of a sequence.
         most_rows: rows that can be of use: as many as there are prompts, or what the engine has.
         batch_size: rows asked for; None takes `DEFAULT_ROWS`, or as many as fit half of the free memory.
+        neighbours: processes that plan with the same free memory, this one included; each takes its share.
 
     Raises:
         OptionError: batch_size below 1.
@@ -65,6 +71,7 @@ def plan_memory(
     if batch_size is not None and batch_size < 1:
         raise OptionError(f"--batch-size {batch_size}: must be at least 1")
     free = free_memory_bytes()
+    free = None if free is None else free // neighbours
     row = capacity * sum(
         prod((entry.shape[1], entry.shape[3])) * np.dtype(DTYPES[entry.type]).itemsize
         for entry in engine.session.get_inputs()

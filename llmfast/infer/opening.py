@@ -152,7 +152,13 @@ def _open_draft(
 
 
 def open_rows(
-    bundle: ModelBundle, provider: str, threads: int | None, capacity: int, most_rows: int, batch_size: int | None
+    bundle: ModelBundle,
+    provider: str,
+    threads: int | None,
+    capacity: int,
+    most_rows: int,
+    batch_size: int | None,
+    neighbours: int = 1,
 ) -> tuple[Rows, MemoryPlan]:
     """Open a text-generation model for several sequences at once, and say what they take.
 
@@ -163,6 +169,7 @@ def open_rows(
         capacity: positions of a sequence.
         most_rows: sequences that there can be at once.
         batch_size: sequences asked for; None chooses by the memory.
+        neighbours: processes that share this machine's memory, this one included.
 
     Raises:
         UnsupportedError: several are asked for, and the graph or the provider takes one at a time.
@@ -172,7 +179,7 @@ def open_rows(
     if engine.note:
         note(f"note: `{bundle.name}`: {engine.note}")
     if isinstance(engine, Engine) and engine.takes_rows:
-        plan = plan_memory(bundle, engine, capacity, most_rows, batch_size)
+        plan = plan_memory(bundle, engine, capacity, most_rows, batch_size, neighbours)
         return SlabRows(engine, plan.rows, capacity), plan
     if (batch_size or 0) > 1:
         raise UnsupportedError(
@@ -180,4 +187,4 @@ def open_rows(
             "exporter's, or its cache is on a device",
             "leave --batch-size out",
         )
-    return OneRow(engine), plan_memory(bundle, engine, capacity, 1, batch_size)
+    return OneRow(engine), plan_memory(bundle, engine, capacity, 1, batch_size, neighbours)

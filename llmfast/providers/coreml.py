@@ -3,6 +3,7 @@
 NAME = "CoreMLExecutionProvider"
 INSTALL = "pip install 'llmfast[cpu]' on macOS, whose wheel has it"
 DISABLED_OPTIMIZERS = ()
+RUNS_ROWS_APART = False
 SLOW: dict[tuple[str, str], str] = {}
 
 

@@ -3,6 +3,7 @@
 NAME = "DmlExecutionProvider"
 INSTALL = "pip uninstall onnxruntime, then pip install onnxruntime-directml on Windows"
 DISABLED_OPTIMIZERS = ()
+RUNS_ROWS_APART = False
 SLOW: dict[tuple[str, str], str] = {}
 
 

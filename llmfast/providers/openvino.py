@@ -7,6 +7,7 @@ PLUGIN_PACKAGE = "onnxruntime_ep_openvino"
 INSTALL = "pip install 'llmfast[openvino]'"
 NEEDS = "it takes processors and graphics that Intel made"
 DISABLED_OPTIMIZERS = ()
+RUNS_ROWS_APART = False
 # Twice to three times as slow as static activations: every scale is found by nodes of its own.
 SLOW = {("int8", "dynamic"): "quantize with --scheme int8 --activations static for openvino"}
 

@@ -7,6 +7,7 @@ PLUGIN_PACKAGE = "onnxruntime_qnn"
 INSTALL = "pip install onnxruntime-qnn"
 NEEDS = "it takes the neural processor of a Snapdragon"
 DISABLED_OPTIMIZERS = ()
+RUNS_ROWS_APART = False
 SLOW: dict[tuple[str, str], str] = {}
 
 

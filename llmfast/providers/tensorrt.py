@@ -3,6 +3,7 @@
 NAME = "TensorrtExecutionProvider"
 INSTALL = "pip uninstall onnxruntime, then pip install 'llmfast[cuda]' tensorrt on a machine with an NVIDIA GPU"
 DISABLED_OPTIMIZERS = ()
+RUNS_ROWS_APART = False
 SLOW = {("int8", "dynamic"): "quantize with --scheme int8 --activations static for tensorrt"}
 
 

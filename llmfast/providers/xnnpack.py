@@ -3,6 +3,7 @@
 NAME = "XnnpackExecutionProvider"
 INSTALL = "build ONNX Runtime with --use_xnnpack: no wheel on PyPI has it"
 DISABLED_OPTIMIZERS = ()
+RUNS_ROWS_APART = False
 SLOW: dict[tuple[str, str], str] = {}
 
 

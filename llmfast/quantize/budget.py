@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmfast.bundle import ModelBundle
+from llmfast.bundle import TEXT_GENERATION, ModelBundle
 from llmfast.errors import GateError, OptionError, UnsupportedError
 from llmfast.graph.model import OnnxModel, count_parameters, count_weight_bytes, tensor_bytes
 from llmfast.graph.packed import Grid
@@ -13,7 +13,8 @@ from llmfast.quantize import sensitivity
 from llmfast.quantize.allocate import Option, allocate
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.checkpoint import Checkpoint
-from llmfast.quantize.measure import damage_of, hold_out
+from llmfast.quantize.comparison import damage_of
+from llmfast.quantize.measure import hold_out
 from llmfast.quantize.plan import Layers
 from llmfast.quantize.rewrite import RoundWeight
 from llmfast.quantize.sensitivity import LayerDamage, grid_errors, weights_of
@@ -297,9 +298,10 @@ def start_fitting(
         samples = hold_out(bundle, model, calibration.corpus, calibration, False, _DAMAGE_SAMPLES).samples
         if not samples:
             raise UnsupportedError(f"a budget can't be measured on `{model.path}`", "choose a --scheme")
+        predicts_tokens = bundle.manifest.task == TEXT_GENERATION
         with progress("measuring what each layer costs", len(weights_of(layers))) as advance:
             damages = sensitivity.measure_damages(
-                model, layers, samples, bundle.manifest.task, round_weight, checkpoint, advance
+                model, layers, samples, predicts_tokens, round_weight, checkpoint, advance
             )
     costliest = sorted(damages, key=lambda one: -one.damage)[:_NUM_PRINTED]
     note(

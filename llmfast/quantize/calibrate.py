@@ -1,6 +1,6 @@
 """The text that methods calibrate on, and statistics of the activations that it makes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 
 from llmfast.bundle import ModelBundle
 from llmfast.errors import OptionError
-from llmfast.quantize.corpus import SHIPPED, Corpus, pick
+from llmfast.quantize.corpus import SHIPPED, Corpus, Sample, pick
 from llmfast.report import note
 
 
@@ -18,7 +18,8 @@ class Calibration:
     """A text and how much of it is used.
 
     Attributes:
-        path: UTF-8 text or JSON lines, for encoders one sample a line; None is the set that llmfast ships.
+        path: UTF-8 text or JSON lines, for encoders one sample a line, for encoder-decoders with its target where it
+            has one; None is the set that llmfast ships.
         num_samples: windows, or lines.
         seq_len: tokens per window; an encoder's lines are cut at it.
         field: of JSON lines.
@@ -56,7 +57,11 @@ class Calibration:
         Raises:
             InputError: no tokenizer, or too little text.
         """
-        used, rest = pick(self.corpus.samples(bundle, self.seq_len), self.num_samples, self.seed)
+        return self.divide(self.corpus.samples(bundle, self.seq_len))
+
+    def divide(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+        """Divide all samples of the text into those to calibrate on and those left over."""
+        used, rest = pick(samples, self.num_samples, self.seed)
         if self.path and len(used) < self.num_samples:
             note(f"note: `{self.path}` holds {len(used)} samples, {self.num_samples} were asked for")
         return used, rest

@@ -1,19 +1,21 @@
 """The texts that a quantization runs on: read from a file or the set that llmfast ships, then cut into samples.
 
 A file is plain UTF-8 text (for encoders one sample a line), or JSON lines: an object a line whose field holds a
-text or a conversation, a list of `{"role", "content"}` that the model's chat template renders.
+text or a conversation, a list of `{"role", "content"}` that the model's chat template renders. For encoder-decoders it
+may be `source<TAB>target` a line, or a table with the columns `source` and `reference`.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from llmfast.bundle import TEXT_GENERATION, ModelBundle, sha256
 from llmfast.errors import InputError
+from llmfast.records import Records
 from llmfast.text import read_lines, read_text
 from llmfast.tokenizer import Tokenizer
 
@@ -25,6 +27,8 @@ SHIPPED_HELD_OUT = _TEXTS / "held_out.txt"
 
 _JSON_LINES = (".jsonl", ".ndjson")
 _CHAT_FIELD = "messages"
+
+Sample = TypeVar("Sample")
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,10 @@ class Corpus:
             UnsupportedError: a conversation, and the model has no chat template.
         """
         tokenizer = Tokenizer.load(bundle.path)
-        texts = self._texts(tokenizer)
         if bundle.manifest.task != TEXT_GENERATION:
-            lines = texts if self._is_json else read_lines(self.path)
             length = min(bundle.longest_text(seq_len), seq_len)
-            return [np.array(tokenizer.encode(line)[:length], np.int64) for line in lines]
+            return [np.array(tokenizer.encode(line)[:length], np.int64) for line in self._lines(tokenizer)]
+        texts = self._texts(tokenizer)
         seq_len = min(seq_len, bundle.manifest.architecture.get("context_length", seq_len))
         # A rendered conversation has the special tokens that it needs, and so has every text but the first.
         ids = [token for number, text in enumerate(texts) for token in tokenizer.encode(text, number == 0)]
@@ -70,9 +73,22 @@ class Corpus:
             )
         return list(np.asarray(ids[: held * seq_len], np.int64).reshape(held, seq_len))
 
+    def pairs(self, bundle: ModelBundle) -> list[tuple[str, str]]:
+        """Return sources and their targets, for an encoder-decoder; targets are empty where the file has none.
+
+        Raises:
+            InputError: no tokenizer, no text, or a line of pairs that is none.
+        """
+        if Records.fits(self.path, "source", "reference"):
+            return [(source, target) for source, target in Records(self.path, "source", "reference")]
+        return [(line, "") for line in self._lines(Tokenizer.load(bundle.path))]
+
     @property
     def _is_json(self) -> bool:
         return self.path.suffix in _JSON_LINES
+
+    def _lines(self, tokenizer: Tokenizer) -> list[str]:
+        return [text.strip() for text in self._texts(tokenizer)] if self._is_json else read_lines(self.path)
 
     def _texts(self, tokenizer: Tokenizer) -> list[str]:
         text = read_text(self.path)
@@ -99,7 +115,7 @@ class Corpus:
         )
 
 
-def pick(samples: Sequence[np.ndarray], count: int, seed: int | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def pick(samples: Sequence[Sample], count: int, seed: int | None) -> tuple[list[Sample], list[Sample]]:
     """Divide samples into `count` to be used and the rest.
 
     Args:

@@ -1,8 +1,6 @@
 """How far a quantized graph's answers moved from the float graph's, on text that it was not calibrated on.
 
-What is compared follows from the outputs: next-token predictions of decoders (kld, top1_agreement,
-perplexity_ratio), labels (flipped_labels, kld), vectors (cosine), and for any other graph relative_error
-= |y - y'| / |y| over all its float outputs. One sample is in memory at a time.
+One sample is in memory at a time.
 """
 
 import time
@@ -12,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, ModelBundle
-from llmfast.divergence import cosines, kl_divergence, log_softmax, prediction_figures, prediction_sums
+from llmfast.bundle import TEXT_GENERATION, ModelBundle
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.example_inputs import random_inputs
 from llmfast.graph.feeds import DTYPES, PAST, GraphInput, graph_inputs, sequence_feeds
 from llmfast.graph.linear import Linear
 from llmfast.graph.model import OnnxModel
 from llmfast.quantize.calibrate import Calibration
-from llmfast.quantize.corpus import SHIPPED_HELD_OUT, Corpus, pick
+from llmfast.quantize.comparison import Comparison, Values
+from llmfast.quantize.corpus import SHIPPED_HELD_OUT, Corpus, Sample, pick
 from llmfast.quantize.replay import Replay
 from llmfast.quantize.workpiece import Workpiece
 from llmfast.report import note, progress
@@ -33,15 +31,13 @@ SEQ_LEN = 256
 _RANDOM_LENGTH = 32  # of the axes that a graph leaves open
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 _FLOAT = "tensor(float)"
-_VECTORS = ("sentence_embedding", "last_hidden_state")
-
 _ACTIVATION_ROWS = 64
 _HIGHER_IS_BETTER = ("top1_agreement", "cosine")
 
 # Figure -> what one unit of --max-drop is of it, and its value when nothing moved.
 _DROPS = {"top1_agreement": (0.01, 1.0), "cosine": (1.0, 1.0), "flipped_labels": (0.01, 0.0)}
 
-Values = dict[str, np.ndarray]
+RowsOf = Callable[[Linear], np.ndarray | None]
 
 
 def parse_drop(text: str) -> Gate:
@@ -107,7 +103,7 @@ def hold_out(
         if data is not None:
             corpus, ids = data, data.samples(bundle, SEQ_LEN)
         else:
-            corpus, ids = left_over(bundle, calibration, calibrated)
+            corpus, ids = left_over(calibration, calibrated, lambda one, seq_len: one.samples(bundle, seq_len))
         chosen, _ = pick(ids, num_samples, calibration.seed)
         samples = [sequence_feeds(inputs, one[None, :SEQ_LEN]) for one in chosen]
     except (InputError, UnsupportedError) as error:
@@ -118,90 +114,22 @@ def hold_out(
     return HeldOut(samples, {**corpus.describe(), "num_samples": len(samples)})
 
 
-def left_over(bundle: ModelBundle, calibration: Calibration, calibrated: bool) -> tuple[Corpus, list[np.ndarray]]:
-    """Return the text to compare on when the user named none: the calibration file's rest, or what llmfast ships."""
+def left_over(
+    calibration: Calibration, calibrated: bool, read: Callable[[Corpus, int], list[Sample]]
+) -> tuple[Corpus, list[Sample]]:
+    """Return the text to compare on when the user named none: the calibration file's rest, or what llmfast ships.
+
+    Args:
+        calibration: the text that was calibrated on.
+        calibrated: whether it was.
+        read: gives the samples of a text, of a length.
+    """
     if calibration.path is not None:
-        used, rest = calibration.split(bundle)
+        used, rest = calibration.divide(read(calibration.corpus, calibration.seq_len))
         if rest or not calibrated:
             return calibration.corpus, rest if calibrated else [*used, *rest]
     corpus = Corpus(SHIPPED_HELD_OUT)
-    return corpus, corpus.samples(bundle, SEQ_LEN)
-
-
-class Comparison:
-    """Collects how far outputs moved, one sample after the other.
-
-    Args:
-        outputs: the graph's, those of its cache among them.
-        task: the bundle's.
-
-    Attributes:
-        outputs: the ones that are compared.
-    """
-
-    def __init__(self, outputs: Sequence[str], task: str) -> None:
-        vector = next((name for name in _VECTORS if name in outputs), None)
-        self.outputs = [name for name in outputs if not name.startswith("present")]
-        self._is_decoder = task == TEXT_GENERATION
-        self._compare: Callable[[Values, list[np.ndarray], list[np.ndarray]], Mapping[str, float]] = self._errors
-        if "logits" in outputs:
-            self.outputs, self._compare = ["logits"], self._labels
-        elif vector:
-            self.outputs, self._compare = [vector], self._vectors
-        self._rows: list[np.ndarray] = []
-        self._samples: list[Mapping[str, float]] = []
-
-    def add(self, values: Values, ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
-        """Compare the outputs of one sample.
-
-        Args:
-            values: its inputs.
-            ours: the quantized graph's `outputs`.
-            theirs: the float graph's.
-        """
-        if self._is_decoder and self.outputs == ["logits"]:
-            self._rows.append(prediction_sums(values["input_ids"][0], ours[0][0], theirs[0][0]))
-        else:
-            self._samples.append(self._compare(values, ours, theirs))
-
-    def figures(self) -> dict[str, float]:
-        """Return the figures over all samples."""
-        if self._rows:
-            figures = prediction_figures(np.concatenate(self._rows))
-            return {key: float(value) for key, value in figures.items() if value is not None and key != "perplexity"}
-        return {key: float(np.mean([one[key] for one in self._samples])) for key in self._samples[0]}
-
-    def perplexities(self) -> dict[str, float]:
-        """Return `perplexity` and `baseline_perplexity` of a decoder, nothing of anything else."""
-        if not self._rows:
-            return {}
-        figures = prediction_figures(np.concatenate(self._rows))
-        after, ratio = figures["perplexity"], figures["perplexity_ratio"]
-        assert after is not None
-        assert ratio is not None
-        return {"perplexity": float(after), "baseline_perplexity": float(after / ratio)}
-
-    @staticmethod
-    def _labels(values: Values, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mapping[str, float]:
-        moved = kl_divergence(log_softmax(ours[0]), log_softmax(theirs[0])).mean()
-        flipped = (ours[0].argmax(-1) != theirs[0].argmax(-1)).mean()
-        return {"kld": float(moved), "flipped_labels": float(flipped)}
-
-    @staticmethod
-    def _vectors(values: Values, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mapping[str, float]:
-        means = [one[0] if one[0].ndim == 2 else one[0].mean(1) for one in (ours, theirs)]
-        return {"cosine": float(cosines(*means).mean())}
-
-    @staticmethod
-    def _errors(values: Values, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mapping[str, float]:
-        pairs = [
-            (one.astype(np.float64), other.astype(np.float64))
-            for one, other in zip(ours, theirs, strict=True)
-            if other.dtype.kind == "f"
-        ]
-        moved = sum(float(np.square(one - other).sum()) for one, other in pairs)
-        power = sum(float(np.square(other).sum()) for _, other in pairs)
-        return {"relative_error": float(np.sqrt(moved / max(power, 1e-30)))}
+    return corpus, read(corpus, SEQ_LEN)
 
 
 class Proof:
@@ -228,38 +156,23 @@ class Proof:
         calibrated: bool,
         num_samples: int,
     ) -> None:
-        self._task = bundle.manifest.task
+        self._predicts_tokens = bundle.manifest.task == TEXT_GENERATION
         self._paths = {role: model.path for role, model in models.items()}
         # As they are now: transforms change them, and the graph of another exporter was adapted in memory.
         self._graphs = {role: model.proto.SerializeToString() for role, model in models.items()}
         if "decoder" in models:
             models = {"encoder": models["encoder"]}
-            whole = "; `llmfast bench --data` compares whole answers, on pairs of texts"
-            note(f"note: encoders are compared here{whole if self._task in SEQ2SEQ_TASKS else ''}")
         self._held_out = {
             role: hold_out(bundle, model, data, calibration, calibrated, num_samples) for role, model in models.items()
         }
         self.text = next((one.text for one in self._held_out.values() if one.text), None)
 
-    def inputs_of(self, role: str, workpiece: Workpiece) -> Callable[[Linear], np.ndarray | None]:
+    def inputs_of(self, role: str, workpiece: Workpiece) -> RowsOf:
         """Return what gives some rows of each layer's input, asked for in the graph's order, on the first sample."""
         held_out = self._held_out.get(role)
         taken = held_out.samples[:1] if held_out else []
-        samples = [values for values in taken if "input_ids" in values]
-        replay = Replay(workpiece.model, samples, workpiece.edits.snapshot())
-        last: dict[str, np.ndarray] = {}
-
-        def rows_of(linear: Linear) -> np.ndarray | None:
-            if self.text is None or not samples:
-                return None  # on random inputs errors of single layers say little
-            if linear.input not in last:
-                (value,) = replay.until(linear.input)
-                rows = value.reshape(-1, value.shape[-1])
-                last.clear()
-                last[linear.input] = rows[:: -(-len(rows) // _ACTIVATION_ROWS)]
-            return last[linear.input]
-
-        return rows_of
+        # On random inputs errors of single layers say little.
+        return input_rows(workpiece, [values for values in taken if self.text and "input_ids" in values])
 
     def compare(self, candidates: Mapping[str, OnnxModel]) -> dict[str, dict[str, float]]:
         """Run both on the same samples, and return the figures of each graph that can be compared."""
@@ -278,7 +191,7 @@ class Proof:
         # Weights as they lie in the file: ordered for speed they would take the float model's size in memory.
         theirs = open_session(path, spin=False, graph=self._graphs[role], prepack=False)
         ours = open_session(candidate.path, spin=False)
-        comparison = Comparison([output.name for output in ours.get_outputs()], self._task)
+        comparison = Comparison([output.name for output in ours.get_outputs()], self._predicts_tokens)
         samples = self._held_out[role].samples
         with bounded_residency(path.parent), progress("comparing with the float model", len(samples)) as advance:
             for values in samples:
@@ -297,25 +210,33 @@ def worst(compared: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return {key: min(ones) if key in _HIGHER_IS_BETTER else max(ones) for key, ones in values.items()}
 
 
+def input_rows(workpiece: Workpiece, samples: Sequence[Mapping[str, np.ndarray]]) -> RowsOf:
+    """Return what gives some rows of each layer's input, asked for in the graph's order; None without a sample.
+
+    Args:
+        workpiece: the float graph with its edits.
+        samples: the graph's inputs, of one sample or none.
+    """
+    replay = Replay(workpiece.model, samples, workpiece.edits.snapshot())
+    last: dict[str, np.ndarray] = {}
+
+    def rows_of(linear: Linear) -> np.ndarray | None:
+        if not samples:
+            return None
+        if linear.input not in last:
+            (value,) = replay.until(linear.input)
+            rows = value.reshape(-1, value.shape[-1])
+            last.clear()
+            last[linear.input] = rows[:: -(-len(rows) // _ACTIVATION_ROWS)]
+        return last[linear.input]
+
+    return rows_of
+
+
 def _with_own_cache(values: Values, session: Any) -> dict[str, np.ndarray]:
     """Return a sample whose empty cache is of the type that the graph stores, which may be int8."""
     caches = {entry.name: DTYPES[entry.type] for entry in session.get_inputs() if entry.name.startswith(PAST)}
     return {name: value.astype(caches.get(name, value.dtype), copy=False) for name, value in values.items()}
-
-
-def damage_of(figures: Mapping[str, float]) -> tuple[str, float]:
-    """Return the one figure that budgets are about, and its name: kld, else 1 - cosine, else relative error squared.
-
-    Raises:
-        UnsupportedError: nothing was measured.
-    """
-    if "kld" in figures:
-        return "kld", figures["kld"]
-    if "cosine" in figures:
-        return "1 - cosine", 1 - figures["cosine"]
-    if "relative_error" in figures:
-        return "relative error squared", figures["relative_error"] ** 2
-    raise UnsupportedError("the answers of this model can't be compared", "choose a --scheme in place of a budget")
 
 
 def _random_samples(bundle: ModelBundle, model: OnnxModel, count: int, seed: int) -> list[Values]:

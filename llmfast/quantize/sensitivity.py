@@ -24,7 +24,7 @@ from llmfast.graph.linear import Linear
 from llmfast.graph.model import OnnxModel
 from llmfast.graph.packed import Grid
 from llmfast.quantize.checkpoint import Checkpoint
-from llmfast.quantize.measure import Comparison, Values, damage_of
+from llmfast.quantize.comparison import Comparison, Values, damage_of
 from llmfast.quantize.plan import EMBEDDING_ROLE, HEAD_ROLE, Layers
 from llmfast.quantize.rewrite import RoundWeight
 from llmfast.quantize.rounding import rtn
@@ -65,10 +65,12 @@ class WeightProbe:
         model: the graph.
         weights: the initializers.
         samples: the inputs of each sample.
-        task: the bundle's.
+        predicts_tokens: its logits are those of the next tokens.
     """
 
-    def __init__(self, model: OnnxModel, weights: Sequence[str], samples: Sequence[Values], task: str) -> None:
+    def __init__(
+        self, model: OnnxModel, weights: Sequence[str], samples: Sequence[Values], predicts_tokens: bool
+    ) -> None:
         proto = onnx.ModelProto()
         proto.CopyFrom(model.proto)
         known = {value.name for value in proto.graph.input}
@@ -79,9 +81,9 @@ class WeightProbe:
         )
         self._session = open_session(model.path, graph=proto.SerializeToString())
         self._samples = samples
-        self._task = task
+        self._predicts_tokens = predicts_tokens
         outputs = [output.name for output in self._session.get_outputs()]
-        self._outputs = Comparison(outputs, task).outputs
+        self._outputs = Comparison(outputs, predicts_tokens).outputs
         self._all_outputs = outputs
         self._references = [self._digest(self._session.run(self._outputs, one)) for one in samples]
 
@@ -93,7 +95,7 @@ class WeightProbe:
                 for one, reference in zip(self._samples, self._references, strict=True)
             ]
             return float(max(np.mean(moved), 0.0))
-        comparison = Comparison(self._all_outputs, self._task)
+        comparison = Comparison(self._all_outputs, self._predicts_tokens)
         for one, reference in zip(self._samples, self._references, strict=True):
             comparison.add(one, self._run(one, weight, values), reference)
         return damage_of(comparison.figures())[1]
@@ -111,7 +113,7 @@ def measure_damages(
     model: OnnxModel,
     layers: Layers,
     samples: Sequence[Values],
-    task: str,
+    predicts_tokens: bool,
     round_weight: RoundWeight,
     checkpoint: Checkpoint,
     advance: Callable[[], None],
@@ -122,13 +124,13 @@ def measure_damages(
         model: the float graph.
         layers: those that will be quantized.
         samples: the inputs to measure on.
-        task: the bundle's.
+        predicts_tokens: its logits are those of the next tokens.
         round_weight: the method's, for weights and activations as they are in the float graph.
         checkpoint: holds the damages that are known, and gets those that become known.
         advance: called once per weight.
     """
     parts = weights_of(layers)
-    probe = WeightProbe(model, list(parts), samples, task)
+    probe = WeightProbe(model, list(parts), samples, predicts_tokens)
     damages = []
     for weight, (name, role, linear) in parts.items():
         damage = checkpoint.record(weight)

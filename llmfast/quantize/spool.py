@@ -4,7 +4,7 @@ import itertools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,10 @@ class Spool:
         else:
             self._files.pop(key).unlink()
 
+    def row(self, sample: int, names: Sequence[str]) -> "Row":
+        """Return values of one sample, read when they are looked at."""
+        return Row(self, sample, names)
+
     def column(self, name: str, count: int) -> "Column":
         """Return a value of the first samples, read when it is looked at."""
         return Column(self, name, count)
@@ -66,3 +70,24 @@ class Column:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self._spool.get(number, self._name) for number in range(self._count))
+
+
+class Row(Mapping[str, np.ndarray]):
+    """Values of one sample by name; an array is read each time that it is looked at."""
+
+    def __init__(self, spool: Spool, sample: int, names: Sequence[str]) -> None:
+        self._spool, self._sample, self._names = spool, sample, names
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._spool.get(self._sample, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -35,6 +35,8 @@ from llmfast.quantize.hybrid import make_plans, require_decoder
 from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_cache
 from llmfast.quantize.measure import Proof, worst
 from llmfast.quantize.options import MIXED_SCHEME, QuantizeOptions
+from llmfast.quantize.pair_proof import PairProof, make_proof
+from llmfast.quantize.pairs import PairReader, Values, feed_pairs, is_encoder_decoder
 from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Part, Plan, choose_layers, list_layers
 from llmfast.quantize.rewrite import LayerReport, QuantizedGraph, RoundWeight, Weight
 from llmfast.quantize.summary import describe_graphs, make_manifest, slow_forms, summarize, versions
@@ -73,14 +75,17 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
     bundle, parts = _prepare(source, output, options)
     states = {role: part.model.state() for role, part in parts.items()}
     cache = measure_ranges(parts["model"].model, options.calibration.split(bundle)[0]) if options.kv else None
+    samples = _samples(bundle, parts, options.calibration)
     proof = _prove(bundle, parts, options)
     checkpoint = None
     if options.resume or options.budget or any(part.plan.rounding.plugin.NEEDS_STATISTICS for part in parts.values()):
         checkpoint = Checkpoint(output, _facts(bundle, parts, options), options.resume)
     with kept_for_resuming(checkpoint), stage_output(output, options.overwrite) as staged:
-        fitting = _start_fitting(bundle, parts["model"], options, checkpoint, staged) if options.budget else None
+        fitting = (
+            _start_fitting(bundle, parts["model"], samples, options, checkpoint, staged) if options.budget else None
+        )
         writers = {
-            role: _prepare_writer(role, bundle, part, options, checkpoint, proof) for role, part in parts.items()
+            role: _prepare_writer(role, part, samples.get(role, ()), checkpoint, proof) for role, part in parts.items()
         }
         while True:
             chosen = {"model": fitting.layers()} if fitting else {role: part.layers for role, part in parts.items()}
@@ -114,26 +119,31 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
     return ModelBundle.open(output)
 
 
-def _prove(bundle: ModelBundle, parts: Mapping[str, Part], options: QuantizeOptions) -> Proof | None:
+def _prove(bundle: ModelBundle, parts: Mapping[str, Part], options: QuantizeOptions) -> Proof | PairProof | None:
     if not options.measure:
         return None
     data = Corpus(options.data, options.calibration.field) if options.data else None
     is_calibrated = bool(options.budget or any(part.plan.needs_calibration for part in parts.values()))
     models = {role: part.model for role, part in parts.items()}
-    return Proof(bundle, models, data, options.calibration, is_calibrated, options.data_samples)
+    return make_proof(bundle, models, data, options.calibration, is_calibrated, options.data_samples)
 
 
 def _start_fitting(
-    bundle: ModelBundle, part: Part, options: QuantizeOptions, checkpoint: Checkpoint | None, staged: Path
+    bundle: ModelBundle,
+    part: Part,
+    samples: Mapping[str, Sequence[Values]],
+    options: QuantizeOptions,
+    checkpoint: Checkpoint | None,
+    staged: Path,
 ) -> Fitting:
     assert options.budget is not None
     assert checkpoint is not None
     plan = part.plan
     # Weights and activations as they are: what transforms do is no part of the probe.
-    plain = replace(part, plan=replace(plan, transforms=()))
-    workpiece = _transform(plain, bundle, options.calibration)
+    plain = replace(plan, transforms=())
+    workpiece = Workpiece(part.model, part.layers, samples.get("model", ()))
     shares = not plan.transforms and not getattr(plan.rounding.options, "sequential", False)
-    round_weight = _rounding(plain.plan, workpiece, checkpoint, "model" if shares else "probe")
+    round_weight = _rounding(plain, workpiece, checkpoint, "model" if shares else "probe")
     return start_fitting(
         options.budget,
         options.calibration,
@@ -151,15 +161,16 @@ def _start_fitting(
 
 def _prepare_writer(
     role: str,
-    bundle: ModelBundle,
     part: Part,
-    options: QuantizeOptions,
+    samples: Sequence[Values],
     checkpoint: Checkpoint | None,
-    proof: Proof | None,
+    proof: Proof | PairProof | None,
 ) -> Callable[[Layers, WeightFile], QuantizedGraph]:
     """Transform one graph; return what quantizes it, as often as its grids are chosen anew."""
     plan = part.plan
-    workpiece = _transform(part, bundle, options.calibration)
+    workpiece = Workpiece(part.model, part.layers, samples)
+    for transform in plan.transforms:
+        transform.plugin.transform(workpiece, transform.options)
     write_linear = plan.scheme.plugin.make_writer(workpiece, plan.scheme.options)
 
     def make(chosen: Layers, weights: WeightFile) -> QuantizedGraph:
@@ -167,9 +178,8 @@ def _prepare_writer(
         grids = {**workpiece.layers.grids, **chosen.grids}
         rounding = _rounding(plan, workpiece, checkpoint, role)
         inputs = proof.inputs_of(role, workpiece) if proof else None
-        return QuantizedGraph(
-            part.model, replace(workpiece.layers, grids=grids), workpiece.edits, weights, write_linear, rounding, inputs
-        )
+        layers = replace(workpiece.layers, grids=grids)
+        return QuantizedGraph(workpiece.model, layers, workpiece.edits, weights, write_linear, rounding, inputs)
 
     return make
 
@@ -270,14 +280,13 @@ def _prepare(source: Path, output: Path, options: QuantizeOptions) -> tuple[Mode
     check_output(output, inputs, options.overwrite)
     require_disk(output.parent, bundle.size_bytes // 8, "the smallest result, 4 bits of 32,")
     models = {role: OnnxModel.load(path) for role, path in bundle.graphs.items()}
-    if plan.needs_calibration and len(models) > 1:
-        raise UnsupportedError(
-            f"{' and '.join(plan.needs_calibration)} can't be calibrated on an encoder-decoder yet",
-            "choose what needs no text, e.g. --method rtn",
-        )
+    if plan.needs_calibration and is_encoder_decoder(models):
+        PairReader(bundle, models)  # refuses what no text can calibrate
     adopted = can_adopt(bundle)
     if adopted:
         bundle, models["model"] = adopt(bundle, models["model"])
+    if options.kv and is_encoder_decoder(models):
+        raise UnsupportedError(f"the KV cache of `{source}`, an encoder-decoder, stays float", "leave out --kv")
     if options.kv:
         cached_values(next(iter(models.values())))  # refuses what has no such cache
 
@@ -292,15 +301,18 @@ def _prepare(source: Path, output: Path, options: QuantizeOptions) -> tuple[Mode
     return bundle, parts
 
 
-def _transform(part: Part, bundle: ModelBundle, calibration: Calibration) -> Workpiece:
-    """Run the transforms and return what they made."""
-    plan, model = part.plan, part.model
-    ids = calibration.split(bundle)[0] if plan.needs_calibration else []
-    inputs = graph_inputs(model.proto.graph)
-    workpiece = Workpiece(model, part.layers, [sequence_feeds(inputs, one[None]) for one in ids])
-    for transform in plan.transforms:
-        transform.plugin.transform(workpiece, transform.options)
-    return workpiece
+def _samples(bundle: ModelBundle, parts: Mapping[str, Part], calibration: Calibration) -> dict[str, list[Values]]:
+    """Return what graphs are calibrated on: role -> the inputs of each sample; nothing where none is."""
+    if not any(part.plan.needs_calibration for part in parts.values()):
+        return {}
+    models = {role: part.model for role, part in parts.items()}
+    if is_encoder_decoder(models):
+        reader = PairReader(bundle, models)
+        pairs, _ = calibration.divide(reader.read(calibration.corpus, calibration.seq_len))
+        return feed_pairs(models, reader.complete(pairs, calibration.seq_len, "calibrate"))
+    ids, _ = calibration.split(bundle)
+    inputs = {role: graph_inputs(model.proto.graph) for role, model in models.items()}
+    return {role: [sequence_feeds(own, one[None]) for one in ids] for role, own in inputs.items()}
 
 
 def _rounding(plan: Plan, workpiece: Workpiece, checkpoint: Checkpoint | None, key: str) -> RoundWeight:

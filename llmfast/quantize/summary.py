@@ -127,8 +127,9 @@ def figure_columns(figures: Mapping[str, Any]) -> list[Column]:
 
 def spell_worst(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the worst layers as a line for people."""
+    is_measured = any(row["output_error"] is not None for row in rows)
     parts = [f"{row['name']} {row['output_error'] or row['relative_error']:.3f}" for row in rows]
-    return f"worst layers, by the error of their outputs: {', '.join(parts)}"
+    return f"worst layers, by the error of their {'outputs' if is_measured else 'weights'}: {', '.join(parts)}"
 
 
 def _errors(group: Sequence[LayerReport]) -> dict[str, float | None]:

@@ -73,6 +73,11 @@ def trim_vocabulary(bundle: ModelBundle, corpus: Path, folder: Path) -> tuple[Mo
     """
     if not bundle.manifest.files:
         raise UnsupportedError(f"`{bundle.path}` is no bundle of llmfast's", "run `llmfast export` first")
+    if len(bundle.graphs) > 1:
+        raise UnsupportedError(
+            f"the vocabulary of `{bundle.path}` can't be trimmed: it has an encoder and a decoder",
+            "decoders, and encoders without a head over the vocabulary, can be trimmed",
+        )
     path = bundle.companion("tokenizer.json")
     if path is None:
         raise InputError(f"no tokenizer in `{bundle.path}`", "the vocabulary is trimmed by its tokenizer.json")

@@ -166,10 +166,11 @@ async def _embeddings(request: Request) -> Response:
     texts, as_base64 = read_texts(body)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
-        vectors = await _wait(state.scheduler.embed(texts), gone, time.monotonic() + state.limits.timeout_s)
+        vectors, tokens = await _wait(state.scheduler.embed(texts), gone, time.monotonic() + state.limits.timeout_s)
     finally:
         gone.cancel()
-    return JSONResponse(spell_vectors(state.scheduler.facts.name, vectors, as_base64))
+    state.figures.prompt_tokens.inc(tokens)
+    return JSONResponse(spell_vectors(state.scheduler.facts.name, vectors, tokens, as_base64))
 
 
 class _Answer:

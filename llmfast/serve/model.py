@@ -8,7 +8,7 @@ from typing import Any
 
 from llmfast import registry
 from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
-from llmfast.errors import InputError, LlmfastError, UnsupportedError
+from llmfast.errors import LlmfastError, OptionError, UnsupportedError
 from llmfast.infer.batch import Batch, Event
 from llmfast.infer.decoder import context_length
 from llmfast.infer.jsonl import Line
@@ -55,6 +55,7 @@ class ServedModel:
         context_length: tokens of a prompt with its answer; None takes the model's, up to `DEFAULT_CONTEXT`.
 
     Raises:
+        OptionError: a context that the model does not have, or one for a model that has no batch.
         UnsupportedError: the model has another task.
         ResourceError: the KV cache does not fit.
     """
@@ -68,6 +69,10 @@ class ServedModel:
         self._task = TEXT_GENERATION if task == UNKNOWN_TASK else task
         self._kept = ExitStack()
         if self._task == FEATURE_EXTRACTION:
+            for name, value in (("batch-size", batch_size), ("context-length", context_length)):
+                if value is not None:
+                    raise OptionError(f"--{name} is for text-generation; `{path}` is for {self._task}")
+            self._tokenizer = Tokenizer.load(self._bundle.path)
             self._kept.enter_context(keeping())
             self.embed(["start"])  # opens the session, and finds what is wrong with it before anybody asks
         elif self._task == TEXT_GENERATION:
@@ -105,16 +110,18 @@ class ServedModel:
                 events.append(Event(name, error=error))
         return [*events, *self._batch.step()]
 
-    def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """Return the vector of each text."""
+    def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+        """Return the vector of each text, and the tokens that the model has read of them."""
         plugin = registry.load("tasks", FEATURE_EXTRACTION)
         answers = plugin.answer(self._bundle, texts, self._provider, self._threads)
-        return [answer["embedding"].tolist() for answer in answers]
+        encoded = self._tokenizer.encode_windows(texts, self._bundle.longest_text())
+        # Of a text that is longer the first window is read.
+        return [answer["embedding"].tolist() for answer in answers], sum(len(windows[0]) for windows in encoded)
 
     def _open_decoder(self, batch_size: int | None, limit: int | None) -> None:
         longest = context_length(self._bundle)
         if limit is not None and not 2 <= limit <= longest:
-            raise InputError(f"--context-length {limit}: the model's is {longest}", f"2 to {longest}")
+            raise OptionError(f"--context-length {limit}: must be 2 to {longest}, the model's")
         capacity = limit or min(longest, DEFAULT_CONTEXT)
         tokenizer = Tokenizer.load(self._bundle.path)
         rows, self._plan = open_rows(self._bundle, self._provider, self._threads, capacity, DEFAULT_ROWS, batch_size)

@@ -162,8 +162,8 @@ def read_texts(body: Mapping[str, Any]) -> tuple[list[str], bool]:
     return texts, encoding == "base64"
 
 
-def spell_vectors(model: str, vectors: Sequence[Sequence[float]], as_base64: bool) -> dict[str, Any]:
-    """Return the body of /v1/embeddings' answer. Tokens are not counted: the vectors do not tell."""
+def spell_vectors(model: str, vectors: Sequence[Sequence[float]], tokens: int, as_base64: bool) -> dict[str, Any]:
+    """Return the body of /v1/embeddings' answer."""
 
     def spelled(vector: Sequence[float]) -> Any:
         return base64.b64encode(np.array(vector, "<f4").tobytes()).decode("ascii") if as_base64 else list(vector)
@@ -171,7 +171,7 @@ def spell_vectors(model: str, vectors: Sequence[Sequence[float]], as_base64: boo
     data = [
         {"object": "embedding", "index": index, "embedding": spelled(vector)} for index, vector in enumerate(vectors)
     ]
-    return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
+    return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 
 
 class Spelling:

@@ -130,8 +130,10 @@ class Scheduler:
             self._cancelled.append(ticket.id)
             self._wake.set()
 
-    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """Return the vector of each text. What nobody waits for any more goes on to its end once it has begun.
+    async def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+        """Return the vector of each text, and how many tokens they have.
+
+        What nobody waits for any more goes on to its end once it has begun.
 
         Raises:
             BusyError: too many wait.
@@ -151,8 +153,8 @@ class Scheduler:
             raise
         call = asyncio.ensure_future(self._call("embed", texts))
         call.add_done_callback(self._embedded)
-        vectors: list[list[float]] = await asyncio.shield(call)
-        return vectors
+        found: tuple[list[list[float]], int] = await asyncio.shield(call)
+        return found
 
     async def run(self) -> None:
         """Serve until cancelled, or until the model can't be run any more."""
@@ -213,14 +215,19 @@ class Scheduler:
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._thread, lambda: self._worker.call(method, *arguments))
+        except RuntimeError as error:  # of ONNX Runtime, or a bug: a request may do it again, others have no part in it
+            reason = str(error).strip().rpartition("\n")[2]
+            failure: LlmfastError = NativeCrashError(f"the model failed: {reason}")
+            is_crash = False
         except (NativeCrashError, ResourceError) as error:
-            try:
-                await self._restart(error)
-            except LlmfastError as fatal:
-                self._end(fatal)
-            raise
+            failure, is_crash = error, True
+        try:
+            await self._restart(failure, is_crash)
+        except LlmfastError as fatal:
+            self._end(fatal)
+        raise failure
 
-    async def _restart(self, error: LlmfastError) -> None:
+    async def _restart(self, error: LlmfastError, is_crash: bool) -> None:
         """Start another child; those that the old one was answering get its error.
 
         Raises:
@@ -232,9 +239,9 @@ class Scheduler:
         self._cancelled.clear()
         now = time.monotonic()
         self.restarts = [*(then for then in self.restarts if then > now - _RESTART_WINDOW_S), now]
-        if len(self.restarts) > _MOST_RESTARTS:
+        if is_crash and len(self.restarts) > _MOST_RESTARTS:
             raise error
-        await asyncio.sleep(_BACKOFF_S * 2 ** (len(self.restarts) - 1))
+        await asyncio.sleep(_BACKOFF_S * 2 ** min(len(self.restarts) - 1, _MOST_RESTARTS))
         self._worker.close()
         self._worker = await asyncio.get_running_loop().run_in_executor(self._thread, self._open_worker)
 

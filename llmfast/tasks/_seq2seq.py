@@ -1,20 +1,16 @@
-"""What the tasks of encoder-decoders share: sources in batches of like length, and a search for each batch."""
+"""What the tasks of encoder-decoders share: their options, their prefixes, and the search for targets."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from llmfast.bundle import ModelBundle, read_json
 from llmfast.errors import InputError
 from llmfast.infer.rules import read_rules
-from llmfast.infer.search import search
 from llmfast.infer.seq2seq import Seq2SeqEngine
+from llmfast.infer.sources import search_sources
 from llmfast.tokenizer import Tokenizer
 
 SEARCH_OPTIONS = ("num_beams", "max_tokens", "min_tokens", "length_penalty", "no_repeat_ngram_size")
-# Sources of one search.
-_BATCH_SIZE = 16
 
 
 def answer_sources(
@@ -54,29 +50,15 @@ def answer_sources(
     rules = read_rules(bundle.path, context_length, max_tokens, **named, min_new_tokens=min_tokens)
     tokenizer = Tokenizer.load_target(bundle.path)
     engine = Seq2SeqEngine(bundle, provider, threads)
-    order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
     answers: dict[int, dict[str, Any]] = {}
-    for start in range(0, len(order), _BATCH_SIZE):
-        chosen = order[start : start + _BATCH_SIZE]
-        engine.encode(*pad_sources([sources[index] for index in chosen], rules.pad_token_id))
-        for index, found in zip(chosen, search(engine, rules), strict=True):
-            answers[index] = {
-                "text": texts[index],
-                "answer": tokenizer.decode(found.ids).strip(),
-                "generated_tokens": len(found.ids),
-                "finish_reason": found.finish_reason,
-            }
+    for index, found in search_sources(engine, rules, sources):
+        answers[index] = {
+            "text": texts[index],
+            "answer": tokenizer.decode(found.ids).strip(),
+            "generated_tokens": len(found.ids),
+            "finish_reason": found.finish_reason,
+        }
     return [answers[index] for index in range(len(sources))]
-
-
-def pad_sources(sources: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and mask of sources, int64 [batch, longest], padded on the right."""
-    ids = np.full((len(sources), max(map(len, sources))), pad, np.int64)
-    mask = np.zeros_like(ids)
-    for row, source in enumerate(sources):
-        ids[row, : len(source)] = source
-        mask[row, : len(source)] = 1
-    return ids, mask
 
 
 def encode_sources(tokenizer: Tokenizer, texts: Sequence[str], prefix: str = "") -> list[list[int]]:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmfast.batch_session import open_encoder
 from llmfast.bundle import ModelBundle
-from llmfast.runtime import open_session
 from llmfast.tasks._embeddings import EMBEDDING_OPTIONS, answer_embeddings, spell_embedding
 from llmfast.tasks._encoder import run_session, run_texts
 
@@ -46,7 +46,7 @@ def answer(
         OutputExistsError: the output exists.
         ResourceError: it can't be written.
     """
-    session = open_session(bundle.model, provider, threads)
+    session = open_encoder(bundle.model, provider, threads, is_batch=len(texts) > 1)
     return answer_embeddings(
         "text", texts, lambda: run_texts(bundle, texts, lambda batch: embed(session, batch)), output, overwrite
     )

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmfast.batch_session import open_encoder
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError, OptionError, UnsupportedError
-from llmfast.runtime import open_session
 from llmfast.tasks._encoder import run_windows, score_tokens, softmax
 from llmfast.tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ def answer(
     for number, text in enumerate(texts, start=1):
         if mask not in text:
             raise InputError(f"no `{mask}` in text {number} of {len(texts)}", f"write {mask} where a word is missing")
-    session = open_session(bundle.model, provider, threads)
+    session = open_encoder(bundle.model, provider, threads, is_batch=len(texts) > 1)
     found = run_windows(
         tokenizer,
         texts,

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmfast.batch_session import open_encoder
 from llmfast.bundle import ModelBundle
 from llmfast.image import ImageProcessor
-from llmfast.runtime import open_session
 from llmfast.tasks._encoder import run_session
 from llmfast.tasks._images import run_images
 from llmfast.tasks._labels import check_top_k, rank_labels, spell_labels
@@ -47,7 +47,7 @@ def answer(
     Source: `ImageClassificationPipeline` of transformers.
     """
     check_top_k(top_k)
-    session = open_session(bundle.model, provider, threads)
+    session = open_encoder(bundle.model, provider, threads, is_batch=len(texts) > 1)
     rows = run_images(bundle, texts, lambda pixels: classify(session, {INPUT: pixels}))
     return [{"image": path} | rank_labels(row, bundle, top_k) for path, row in zip(texts, rows, strict=True)]
 

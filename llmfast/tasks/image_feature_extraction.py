@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmfast.batch_session import open_encoder
 from llmfast.bundle import ModelBundle
-from llmfast.runtime import open_session
 from llmfast.tasks._embeddings import EMBEDDING_OPTIONS, answer_embeddings, spell_embedding
 from llmfast.tasks._encoder import run_session
 from llmfast.tasks._images import run_images
@@ -51,7 +51,7 @@ def answer(
         InputError: a file that is missing or no image, or no preprocessor_config.json.
         UnsupportedError: Pillow is not installed, or the graph is none of this task.
     """
-    session = open_session(bundle.model, provider, threads)
+    session = open_encoder(bundle.model, provider, threads, is_batch=len(texts) > 1)
     return answer_embeddings(
         "image", texts, lambda: run_images(bundle, texts, lambda pixels: embed(session, pixels)), output, overwrite
     )

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmfast.batch_session import open_encoder
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError, OptionError
-from llmfast.runtime import open_session
 from llmfast.tasks._encoder import run_session, run_windows, softmax, trim
 from llmfast.tokenizer import Tokenizer
 
@@ -73,7 +73,7 @@ def answer(
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             raise InputError(f"context {number} of {len(texts)} is empty", "give a text that may hold the answer")
-    session = open_session(bundle.model, provider, threads)
+    session = open_encoder(bundle.model, provider, threads, is_batch=len(texts) > 1)
     found = find_answers(
         session, Tokenizer.load(bundle.path), bundle.longest_text(), question, texts, max_tokens, allow_no_answer
     )

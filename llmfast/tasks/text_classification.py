@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmfast.batch_session import open_encoder
 from llmfast.bundle import ModelBundle
 from llmfast.errors import OptionError
-from llmfast.runtime import open_session
 from llmfast.tasks._encoder import label_names, label_scores, run_session, run_texts
 from llmfast.tokenizer import Text
 
@@ -55,7 +55,7 @@ def answer(
         seconds = list(text_pair) if len(text_pair) > 1 else [*text_pair] * len(texts)
         inputs = list(zip(texts, seconds, strict=True))
         parts = [{"text": text, "text_pair": second} for text, second in zip(texts, seconds, strict=True)]
-    session = open_session(bundle.model, provider, threads)
+    session = open_encoder(bundle.model, provider, threads, is_batch=len(texts) > 1)
     rows = run_texts(bundle, inputs, lambda batch: classify(session, batch))
     return [part | _describe(label_scores(row, bundle), bundle) for part, row in zip(parts, rows, strict=True)]
 

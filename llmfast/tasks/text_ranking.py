@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmfast.batch_session import open_encoder
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError, OptionError, UnsupportedError
-from llmfast.runtime import open_session
 from llmfast.tasks._encoder import run_session, run_texts, sigmoid
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def answer(
     empty = [number for number, text in enumerate(texts, start=1) if not text.strip()]
     if empty:
         raise InputError(f"document {empty[0]} of {len(texts)} is empty", "leave empty documents out")
-    session = open_session(bundle.model, provider, threads)
+    session = open_encoder(bundle.model, provider, threads, is_batch=len(texts) > 1)
     logits = run_texts(bundle, [(query, text) for text in texts], lambda batch: score_pairs(session, batch)[:, None])
     score = sigmoid if bundle.manifest.architecture.get("activation", "sigmoid") == "sigmoid" else np.asarray
     # By the logits: where sigmoids round to 1, they still differ.

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmfast.batch_session import open_encoder
 from llmfast.bundle import ModelBundle
-from llmfast.runtime import open_session
 from llmfast.tasks._encoder import label_names, run_windows, score_tokens, softmax, trim
 from llmfast.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ def answer(
 
     Source: `TokenClassificationPipeline` of transformers with `aggregation_strategy="simple"`.
     """
-    session = open_session(bundle.model, provider, threads)
+    session = open_encoder(bundle.model, provider, threads, is_batch=len(texts) > 1)
     longest = bundle.longest_text()
     windows = run_windows(
         Tokenizer.load(bundle.path),

@@ -1,8 +1,8 @@
 """OpenVINO's int8 (NNCF) against llmfast's int8, on one encoder: latency in interleaved rounds, and rank correlation.
 
-Runs in an environment of its own, which has the peer and not llmfast:
+Runs in an environment of its own, which has the peer and llmfast:
 
-    python -m venv ov && ov/bin/pip install openvino nncf onnxruntime tokenizers
+    python -m venv ov && ov/bin/pip install openvino nncf '.[cpu]'
     ov/bin/python scripts/peers/openvino_encoder.py minilm minilm-int8 --data sts-dev.tsv
 
 Prints a Markdown table; a ratio above 1 says that llmfast is faster.
@@ -17,9 +17,10 @@ from typing import Any
 
 import nncf
 import numpy as np
-import onnxruntime
 import openvino
 from tokenizers import Tokenizer
+
+from llmfast.batch_session import open_encoder
 
 Batch = dict[str, np.ndarray]
 
@@ -91,15 +92,7 @@ def compile_peer(model: Any, threads: int) -> Any:
 
 
 def open_ours(bundle: Path, threads: int) -> Any:
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
-    # As llmfast opens it: see llmfast/providers/cpu.py.
-    session = onnxruntime.InferenceSession(
-        str(bundle / "model.onnx"),
-        settings,
-        ["CPUExecutionProvider"],
-        disabled_optimizers=["SkipLayerNormFusion", "BiasGeluFusion"],
-    )
+    session = open_encoder(bundle / "model.onnx", threads=threads, is_batch=True)
     names = [value.name for value in session.get_inputs()]
     return lambda batch: session.run(["sentence_embedding"], {name: batch[name] for name in names})[0]
 

@@ -104,20 +104,13 @@ def retokenize(bundle: ModelBundle, window: Window) -> Window:
 
 
 def _prepare_pairs(bundle: ModelBundle, data: Path, options: BenchOptions, seq_len: int) -> list[Window]:
-    from llmfast.infer.rules import read_rules
-    from llmfast.tokenizer import Tokenizer
+    from llmfast.infer.sources import PairEncoder
 
-    rules = read_rules(bundle.path, bundle.manifest.architecture.get("context_length"))
-    sources = Tokenizer.load(bundle.path)
-    targets = Tokenizer.load_target(bundle.path)
-    limit = min(seq_len, bundle.manifest.architecture.get("context_length") or seq_len)
-    windows = []
-    for source, target in islice(Records(data, "source", "reference"), options.num_samples):
-        ids = [rules.decoder_start_token_id, *targets.encode(target, add_special_tokens=False)]
-        ids += rules.eos_token_ids[:1]
-        ids, target_bytes = ids[:limit], len(target.encode())
-        windows.append(Window(np.array(ids), target_bytes, limit, source=np.array(sources.encode(source)[:limit])))
-    return windows
+    encoder = PairEncoder(bundle, seq_len)
+    return [
+        Window(encoder.target(target), len(target.encode()), encoder.limit, source=encoder.source(source))
+        for source, target in islice(Records(data, "source", "reference"), options.num_samples)
+    ]
 
 
 def answer(subject: Subject, window: Window) -> np.ndarray:

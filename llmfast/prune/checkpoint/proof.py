@@ -12,8 +12,9 @@ from llmfast.export.encoder import load_encoder
 from llmfast.export.pooling import Pooling, read_output, read_pooling
 from llmfast.prune.checkpoint.workpiece import run_model
 from llmfast.prune.options import PruneOptions
+from llmfast.quantize.comparison import Comparison
 from llmfast.quantize.corpus import Corpus, pick
-from llmfast.quantize.measure import SEQ_LEN, Comparison, left_over
+from llmfast.quantize.measure import SEQ_LEN, left_over
 from llmfast.report import note, progress
 
 
@@ -24,7 +25,7 @@ def choose_text(bundle: ModelBundle, options: PruneOptions) -> tuple[list[np.nda
         corpus = Corpus(options.data, calibration.field)
         ids = corpus.samples(bundle, SEQ_LEN)
     else:
-        corpus, ids = left_over(bundle, calibration, calibrated=True)
+        corpus, ids = left_over(calibration, True, lambda one, seq_len: one.samples(bundle, seq_len))
     samples = pick(ids, options.data_samples, calibration.seed)[0]
     return samples, {**corpus.describe(), "num_samples": len(samples)}
 
@@ -53,7 +54,7 @@ class Proof:
             )
             return {}
         pooling = read_pooling(self._checkpoint.path) if "sentence_embedding" in outputs else None
-        comparison = Comparison(outputs, self._task)
+        comparison = Comparison(outputs, self._task == TEXT_GENERATION)
         with progress("comparing with the original", len(self._samples)) as advance:
             for sample in self._samples:
                 ours, theirs = (_outputs(one, sample, comparison.outputs, pooling) for one in (model, original))

@@ -22,7 +22,7 @@ from llmfast.prune.checkpoint.speed import SpeedTest
 from llmfast.prune.checkpoint.workpiece import Workpiece, as_bundle
 from llmfast.prune.methods import resolved
 from llmfast.prune.options import PruneOptions
-from llmfast.quantize.measure import damage_of
+from llmfast.quantize.comparison import damage_of
 from llmfast.quantize.plan import Choice
 from llmfast.report import note
 from llmfast.verdict import enforce, judge

@@ -1,0 +1,1 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, answered by llmfast's engine; lm_eval is imported in here only."""

@@ -1,0 +1,127 @@
+"""How far a quantized encoder-decoder's predictions moved: both graphs run, on pairs of sources and targets."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llmfast.bundle import ModelBundle
+from llmfast.errors import InputError, UnsupportedError
+from llmfast.graph.model import OnnxModel
+from llmfast.infer.seq2seq import ROLES
+from llmfast.quantize.calibrate import Calibration
+from llmfast.quantize.comparison import Comparison
+from llmfast.quantize.corpus import Corpus, pick
+from llmfast.quantize.measure import SEQ_LEN, Proof, RowsOf, input_rows, left_over
+from llmfast.quantize.pairs import (
+    Pair,
+    PairReader,
+    decoder_feeds,
+    encoder_feeds,
+    feed_pairs,
+    is_encoder_decoder,
+    run_encoder,
+)
+from llmfast.quantize.workpiece import Workpiece
+from llmfast.report import note, progress
+from llmfast.residency import bounded_residency
+from llmfast.runtime import open_session
+
+
+class PairProof:
+    """The comparison of a quantized encoder-decoder with its float one: predictions of given targets.
+
+    Args:
+        bundle: the float bundle.
+        models: its graphs by role.
+        data: the text to compare on; None is what the calibration leaves over, or a text that llmfast ships.
+        calibration: the text that was calibrated on.
+        calibrated: whether it was.
+        num_samples: pairs, at most.
+
+    Attributes:
+        text: what the manifest says of the text.
+
+    Raises:
+        InputError: too little text, or no tokenizer.
+        UnsupportedError: the model's sources are no texts.
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        models: Mapping[str, OnnxModel],
+        data: Corpus | None,
+        calibration: Calibration,
+        calibrated: bool,
+        num_samples: int,
+    ) -> None:
+        reader = PairReader(bundle, models)
+        if data is not None:
+            corpus, pairs = data, reader.read(data, SEQ_LEN)
+        else:
+            corpus, pairs = left_over(calibration, calibrated, reader.read)
+        chosen, _ = pick(pairs, num_samples, calibration.seed)
+        self._pairs = reader.complete(chosen, SEQ_LEN, "compare")
+        self.text = {**corpus.describe(), "num_samples": len(chosen)}
+        self._folder = bundle.path
+        # As they are now: transforms change them.
+        self._graphs = [(models[role].path, models[role].proto.SerializeToString()) for role in ROLES]
+        self._first = feed_pairs(models, self._pairs[:1])
+
+    def inputs_of(self, role: str, workpiece: Workpiece) -> RowsOf:
+        """Return what gives some rows of each layer's input, asked for in the graph's order, on the first pair."""
+        return input_rows(workpiece, self._first[role])
+
+    def compare(self, candidates: Mapping[str, OnnxModel]) -> dict[str, dict[str, float]]:
+        """Run both models on the same pairs, each with its own encoder's states; return the figures, the decoder's."""
+        start = time.perf_counter()
+        # Weights as they lie in the file: ordered for speed they would take the float model's size in memory.
+        theirs = [open_session(path, spin=False, graph=graph, prepack=False) for path, graph in self._graphs]
+        ours = [open_session(candidates[role].path, spin=False) for role in ROLES]
+        comparison = Comparison(["logits"], predicts_tokens=True)
+        with bounded_residency(self._folder), progress("comparing with the float model", len(self._pairs)) as advance:
+            for pair in self._pairs:
+                assert pair.target is not None
+                values = {"input_ids": pair.target[None]}
+                comparison.add(values, [_predict(ours, pair)], [_predict(theirs, pair)])
+                advance()
+        seconds = time.perf_counter() - start
+        note(f"compared with the float model on {len(self._pairs)} samples of {self.text['name']}: {seconds:.1f} s")
+        return {"decoder": comparison.figures()}
+
+
+def _predict(sessions: Sequence[Any], pair: Pair) -> np.ndarray:
+    """Return what encoder and decoder say of a target's tokens behind the first, logits [1, n - 1, vocab]."""
+    encoder, decoder = sessions
+    encoded = run_encoder(encoder, encoder_feeds(encoder.get_inputs(), pair))
+    logits: np.ndarray
+    (logits,) = decoder.run(["logits"], decoder_feeds(decoder.get_inputs(), pair, encoded))
+    return logits
+
+
+def make_proof(
+    bundle: ModelBundle,
+    models: Mapping[str, OnnxModel],
+    data: Corpus | None,
+    calibration: Calibration,
+    calibrated: bool,
+    num_samples: int,
+) -> Proof | PairProof:
+    """Return the comparison that suits a bundle; of an encoder-decoder that takes no text, the encoder's alone.
+
+    Args:
+        bundle, models, data, calibration, calibrated, num_samples: as of both.
+
+    Raises:
+        InputError, UnsupportedError: a text was named, and can't be used.
+    """
+    if is_encoder_decoder(models):
+        try:
+            return PairProof(bundle, models, data, calibration, calibrated, num_samples)
+        except (InputError, UnsupportedError) as error:
+            if data is not None or calibration.path is not None:
+                raise
+            note(f"note: the encoder alone is compared: {error.message}")
+    return Proof(bundle, models, data, calibration, calibrated, num_samples)
