@@ -89,11 +89,13 @@ def test_two_engines_agree_to_the_bit(bundle, ids):
 
 
 def test_decode_binds_once(engine, ids, monkeypatch):
+    engine.reset()
     engine.prefill(ids[:16])
     engine.decode(0)
     session = engine.session
     monkeypatch.setattr(type(session), "io_binding", lambda self: pytest.fail("bound again"))
     addresses = {engine.decode(0).ctypes.data for _ in range(5)}
+    engine.reset()
     engine.prefill(ids[:16])
     assert len(addresses) == 1
 

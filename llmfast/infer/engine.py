@@ -113,8 +113,7 @@ class Engine(Decoder):
         self._total_sequence_length = np.zeros((), np.int32)
         self._logits = np.empty((1, 1, self.vocab_size), np.float32)
         self.verify_rows = verify_rows
-        self._token_step: _Step | None = None
-        self._prompt_steps: dict[int, _Step] = {}
+        self._steps: dict[tuple[int, int], _Step] = {}
         self._verify_steps: dict[int, _Step] = {}
         self._wrap = ort.OrtValue.ortvalue_from_numpy
         self._slab, self._memory = _allocate_slab(self.session, self.capacity)
@@ -130,7 +129,7 @@ class Engine(Decoder):
         """Append tokens, chunk by chunk, and return the logits of the last one."""
         self._check(ids, self.length)
         for chunk in self._chunks(ids):
-            logits = self._append(self._prompt_step(len(chunk)), chunk)
+            logits = self._append(self._step(self.prompt_session, len(chunk)), chunk)
         last: np.ndarray = logits[0].copy()
         return last
 
@@ -138,9 +137,7 @@ class Engine(Decoder):
         """Append one token and return its logits."""
         if self.length >= self.capacity:
             raise self._full(self.length + 1)
-        if self._token_step is None:
-            self._token_step = self._bind(self.session, 1, self._logits)
-        logits: np.ndarray = self._append(self._token_step, token)[0]
+        logits: np.ndarray = self._append(self._step(self.session, 1), token)[0]
         return logits
 
     def copy_cache(self, length: int) -> dict[str, np.ndarray]:
@@ -210,10 +207,11 @@ class Engine(Decoder):
         logits: np.ndarray = step.logits[0]
         return logits
 
-    def _prompt_step(self, count: int) -> _Step:
-        if count not in self._prompt_steps:
-            self._prompt_steps[count] = self._bind(self.prompt_session, count, self._logits)
-        return self._prompt_steps[count]
+    def _step(self, session: Any, count: int) -> _Step:
+        key = id(session), count
+        if key not in self._steps:
+            self._steps[key] = self._bind(session, count, self._logits)
+        return self._steps[key]
 
     def _bind(self, session: Any, count: int, logits: np.ndarray) -> _Step:
         binding = session.io_binding()
