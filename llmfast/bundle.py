@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfast import commit, registry
-from llmfast.errors import InputError, OptionError, OutputExistsError, ResourceError
+from llmfast.errors import InputError, OptionError, OutputExistsError, ResourceError, UnsupportedError
 from llmfast.files import MAX_JSON_BYTES, parse_json, read_bounded
 from llmfast.supervisor import tell_staged
 
@@ -21,6 +21,7 @@ LINEAGE = "llmfast-lineage.json"  # of a checkpoint that llmfast wrote, see line
 MODEL = "model.onnx"
 UNKNOWN_TASK = "unknown"
 TEXT_GENERATION = "text-generation"  # a decoder alone
+PREFILL = "prefill"  # the role of a decoder's second graph, which reads prompts into the cache of the first
 # An encoder and a decoder.
 SEQ2SEQ_TASKS = ("summarization", "text2text-generation", "translation")
 # Where a directory without a manifest has its graph: onnxruntime-genai, optimum, transformers.js.
@@ -69,7 +70,7 @@ class Manifest:
         task: a name in `llmfast.tasks`, or `unknown`.
         source: where the weights come from: id, revision, sha256.
         architecture: sizes in the spellings of genai_config.json (`num_hidden_layers`, `head_size`, ...).
-        graphs: role (`model`, or `encoder` and `decoder`) -> `{file, inputs, outputs}`.
+        graphs: role (`model`, and perhaps `prefill`; or `encoder` and `decoder`) -> `{file, inputs, outputs}`.
         bits_per_weight: stored bits of all weights, scales included, per parameter.
         sparsity: share of zeros among the parameters.
         lineage: the steps that made this bundle, oldest first.
@@ -125,6 +126,20 @@ class ModelBundle:
         companions = [file for file in map(self.companion, COMPANIONS) if file]
         return sum(file.stat().st_size for file in {*data, *companions})
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the names and hashes of graphs and weights, as the manifest has them.
+
+        Raises:
+            UnsupportedError: there is no manifest.
+        """
+        if not self.manifest.files:
+            raise UnsupportedError(
+                f"`{self.path}` is no bundle of llmfast's", "run `llmfast export` or `quantize` first"
+            )
+        hashes = {name: entry["sha256"] for name, entry in self.manifest.files.items() if _is_model(name)}
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
     def companion(self, name: str) -> Path | None:
         """Return the path of `tokenizer.json` or another companion, None when the model has none."""
         file = self.path / name
@@ -167,6 +182,10 @@ class ModelBundle:
         nested = model.parent.name == FOREIGN_FOLDER and not (model.parent / "tokenizer.json").is_file()
         folder = model.parent.parent if nested else model.parent
         return cls(folder, describe(folder, model), model)
+
+
+def _is_model(name: str) -> bool:
+    return name.endswith((".onnx", ".data"))
 
 
 def read_json(path: Path) -> Any:

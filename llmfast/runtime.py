@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from llmfast import registry
-from llmfast.bundle import ModelBundle
+from llmfast.bundle import PREFILL, ModelBundle
 from llmfast.errors import InputError, LlmfastError, OptionError, ResourceError, UnsupportedError
 from llmfast.graph.model import check_file
 from llmfast.kept import kept
@@ -60,6 +60,8 @@ def open_session(
     spin: bool = True,
     graph: bytes | None = None,
     prepack: bool = True,
+    rest: bool = False,
+    block_base: int = 0,
 ) -> "onnxruntime.InferenceSession":
     """Open an ONNX Runtime session on the provider that was asked for, never silently on another.
 
@@ -73,6 +75,9 @@ def open_session(
         prepack: copy weights into the order that the kernels like best. Without it weights stay in the mapped
             file, and its pages are all the memory that they take.
 
+        block_base: of `session.dynamic_block_base`; 0 leaves it out.
+        rest: threads that spin stop when a run ends, for another session takes the next turn.
+
     Raises:
         UnsupportedError: the provider is absent or took no node, or an operator has no kernel.
         InputError: ONNX Runtime can't read the model.
@@ -82,10 +87,10 @@ def open_session(
     first, _, others = provider.partition(",")
     if others:
         try:
-            return open_session(model, first, threads, spin, graph, prepack)
+            return open_session(model, first, threads, spin, graph, prepack, rest, block_base)
         except UnsupportedError as error:
             note(f"note: {error.message}; going on with {others}")
-            return open_session(model, others, threads, spin, graph, prepack)
+            return open_session(model, others, threads, spin, graph, prepack, rest, block_base)
     ort = import_onnxruntime()
     plugin = registry.load("providers", provider)
     if not _is_unicode(model):
@@ -98,13 +103,16 @@ def open_session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1" if rest else "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if block_base:
+        options.add_session_config_entry("session.dynamic_block_base", str(block_base))
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if (profile := _PROFILE.get()) is not None:
         options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
+        options.profile_file_prefix = f"{profile}-{model.stem}"
     if graph is not None:
         folder = str(model.parent.resolve())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
@@ -171,17 +179,32 @@ def suit_provider(bundle: ModelBundle, provider: str) -> str:
     """
     first, _, others = provider.partition(",")
     plugin = registry.load("providers", first)
-    steps = [step for step in bundle.manifest.lineage if step.stage == "quantize"]
-    scheme = steps[-1].method.partition(":")[0] if steps else ""
-    settings = steps[-1].options.get(scheme) if steps else None
-    activations = settings.get("activations", "") if isinstance(settings, dict) else ""
-    if (scheme, activations) not in plugin.SLOW:
+    slow = [form for form in _number_formats(bundle) if form in plugin.SLOW]
+    if not slow:
         return provider
+    scheme, activations = slow[0]
     message = f"`{bundle.name}` is {scheme} with {activations} activations, which {plugin.NAME} runs slowly"
     if not others:
         raise UnsupportedError(message, plugin.SLOW[scheme, activations])
     note(f"note: {message}; going on with {others}")
     return others
+
+
+def _number_formats(bundle: ModelBundle) -> list[tuple[str, str]]:
+    """Return (scheme, activations) of a bundle's graphs, as its lineage tells; none of a float model."""
+    steps = [step for step in bundle.manifest.lineage if step.stage == "quantize"]
+    if not steps:
+        return []
+    options = steps[-1].options
+    second = options.get(PREFILL)
+    described = [(steps[-1].method, options)]
+    described += [(str(second.get("method", "")), second)] if isinstance(second, dict) else []
+    formats = []
+    for method, settings in described:
+        scheme = method.partition(":")[0]
+        chosen = settings.get(scheme)
+        formats.append((scheme, chosen.get("activations", "") if isinstance(chosen, dict) else ""))
+    return formats
 
 
 @contextmanager
@@ -198,11 +221,12 @@ def profiled(prefix: Path | None) -> Iterator[None]:
         _PROFILE.reset(token)
 
 
-def placement(session: "onnxruntime.InferenceSession") -> dict[str, int]:
-    """Return how many nodes each execution provider runs, as ONNX Runtime reports it."""
+def placement(*sessions: "onnxruntime.InferenceSession") -> dict[str, int]:
+    """Return how many nodes of a model each execution provider runs, as ONNX Runtime reports it."""
     nodes: Counter[str] = Counter()
-    for part in session.get_provider_graph_assignment_info():
-        nodes[part.ep_name] += len(part.get_nodes())
+    for session in sessions:
+        for part in session.get_provider_graph_assignment_info():
+            nodes[part.ep_name] += len(part.get_nodes())
     return dict(nodes)
 
 

@@ -34,6 +34,7 @@ class FakeEngine:
         self.note = ""
         self.prompts: list[list[int]] = []
         self.session = SimpleNamespace()
+        self.sessions = (self.session,)
 
     def reset(self) -> None: ...
 
@@ -91,6 +92,6 @@ def make_stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setattr(contestants, "Worker", InProcess)
     monkeypatch.setattr(subjects, "settle", lambda: None)
     monkeypatch.setattr(watch, "_GLANCE_S", 0.0)
-    monkeypatch.setattr(subjects, "_opener", opener)
-    monkeypatch.setattr(subjects, "placement", lambda session: {"CPUExecutionProvider": 3})
+    monkeypatch.setattr(subjects, "opener", opener)
+    monkeypatch.setattr(subjects, "placement", lambda *sessions: {"CPUExecutionProvider": 3})
     return stage

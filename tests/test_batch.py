@@ -12,10 +12,11 @@ from llmfast.errors import InputError, OptionError, ResourceError
 from llmfast.export.stage import export
 from llmfast.infer import memory
 from llmfast.infer.batch import Batch, Event, Request
+from llmfast.infer.decoder import cuts
 from llmfast.infer.engine import Engine
 from llmfast.infer.generate import Generation, finish, generate
 from llmfast.infer.memory import plan_memory
-from llmfast.infer.rows import OneRow, Rows, SlabRows, cuts
+from llmfast.infer.rows import OneRow, Rows, SlabRows
 from llmfast.infer.sampling import Sampling
 from llmfast.quantize.options import QuantizeOptions
 from llmfast.quantize.stage import quantize

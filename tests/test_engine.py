@@ -89,11 +89,13 @@ def test_two_engines_agree_to_the_bit(bundle, ids):
 
 
 def test_decode_binds_once(engine, ids, monkeypatch):
+    engine.reset()
     engine.prefill(ids[:16])
     engine.decode(0)
     session = engine.session
     monkeypatch.setattr(type(session), "io_binding", lambda self: pytest.fail("bound again"))
     addresses = {engine.decode(0).ctypes.data for _ in range(5)}
+    engine.reset()
     engine.prefill(ids[:16])
     assert len(addresses) == 1
 
@@ -109,7 +111,7 @@ def test_prompt_over_the_context_is_refused(engine):
     engine.prefill(np.zeros(CONTEXT, np.int64))
     with pytest.raises(InputError, match=f"{CONTEXT + 1} tokens, the context holds {CONTEXT}"):
         engine.decode(0)
-    with pytest.raises(InputError, match=f"{CONTEXT + 2} tokens, the context holds {CONTEXT}") as caught:
+    with pytest.raises(InputError, match=f"{CONTEXT + 2} tokens, the context holds {CONTEXT}; 2 too many") as caught:
         engine.prefill(np.zeros(2, np.int64))
     assert caught.value.exit_code == 3
     assert engine.length == CONTEXT

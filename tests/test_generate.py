@@ -102,7 +102,7 @@ def test_stop_string_ends_the_answer_and_is_not_shown(engine, tokenizer):
 def test_answer_ends_with_the_context(engine, tokenizer):
     generation = _generate(engine, tokenizer, "a" * 90, max_tokens=10**9)
     assert (generation.generated_tokens, generation.finish_reason) == (CONTEXT - 90, "length")
-    with pytest.raises(InputError, match=f"{CONTEXT} tokens, the context holds {CONTEXT}"):
+    with pytest.raises(InputError, match=f"{CONTEXT} tokens, the context holds {CONTEXT} with the answer; 1 too many"):
         _generate(engine, tokenizer, "a" * CONTEXT)
 
 

@@ -204,6 +204,24 @@ def test_head_stays_float_on_request(fp32_bundle: Path, tmp_path: Path) -> None:
     assert "model.embed_tokens.weight" in OnnxModel.load(bundle.model).initializers
 
 
+def test_a_table_of_four_bits_is_looked_up_and_multiplied(fp32_bundle: Path, tmp_path: Path) -> None:
+    """Embedding and head of 4 bits are one weight, and compute with what it stands for."""
+    bundle = quantize(fp32_bundle, tmp_path / "out", QuantizeOptions("int4", settings={"head_bits": "4"}))
+    model = OnnxModel.load(fp32_bundle / "model.onnx")
+    table = model.read(model.initializers["model.embed_tokens.weight"])
+    rounded = rtn.quantize_weight(table, block_wise_grid(table.shape[1], 4), rtn.Options()).dequantize()
+    halved = quantize(fp32_bundle, tmp_path / "halved", QuantizeOptions("int4", settings={"head_bits": "32"}))
+    graph = onnx.load(halved.model)
+    (tensor,) = (one for one in graph.graph.initializer if one.name == "model.embed_tokens.weight")
+    tensor.CopyFrom(numpy_helper.from_array(rounded, tensor.name))
+    onnx.save(graph, tmp_path / "halved" / "model.onnx")
+    expected = Engine(replace(halved, model=tmp_path / "halved" / "model.onnx")).score(np.arange(3, 30))
+    actual = Engine(bundle).score(np.arange(3, 30))
+    assert np.corrcoef(actual.ravel(), expected.ravel())[0, 1] > 0.999
+    sizes = [one.manifest.bits_per_weight for one in (bundle, halved)]
+    assert sizes[0] < sizes[1]
+
+
 def test_external_weights_stay_outside_and_complete(
     checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

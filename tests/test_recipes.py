@@ -56,7 +56,12 @@ def minilm() -> str:
 
 @pytest.mark.parametrize(
     ("name", "bundle", "method"),
-    [("llm-int8", "int8", "gptq"), ("llm-int4-small", "int4", "gptq"), ("llm-hybrid", "hybrid", "rtn")],
+    [
+        ("llm-int8", "int8", "gptq"),
+        ("llm-int4-small", "int4", "gptq"),
+        ("llm-mixed", "mixed", "rtn"),
+        ("llm-hybrid", "hybrid", "rtn"),
+    ],
 )
 def test_a_decoder_becomes_smaller(name: str, bundle: str, method: str, llm: str, tmp_path: Path) -> None:
     run(name, tmp_path, MODEL=llm, METHOD=method)
@@ -70,7 +75,7 @@ def test_quickstart_ends_at_its_gate(llm: str, tmp_path: Path) -> None:
     assert "gate missed: `int8` kld" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["llm-int8", "llm-int4-small", "llm-hybrid", "customer-service"])
+@pytest.mark.parametrize("name", ["llm-int8", "llm-int4-small", "llm-mixed", "llm-hybrid", "customer-service"])
 def test_a_gate_on_divergence_bites(name: str, llm: str, tmp_path: Path) -> None:
     assert "kld" in run(name, tmp_path, 7, MODEL=llm, METHOD="rtn", MAX_KLD="0").stderr
 

@@ -14,6 +14,7 @@ from llmfast.bench.options import BenchOptions, numbers
 from llmfast.bundle import UNKNOWN_TASK, ModelBundle
 from llmfast.errors import InputError, LlmfastError, OptionError
 from llmfast.runtime import resolve_threads, suit_provider, with_fallback
+from llmfast.tuned import settings_for
 from llmfast.worker import Worker
 
 
@@ -163,10 +164,15 @@ def line_up(
     if not paths:
         raise OptionError("no model to bench", "llmfast bench MODEL...")
     bundles = [ModelBundle.open(path) for path in paths]
-    threads = [resolve_threads(count) for count in numbers(options.threads) or (None,)]
-    ways = list(product(options.providers, threads))
+    ways = list(product(options.providers, numbers(options.threads) or (None,)))
     contestants = [
-        Contestant(f"{label}{_spell_way(provider, count, ways)}", path, bundle, provider, count)
+        Contestant(
+            f"{label}{_spell_way(provider, count, ways)}",
+            path,
+            bundle,
+            provider,
+            resolve_threads(settings_for(bundle, provider, count).threads),
+        )
         for label, path, bundle in zip(_labels(paths, bundles), paths, bundles, strict=True)
         for provider, count in ways
     ]
@@ -191,7 +197,7 @@ def note_lacks(metric: ModuleType, name: str, contestants: Sequence[Contestant])
     return able
 
 
-def _spell_way(provider: str, threads: int, ways: Sequence[tuple[str, int]]) -> str:
+def _spell_way(provider: str, threads: int | None, ways: Sequence[tuple[str, int | None]]) -> str:
     """Return what tells a bundle's ways of running apart, empty when there is one."""
     parts = [provider] if len({name for name, _ in ways}) > 1 else []
     parts += [f"{threads} threads"] if len({count for _, count in ways}) > 1 else []

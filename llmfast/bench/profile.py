@@ -101,12 +101,16 @@ def _profile_encoder(subject: Subject, trial: Trial, clock: Callable[[], int]) -
 
 
 def _summarize(subject: Subject, phases: Sequence[Phase], units: Mapping[str, str]) -> list[dict[str, Any]]:
-    origin = subject.session.get_profiling_start_time_ns()
-    events = json.loads(Path(subject.session.end_profiling()).read_text(encoding="utf-8"))
+    first = subject.session.get_profiling_start_time_ns()
+    events: list[dict[str, Any]] = []
+    for session in subject.sessions:
+        later = (session.get_profiling_start_time_ns() - first) / 1e3
+        found = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        events += [{**event, "ts": event["ts"] + later} for event in found if "ts" in event]
     parts = _name_parts(subject.bundle)
     return [
         {"phase": name, "unit": units[name]}
-        | summarize_events(events, parts, (start - origin) / 1e3, (end - origin) / 1e3, count)
+        | summarize_events(events, parts, (start - first) / 1e3, (end - first) / 1e3, count)
         for name, start, end, count in phases
     ]
 

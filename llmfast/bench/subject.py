@@ -12,9 +12,11 @@ import numpy as np
 from llmfast import registry
 from llmfast.batch_session import open_encoder
 from llmfast.bench.energy import open_meter
-from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
+from llmfast.bench.opening import opener
+from llmfast.bundle import ModelBundle
 from llmfast.errors import ResourceError, UnsupportedError
 from llmfast.runtime import placement, profiled, resolve_threads
+from llmfast.tuned import SessionSettings
 
 if TYPE_CHECKING:
     from llmfast.bench.harness.scoring import Pair
@@ -82,6 +84,7 @@ class Subject:
         max_length: positions a text-generation model must hold; None takes its context length.
         watts_per_core: for an estimate of energy.
         profile: prefix of the profile that ONNX Runtime writes; None writes none.
+        settings: of a decoder's session; None takes those that were found best on this machine, or the defaults.
         is_batch: an encoder gets several rows at a time.
         clock: monotonic seconds.
 
@@ -102,6 +105,7 @@ class Subject:
         max_length: int | None = None,
         watts_per_core: float = 0.0,
         profile: Path | None = None,
+        settings: SessionSettings | None = None,
         is_batch: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -115,7 +119,7 @@ class Subject:
         self.latencies: dict[str, list[float]] = {}
         self._provider, self._is_batch = provider, is_batch
         self._other: Any = None
-        open_model = _opener(self.bundle, provider, self.threads, max_length, is_batch)
+        open_model = opener(self.bundle, provider, self.threads, max_length, settings, is_batch)
         start = clock()
         with profiled(profile):
             self.engine, self.session = open_model()
@@ -147,6 +151,12 @@ class Subject:
         """The bundle's task plug-in."""
         return registry.load("tasks", self.bundle.manifest.task)
 
+    @property
+    def sessions(self) -> Sequence[Any]:
+        """All ONNX Runtime sessions that the model takes, the decoder's first."""
+        sessions: Sequence[Any] = self.engine.sessions if self.engine is not None else (self.session,)
+        return sessions
+
     def encoder(self, batch: int) -> Any:
         """Return the session of an encoder for so many rows at a time; of a sweep over both kinds the second is opened
         when it is first asked for."""
@@ -161,11 +171,17 @@ class Subject:
         facts = {"vocab_size": self.bundle.manifest.architecture.get("vocab_size"), "note": ""}
         if self.engine is not None:
             facts = {"vocab_size": self.engine.vocab_size, "note": self.engine.note}
-        return facts | {"placement": placement(self.session), "energy_source": self.meter.source}
+        return facts | {"placement": placement(*self.sessions), "energy_source": self.meter.source}
 
     def generate(self, trial: Trial, shape: str) -> Generation:
         """Run the trial's prompt and decode greedily; metrics of one round share one run."""
         return self.once(trial, shape, lambda: self._generate(trial, shape))
+
+    def time_request(self, trial: Trial, shape: str) -> float:
+        """Return the seconds from the trial's prompt to its last token; the process is idle again then."""
+        seconds = self._generate(trial, shape).tokens_s[-1]
+        settle()
+        return seconds
 
     def once(self, trial: Trial, name: str, work: Callable[[], Result]) -> Result:
         """Do a piece of a trial's work once, for all metrics that look at it."""
@@ -323,32 +339,3 @@ def settle(cpu_time: Callable[[], float] = time.process_time, sleep: Callable[[f
         sleep(0.01)
         if cpu_time() - before < 0.001:
             return
-
-
-def _opener(
-    bundle: ModelBundle, provider: str, threads: int, max_length: int | None, is_batch: bool
-) -> Callable[[], tuple[Any, Any]]:
-    """Import what opens the bundle, and return the function that does: (engine or None, session)."""
-    if bundle.manifest.task in SEQ2SEQ_TASKS:
-        from llmfast.bench.translator import Translator
-
-        def open_translator() -> tuple[Any, Any]:
-            translator = Translator(bundle, provider, threads, max_length)
-            return translator, translator.session
-
-        return open_translator
-    if "decoder" in bundle.graphs:  # which hears: random sound passes its encoder
-        from llmfast.infer.seq2seq import Seq2SeqEngine
-
-        return lambda: (None, Seq2SeqEngine(bundle, provider, threads).encoder)
-    if bundle.manifest.task == TEXT_GENERATION:
-        from llmfast.infer.opening import open_decoder
-
-        def open_engine() -> tuple[Any, Any]:
-            engine = open_decoder(bundle, provider, threads, max_length)
-            return engine, engine.session
-
-        return open_engine
-    if bundle.manifest.task != UNKNOWN_TASK:
-        registry.load("tasks", bundle.manifest.task)
-    return lambda: (None, open_encoder(bundle.model, provider, threads, is_batch))

@@ -24,6 +24,7 @@ class Translator:
         rules = read_rules(bundle.path, self.engine.context_length, max_length)
         self.vocab_size = self.engine.vocab_size
         self.session = self.engine.session
+        self.sessions = (self.engine.session, self.engine.encoder)
         self._capacity = rules.max_length
         self._start = rules.decoder_start_token_id
 

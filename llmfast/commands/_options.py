@@ -19,7 +19,15 @@ Provider = Annotated[str, typer.Option(help=f"Execution provider: {', '.join(reg
 AllowFallback = Annotated[
     bool, typer.Option("--allow-fallback", help="Go on with cpu where the provider is missing or takes no node.")
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads; the default is the cores this process may use.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        help="Threads; the default is the cores this process may use.", callback=lambda count: check_threads(count)
+    ),
+]
+NoTuned = Annotated[
+    bool, typer.Option("--no-tuned", help="Leave the settings that bench --tune-session kept for this machine alone.")
+]
 Verify = Annotated[bool, typer.Option("--verify", help="First hash every file of a bundle; sizes are always checked.")]
 Format = Annotated[str, typer.Option("--format", help=f"How results are printed: {', '.join(report.FORMATS)}.")]
 CalibrationField = Annotated[
@@ -38,6 +46,18 @@ MaxDrop = Annotated[
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """Leave out what the user did not say, so that each default stands in one place, the library."""
     return {key: value for key, value in values.items() if value is not None}
+
+
+def check_threads(threads: int | None) -> int | None:
+    """Return a number of threads; say so when there are not so many cores."""
+    if threads is not None:
+        from llmfast.runtime import resolve_threads, usable_cores
+
+        cores = usable_cores()
+        if resolve_threads(threads) > cores:
+            few = f"{cores} core{'s' if cores > 1 else ''}"
+            report.note(f"note: --threads {threads}, but this process may use {few}: it gets slower, not faster")
+    return threads
 
 
 def check_format(name: str) -> None:

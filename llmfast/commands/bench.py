@@ -7,8 +7,20 @@ from typing import Annotated, Any
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import AllowFallback, Format, Verify, check_format, given, parse_size
+from llmfast.commands._options import (
+    AllowFallback,
+    Format,
+    NoTuned,
+    Verify,
+    check_format,
+    check_threads,
+    given,
+    parse_size,
+)
 from llmfast.errors import LlmfastError, NativeCrashError, OptionError
+
+# Options of a run that --tune-session looks at too.
+_TUNING = ("prompt_tokens", "output_tokens", "rounds", "precision", "provider", "seed")
 
 SUMMARY = "Speed, cost, quality and energy side by side; gates."
 
@@ -63,6 +75,13 @@ def bench(
     threads: Annotated[
         str | None, typer.Option(help="Threads, or a sweep: 1,2; the default is the cores this process may use.")
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune-session", help="Search threads, spinning, blocks and chunks of one decoder; keep the fastest."
+        ),
+    ] = False,
+    no_tuned: NoTuned = False,
     price_per_hour: Annotated[
         float | None, typer.Option(help="Of the machine: gives prices per million tokens.")
     ] = None,
@@ -102,6 +121,7 @@ def bench(
     """
     check_format(output_format)
     from llmfast.bench.junit import write_junit
+    from llmfast.tuned import ignoring_tuned
     from llmfast.verdict import Gate, enforce, parse_speedup
 
     for file in (save, junit, html):
@@ -147,15 +167,21 @@ def bench(
             "download": download,
             "provider": provider,
             "allow_fallback": allow_fallback,
-            "threads": _numbers("--threads", threads),
+            "threads": _threads(threads),
             "price_per_hour": price_per_hour,
             "watts_per_core": watts_per_core,
             "profile": profile,
             "seed": seed,
         }
+        if tune:
+            _check_tuning(given(settings | {"baseline": baseline, "save": save, "junit": junit, "html": html}), judging)
         if verify:
             _verify([*(models or []), *([baseline] if baseline else [])])
-        document, show = _run(models or [], settings | judging, baseline)
+        if tune:
+            _tune(models or [], settings, output_format)
+            return
+        with ignoring_tuned(no_tuned):
+            document, show = _run(models or [], settings | judging, baseline)
     if save is not None:
         from llmfast.bench.document import save_document
 
@@ -179,6 +205,26 @@ def _run(models: list[Path], settings: dict[str, Any], baseline: Path | None) ->
     from llmfast.bench.table import print_document
 
     return run(models, BenchOptions(**given(settings)), baseline), print_document
+
+
+def _check_tuning(settings: dict[str, Any], judging: dict[str, Any]) -> None:
+    """Refuse options that a search for session settings has no use for."""
+    idle = [name for name, value in settings.items() if value not in (None, False) and name not in _TUNING]
+    idle += [name for name in ("gates", "max_drops") if judging[name]]
+    if idle:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        usable = ", ".join(f"--{name.replace('_', '-')}" for name in _TUNING)
+        raise OptionError(f"--tune-session has no use for {flags}", f"it takes {usable}")
+    if len(settings.get("prompt_tokens", ())) > 1:
+        raise OptionError("--tune-session takes one length of prompts", "e.g. -p 512")
+
+
+def _tune(models: list[Path], settings: dict[str, Any], output_format: str) -> None:
+    from llmfast.bench.options import BenchOptions
+    from llmfast.bench.tuning import print_tuning, tune_session
+
+    chosen = {name: value for name, value in given(settings).items() if name in _TUNING}
+    print_tuning(tune_session(models, BenchOptions(**chosen)), output_format)
 
 
 def _verify(models: list[Path]) -> None:
@@ -216,6 +262,12 @@ def _numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
     from llmfast.bench.options import parse_numbers
 
     return None if text is None else parse_numbers(text, flag)
+
+
+def _threads(text: str | None) -> tuple[int, ...] | None:
+    counts = _numbers("--threads", text)
+    check_threads(max(counts) if counts else None)
+    return counts
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import AllowFallback, Provider, Threads, Verify, given
+from llmfast.commands._options import AllowFallback, NoTuned, Provider, Threads, Verify, given
 from llmfast.errors import OptionError
 
 SUMMARY = "A prompt to an answer; a text to its labels, vector, entities or rank; an image to labels, speech to text."
@@ -83,6 +83,12 @@ def infer(
     draft: Annotated[
         Path | None, typer.Option(metavar="BUNDLE", help="Smaller model that drafts; same tokenizer.")
     ] = None,
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Keeps the prompt's keys and values; the next one that begins alike starts there."
+        ),
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -117,6 +123,7 @@ def infer(
     provider: Provider = "cpu",
     allow_fallback: AllowFallback = False,
     threads: Threads = None,
+    no_tuned: NoTuned = False,
     verify: Verify = False,
     output_format: Annotated[
         str, typer.Option("--format", help="text, json for one document, or jsonl for one a line.")
@@ -148,6 +155,7 @@ def infer(
     from llmfast.infer.jsonl import is_jsonl
     from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
     from llmfast.runtime import with_fallback
+    from llmfast.tuned import ignoring_tuned
     from llmfast.verify import verify_hashes
 
     given_texts = given({"prompt": prompt, "context": context, "document": document, "image": image, "audio": audio})
@@ -171,6 +179,7 @@ def infer(
             "stop": stop,
             "speculate": speculate,
             "draft": draft,
+            "prompt_cache": prompt_cache,
             "source_lang": source_lang,
             "target_lang": target_lang,
             "num_beams": num_beams,
@@ -182,57 +191,58 @@ def infer(
     provider = with_fallback(provider, allow_fallback)
     if verify:
         verify_hashes(model)
-    cluster = given({"address": address, "workers": workers, "parts": parts, "part_lines": part_lines})
-    if engine == "ray":
-        if given_texts:
-            raise OptionError(f"--{next(iter(given_texts))} is for --engine local", "give --input FILES")
-        if input_files is None or output is None:
-            raise OptionError("--engine ray needs --input FILES and --output FOLDER")
-        common = {"overwrite": overwrite, "batch_size": batch_size, "provider": provider}
-        cluster["threads"] = threads
-        _answer_folder(model, input_files, output, output_format, cluster, **common, **options)
-        return
-    if engine != "local":
-        raise OptionError(f"unknown --engine `{engine}`", "choose from: local, ray")
-    if cluster:
-        raise OptionError(f"--{next(iter(cluster)).replace('_', '-')} is for --engine ray")
-    input_file, output_file = (None if name is None else Path(name) for name in (input_files, output))
-    if input_file is not None and (is_jsonl(input_file) or (output_file is not None and is_jsonl(output_file))):
-        if given_texts:
-            raise OptionError(f"--{next(iter(given_texts))} and --input exclude each other")
-        if output_file is None or not is_jsonl(output_file):
-            raise OptionError(f"--input `{input_file}` needs --output FILE.jsonl for the answers")
-        settings = {"overwrite": overwrite, "batch_size": batch_size, "provider": provider, "threads": threads}
-        _answer_file(model, input_file, output_file, output_format, **settings, **options)
-        return
-    if batch_size is not None:
-        raise OptionError("--batch-size is for a file of prompts", "give --input FILE and --output FILE.jsonl")
-    options |= given({"output": output_file, "overwrite": overwrite or None})
-    bundle = ModelBundle.open(model)
-    stage.check_options(bundle, [*given_texts, *options])
-    task = TEXT_GENERATION if bundle.manifest.task == UNKNOWN_TASK else bundle.manifest.task
-    texts = _read_texts(given_texts.get(stage.text_option(task)), input_file, stage.text_option(task))
-    is_one = input_file is None and len(texts) == 1
-    if task != TEXT_GENERATION or not is_one:
-        answers = stage.answer(model, texts, provider=provider, threads=threads, **options)
-        if output_file is None:
-            _print_answers(answers, registry.load("tasks", task).spell, output_format, is_one)
-        return
-    sampling = Sampling(**{key: options.pop(key) for key in SAMPLING_OPTIONS if key in options})
-    generation = stage.infer(
-        model,
-        texts[0],
-        emit=report.write if output_format == "text" else lambda piece: None,
-        sampling=sampling,
-        provider=provider,
-        threads=threads,
-        **options,
-    )
-    if output_format == "text":
-        report.out("")
-    else:
-        _print_answers([generation.document(texts[0])], str, output_format, is_one)
-    report.note(stage.spell_speed(generation))
+    with ignoring_tuned(no_tuned):
+        cluster = given({"address": address, "workers": workers, "parts": parts, "part_lines": part_lines})
+        if engine == "ray":
+            if given_texts:
+                raise OptionError(f"--{next(iter(given_texts))} is for --engine local", "give --input FILES")
+            if input_files is None or output is None:
+                raise OptionError("--engine ray needs --input FILES and --output FOLDER")
+            common = {"overwrite": overwrite, "batch_size": batch_size, "provider": provider}
+            cluster["threads"] = threads
+            _answer_folder(model, input_files, output, output_format, cluster, **common, **options)
+            return
+        if engine != "local":
+            raise OptionError(f"unknown --engine `{engine}`", "choose from: local, ray")
+        if cluster:
+            raise OptionError(f"--{next(iter(cluster)).replace('_', '-')} is for --engine ray")
+        input_file, output_file = (None if name is None else Path(name) for name in (input_files, output))
+        if input_file is not None and (is_jsonl(input_file) or (output_file is not None and is_jsonl(output_file))):
+            if given_texts:
+                raise OptionError(f"--{next(iter(given_texts))} and --input exclude each other")
+            if output_file is None or not is_jsonl(output_file):
+                raise OptionError(f"--input `{input_file}` needs --output FILE.jsonl for the answers")
+            settings = {"overwrite": overwrite, "batch_size": batch_size, "provider": provider, "threads": threads}
+            _answer_file(model, input_file, output_file, output_format, **settings, **options)
+            return
+        if batch_size is not None:
+            raise OptionError("--batch-size is for a file of prompts", "give --input FILE and --output FILE.jsonl")
+        options |= given({"output": output_file, "overwrite": overwrite or None})
+        bundle = ModelBundle.open(model)
+        stage.check_options(bundle, [*given_texts, *options])
+        task = TEXT_GENERATION if bundle.manifest.task == UNKNOWN_TASK else bundle.manifest.task
+        texts = _read_texts(given_texts.get(stage.text_option(task)), input_file, stage.text_option(task))
+        is_one = input_file is None and len(texts) == 1
+        if task != TEXT_GENERATION or not is_one:
+            answers = stage.answer(model, texts, provider=provider, threads=threads, **options)
+            if output_file is None:
+                _print_answers(answers, registry.load("tasks", task).spell, output_format, is_one)
+            return
+        sampling = Sampling(**{key: options.pop(key) for key in SAMPLING_OPTIONS if key in options})
+        generation = stage.infer(
+            model,
+            texts[0],
+            emit=report.write if output_format == "text" else lambda piece: None,
+            sampling=sampling,
+            provider=provider,
+            threads=threads,
+            **options,
+        )
+        if output_format == "text":
+            report.out("")
+        else:
+            _print_answers([generation.document(texts[0])], str, output_format, is_one)
+        report.note(stage.spell_speed(generation))
 
 
 def _answer_file(model: Path, input_file: Path, output: Path, output_format: str, **settings: Any) -> None:

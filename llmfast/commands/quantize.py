@@ -87,6 +87,13 @@ def quantize(
     ] = None,
     provider: Annotated[str | None, typer.Option(help="Execution provider that --auto measures on.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that --auto measures with.")] = None,
+    prefill: Annotated[
+        str | None,
+        typer.Option(metavar="SCHEME", help="Number format of a second graph that reads prompts; int8 is the fastest."),
+    ] = None,
+    prefill_method: Annotated[
+        str | None, typer.Option(metavar="A,B", help="How that graph's numbers are found; int8: smoothquant.")
+    ] = None,
     kv: Annotated[
         str | None,
         typer.Option(
@@ -130,7 +137,7 @@ def quantize(
     _check_auto(
         auto,
         excluded={"--scheme": scheme, "--method": method, "--activations": activations}
-        | {"--target-bits": target_bits, "--target-size": target_size},
+        | {"--target-bits": target_bits, "--target-size": target_size, "--prefill": prefill},
         needs={"--min-speedup": min_speedup, "--provider": provider, "--threads": threads},
         others={"--no-measure": not measure, "--resume": resume, "--dry-run": dry_run, "--set": settings},
     )
@@ -159,7 +166,16 @@ def quantize(
         trim_vocabulary=trim_vocabulary,
         resume=resume,
         overwrite=overwrite,
-        **given({"method": method, "include": include, "exclude": exclude, "data_samples": data_samples}),
+        prefill=prefill,
+        **given(
+            {
+                "method": method,
+                "prefill_method": prefill_method,
+                "include": include,
+                "exclude": exclude,
+                "data_samples": data_samples,
+            }
+        ),
     )
     if dry_run:
         if options.budget:
@@ -227,7 +243,7 @@ def _quantize_best(
 
 def _print(bundle: "ModelBundle", model: Path, output_format: str) -> None:
     from llmfast.bundle import UNKNOWN_TASK
-    from llmfast.quantize.summary import LAYER_COLUMNS, figure_columns, spell_worst
+    from llmfast.quantize.summary import LAYER_COLUMNS, figure_columns, graph_columns, spell_worst
 
     measured = bundle.manifest.measured["quantize"]
     sizes = {"size_bytes": bundle.size_bytes, "bits_per_weight": bundle.manifest.bits_per_weight}
@@ -237,6 +253,8 @@ def _print(bundle: "ModelBundle", model: Path, output_format: str) -> None:
     report.print_rows(measured["layers"], LAYER_COLUMNS, output_format)
     if output_format != "csv":  # which holds one table
         report.print_rows([{**sizes, **measured}], figure_columns({**sizes, **measured}), output_format)
+        if graphs := measured.get("graphs"):
+            report.print_rows(graphs, graph_columns(graphs), output_format)
     report.note(spell_worst(measured["worst_layers"]))
     for form in measured["slow_forms"]:
         report.note(f"note: slow form: {form}")

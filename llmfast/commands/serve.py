@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmfast.commands._options import Provider, Threads, given
+from llmfast.commands._options import NoTuned, Provider, Threads, given
 from llmfast.errors import InputError
 
 SUMMARY = "A bundle as an HTTP server with OpenAI's API: chat, completions, embeddings."
@@ -31,6 +31,7 @@ def serve(
     timeout: Annotated[float | None, typer.Option(help="Seconds for an answer, 300 by default.")] = None,
     provider: Provider = "cpu",
     threads: Threads = None,
+    no_tuned: NoTuned = False,
 ) -> None:
     """Serve a model over HTTP, with the API that clients of OpenAI's speak, and a page to try it.
 
@@ -38,6 +39,7 @@ def serve(
     """
     from llmfast.serve.options import ServeOptions
     from llmfast.serve.stage import serve as run
+    from llmfast.tuned import ignoring_tuned
 
     options = given(
         {
@@ -52,7 +54,8 @@ def serve(
             "timeout_s": timeout,
         }
     )
-    run(model, ServeOptions(provider=provider, threads=threads, **options))
+    with ignoring_tuned(no_tuned):
+        run(model, ServeOptions(provider=provider, threads=threads, **options))
 
 
 def _read_key(path: Path | None) -> str | None:

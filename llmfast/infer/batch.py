@@ -22,16 +22,11 @@ import numpy as np
 
 from llmfast.errors import InputError, LlmfastError
 from llmfast.infer.answer import Answer
+from llmfast.infer.decoder import common_beginning
 from llmfast.infer.generate import MAX_TOKENS, Generation, check_limits
 from llmfast.infer.rows import Rows
 from llmfast.infer.sampling import Sampling, sample
 from llmfast.tokenizer import Tokenizer
-
-# Positions of a common beginning are shared in whole multiples of this. Matrix kernels work on tiles of rows; cut
-# between tiles, the sums of both parts stay those of the whole.
-_TILE = 16
-# Attention over one token is another kernel than over several; what follows a common beginning must be several.
-_LEAST_REST = 2
 
 
 @dataclass(frozen=True)
@@ -193,16 +188,7 @@ class Batch:
 
     def _longest_beginning(self, row: int, ids: np.ndarray) -> tuple[int, int]:
         """Return the row that holds most of a prompt's beginning, and how many positions of it."""
-
-        def common(held: np.ndarray) -> int:
-            # The last token of what a row holds may have gone through the graph alone.
-            count = min(len(held) - 1, len(ids) - _LEAST_REST)
-            if count < _TILE:
-                return 0
-            differs = np.flatnonzero(held[:count] != ids[:count])
-            return int(differs[0] if len(differs) else count) // _TILE * _TILE
-
-        lengths = [common(held) for held in self._held]
+        lengths = [common_beginning(held, ids) for held in self._held]
         longest = max(lengths)
         source = row if lengths[row] == longest else lengths.index(longest)
         return source, longest

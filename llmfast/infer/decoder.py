@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError, LlmfastError, OptionError, UnsupportedError
 
 CACHE_HINT = "export it with its cache, e.g. optimum's --task text-generation-with-past"
+
+# Positions of a common beginning are shared in whole multiples of this. Matrix kernels work on tiles of rows; cut
+# between tiles, the sums of both parts stay those of the whole.
+_TILE = 16
+# Attention over one token is another kernel than over several; what follows a common beginning must be several.
+_LEAST_REST = 2
 
 
 class Decoder(ABC):
@@ -75,6 +82,11 @@ class Decoder(ABC):
             InputError: as `prefill`.
         """
 
+    @property
+    def sessions(self) -> tuple[Any, ...]:
+        """All ONNX Runtime sessions; the one that decodes is the first."""
+        return (self.session,)
+
     def score(self, ids: np.ndarray) -> np.ndarray:
         """Return the logits at every position, float32 [n, vocab], starting from an empty context."""
         self.reset()
@@ -104,7 +116,10 @@ class Decoder(ABC):
             )
 
     def _full(self, tokens: int) -> InputError:
-        return InputError(f"too long: {tokens} tokens, the context holds {self.capacity}", "shorten the prompt")
+        excess = tokens - self.capacity
+        return InputError(
+            f"too long: {tokens} tokens, the context holds {self.capacity}; {excess} too many", "shorten the prompt"
+        )
 
 
 @contextmanager
@@ -137,3 +152,25 @@ def context_length(bundle: ModelBundle) -> int:
     if type(found) is not int or found < 1:
         raise InputError(f"`{bundle.path}` does not say how long its context is", "copy config.json beside the model")
     return found
+
+
+def cuts(start: int, end: int, chunk_tokens: int) -> list[tuple[int, int]]:
+    """Return begin and end of the parts in which a prompt goes through the graph: cut at whole chunks from 0."""
+    inner = range((start // chunk_tokens + 1) * chunk_tokens, end, chunk_tokens)
+    places = [start, *inner, end]
+    return list(pairwise(places))
+
+
+def common_beginning(held: np.ndarray, ids: np.ndarray) -> int:
+    """Return how many positions of a prompt that a cache holds another prompt can take over without other sums.
+
+    Args:
+        held: int64 [m], the prompt in the cache.
+        ids: int64 [n].
+    """
+    # The last token of what a cache holds may have gone through the graph alone.
+    count = min(len(held) - 1, len(ids) - _LEAST_REST)
+    if count < _TILE:
+        return 0
+    differs = np.flatnonzero(held[:count] != ids[:count])
+    return int(differs[0] if len(differs) else count) // _TILE * _TILE

@@ -10,6 +10,7 @@ import numpy as np
 from llmfast.errors import InputError, OptionError
 from llmfast.infer.answer import Answer, FinishReason
 from llmfast.infer.decoder import Decoder
+from llmfast.infer.prompt_cache import PromptCache
 from llmfast.infer.sampling import Sampling, sample
 from llmfast.infer.speculate import Speculation
 from llmfast.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ class Generation:
         finish_reason: a stop string, the limit of tokens or of the context, or an end token.
         drafted_tokens: tokens that were guessed and verified.
         accepted_tokens: those of them that the model chose too.
+        cached_tokens: tokens of the prompt that a file held and were not computed.
         placement: nodes of the graph on each execution provider, as ONNX Runtime tells; empty when nobody asked.
     """
 
@@ -42,6 +44,7 @@ class Generation:
     finish_reason: FinishReason
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    cached_tokens: int = 0
     placement: Mapping[str, int] = field(default_factory=dict)
 
     def document(self, prompt: str) -> dict[str, Any]:
@@ -92,6 +95,7 @@ def generate(
     stop: Sequence[str] = (),
     eos_ids: Sequence[int] = (),
     speculation: Speculation | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Generator[str, None, Generation]:
     """Yield an answer in pieces of whole characters; the generator's return value is the `Generation`.
 
@@ -104,6 +108,7 @@ def generate(
         stop: strings that end the answer and are not part of it.
         eos_ids: tokens that end the answer.
         speculation: over the same engine; it changes how fast the answer comes, not the answer.
+        prompt_cache: holds the beginning of the prompt, perhaps.
 
     Raises:
         OptionError: max_tokens below 1, or an empty stop string.
@@ -113,15 +118,16 @@ def generate(
     room = engine.capacity - len(prompt_ids)
     if room < 1:
         raise InputError(
-            f"prompt too long: {len(prompt_ids)} tokens, the context holds {engine.capacity}",
-            "shorten it; the answer needs room too",
+            f"prompt too long: {len(prompt_ids)} tokens, the context holds {engine.capacity} with the answer; "
+            f"{1 - room} too many",
+            "shorten it",
         )
     if speculation is not None:
         speculation.begin()
     times = _Times()
     tokenizer.check_fits(engine.vocab_size)
     vocab_size = min(tokenizer.vocab_size, engine.vocab_size)
-    tokens = _choose_tokens(engine, prompt_ids, vocab_size, sampling, times, speculation)
+    tokens = _choose_tokens(engine, prompt_ids, vocab_size, sampling, times, speculation, prompt_cache)
     answer = Answer(tokenizer, prompt_ids.tolist(), min(max_tokens, room), stop, eos_ids)
     while answer.finish_reason is None:
         piece = answer.push(next(tokens))
@@ -136,6 +142,7 @@ def generate(
         times.decode_tokens_per_s,
         answer.finish_reason,
         *drafts,
+        times.cached_tokens,
     )
 
 
@@ -156,6 +163,7 @@ class _Times:
     ttft_s: float = 0.0
     decode_s: float = 0.0
     tokens: int = 0
+    cached_tokens: int = 0
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -169,6 +177,7 @@ def _choose_tokens(
     sampling: Sampling,
     times: _Times,
     speculation: Speculation | None,
+    prompt_cache: PromptCache | None,
 ) -> Iterator[int]:
     """Yield the tokens that follow a prompt, without end; only the work on them counts in `times`."""
     rng = np.random.default_rng(sampling.seed)
@@ -182,7 +191,8 @@ def _choose_tokens(
 
     engine.reset()
     start = time.perf_counter()
-    following = [choose(engine.prefill(prompt_ids))]
+    times.cached_tokens = prompt_cache.load(engine, prompt_ids) if prompt_cache else 0
+    following = [choose(engine.prefill(prompt_ids[times.cached_tokens :]))]
     times.ttft_s = time.perf_counter() - start
     while True:
         tokens += following

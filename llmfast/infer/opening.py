@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llmfast.bundle import TEXT_GENERATION, ModelBundle
+from llmfast.bundle import PREFILL, TEXT_GENERATION, ModelBundle
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.infer.decoder import Decoder, runs
 from llmfast.infer.engine import Engine
@@ -11,6 +11,7 @@ from llmfast.infer.rows import OneRow, Rows, SlabRows
 from llmfast.infer.speculate import Drafter, DraftModel, PromptLookup, Speculation
 from llmfast.report import note
 from llmfast.tokenizer import Tokenizer
+from llmfast.tuned import SessionSettings, settings_for
 
 # Prompt lookup is worth its opening, a quarter of a second for SmolLM2, from so many tokens on, unless asked for.
 _COPYABLE_TOKENS, _ANSWER_TOKENS = 64, 32
@@ -21,9 +22,11 @@ def open_decoder(
     provider: str = "cpu",
     threads: int | None = None,
     max_length: int | None = None,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
     spin: bool = True,
     verify: bool = False,
+    even_if_inexact: bool = False,
+    settings: SessionSettings | None = None,
 ) -> Decoder:
     """Open a text-generation model, llmfast's own or another exporter's.
 
@@ -32,27 +35,28 @@ def open_decoder(
         provider: a name in `llmfast.providers`.
         threads: intra-op threads; None takes the cores this process may use.
         max_length: positions that will be needed; None means the model's whole context.
-        chunk_tokens: tokens of a prompt that go through the graph at once.
+        chunk_tokens: tokens of a prompt that go through the graph at once; None takes that of the settings.
         spin: let idle threads spin.
         verify: let steps verify drafted tokens, where graph and provider allow it; the `Engine` says so.
+        even_if_inexact: verify with the graph for prompts where the bundle has one: it takes several tokens faster, and
+            rounds otherwise than the one that decodes.
+        settings: of the session; None takes those that were found best on this machine, or the defaults.
 
     Raises:
         UnsupportedError: the graph is no decoder, or one of a form that no engine runs.
         InputError: the model can't be read, or does not say how long its context is.
         ResourceError: no memory for the KV cache.
     """
+    settings = settings or settings_for(bundle, provider, threads)
+    threads, spin = settings.threads, spin and settings.spin
+    chunk_tokens = settings.chunk_tokens if chunk_tokens is None else chunk_tokens
     inputs = bundle.manifest.graphs.get("model", {}).get("inputs", ())
     if not inputs or "seqlens_k" in inputs:
-        if not verify or provider != "cpu":
-            return Engine(bundle, provider, threads, max_length, chunk_tokens, spin)
-        from llmfast.graph.model import OnnxModel
-        from llmfast.graph.verify import ROWS, add_verification
-
-        able = add_verification(OnnxModel.load(bundle.model))
-        if able is None:
-            return Engine(bundle, provider, threads, max_length, chunk_tokens, spin)
-        data = able.SerializeToString()
-        return Engine(bundle, provider, threads, max_length, chunk_tokens, spin, graph=data, verify_rows=ROWS)
+        graph, rows = _to_verify(bundle, even_if_inexact) if verify and provider == "cpu" else (None, ())
+        base = settings.block_base
+        return Engine(
+            bundle, provider, threads, max_length, chunk_tokens, spin, graph=graph, verify_rows=rows, block_base=base
+        )
     # Own bundles need neither of these, and are opened without reading their graphs first.
     from llmfast.infer.growing import GrowingEngine
     from llmfast.thirdparty import adopt, can_adopt
@@ -68,6 +72,17 @@ def open_decoder(
         engine.decode(0)
     engine.reset()
     return engine
+
+
+def _to_verify(bundle: ModelBundle, even_if_inexact: bool) -> tuple[bytes | None, tuple[int, ...]]:
+    """Return a graph in place of the model's own, if it takes one, and the numbers of rows that are then verified."""
+    from llmfast.graph.model import OnnxModel
+    from llmfast.graph.verify import ROWS, add_verification
+
+    if even_if_inexact and PREFILL in bundle.graphs:
+        return None, ROWS
+    able = add_verification(OnnxModel.load(bundle.model))
+    return (None, ()) if able is None else (able.SerializeToString(), ROWS)
 
 
 def open_speculating(
@@ -106,7 +121,8 @@ def open_speculating(
     wanted = is_asked or (speculate is None and may_pay)
     length = prompt_tokens + max_tokens
     # Threads of two models that both spin take each other's cores.
-    decoder = open_decoder(bundle, provider, threads, length, spin=draft is None, verify=wanted)
+    spin = draft is None
+    decoder = open_decoder(bundle, provider, threads, length, spin=spin, verify=wanted, even_if_inexact=is_asked)
     if not isinstance(decoder, Engine) or not decoder.verify_rows:
         if is_asked:
             reason = f"the provider is {provider}" if provider != "cpu" else "its attention can't be split by tokens"

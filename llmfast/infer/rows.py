@@ -8,14 +8,13 @@ Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from llmfast.errors import ResourceError
 from llmfast.graph.feeds import DTYPES, PAST, present_of
-from llmfast.infer.decoder import Decoder
+from llmfast.infer.decoder import Decoder, cuts
 from llmfast.infer.engine import Engine
 from llmfast.runtime import import_onnxruntime
 
@@ -70,7 +69,7 @@ class SlabRows(Rows):
     """Rows of one slab, on the CPU.
 
     Args:
-        engine: gives session and cuts; its own cache is not used, and takes no memory until it is.
+        engine: gives sessions and cuts; its own cache is not used, and takes no memory until it is.
         count: rows.
         capacity: positions of a row.
 
@@ -82,7 +81,7 @@ class SlabRows(Rows):
         self.count = count
         self.capacity = capacity
         self.vocab_size = engine.vocab_size
-        self._session = engine.session
+        self._session, self._prompt_session = engine.session, engine.prompt_session
         self._ids_dtype = engine.ids_dtype
         self._chunk_tokens = engine.chunk_tokens
         self._wrap = import_onnxruntime().OrtValue.ortvalue_from_numpy
@@ -108,7 +107,8 @@ class SlabRows(Rows):
         """Compute a prompt from position `start` on."""
         for begin, end in cuts(start, len(ids), self._chunk_tokens):
             input_ids = ids[None, begin:end].astype(self._ids_dtype)
-            logits = self._run(input_ids, self._bind(input_ids, row), [end])
+            binding = self._bind(self._prompt_session, input_ids, row)
+            logits = self._run(self._prompt_session, input_ids, binding, [end])
         last: np.ndarray = logits[0].copy()
         return last
 
@@ -117,26 +117,26 @@ class SlabRows(Rows):
         step = first, len(tokens)
         if step not in self._steps:
             input_ids = np.zeros((len(tokens), 1), self._ids_dtype)
-            self._steps[step] = input_ids, self._bind(input_ids, first)
+            self._steps[step] = input_ids, self._bind(self._session, input_ids, first)
         input_ids, binding = self._steps[step]
         input_ids[:, 0] = tokens
-        return self._run(input_ids, binding, [length + 1 for length in lengths])
+        return self._run(self._session, input_ids, binding, [length + 1 for length in lengths])
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a row begin with the first positions of another."""
         for layer in self._slab.values():
             layer[target, :, :length] = layer[source, :, :length]
 
-    def _run(self, input_ids: np.ndarray, binding: Any, totals: Sequence[int]) -> np.ndarray:
+    def _run(self, session: Any, input_ids: np.ndarray, binding: Any, totals: Sequence[int]) -> np.ndarray:
         self._numbers["seqlens_k"][: len(totals)] = np.array(totals) - 1
         self._numbers["total_sequence_length"][()] = max(totals)
-        self._session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding)
         return self._logits[: len(input_ids), 0]
 
-    def _bind(self, input_ids: np.ndarray, first: int) -> Any:
+    def _bind(self, session: Any, input_ids: np.ndarray, first: int) -> Any:
         """Bind a step onto the rows from `first` on; what is bound must outlive the binding."""
         rows = len(input_ids)
-        binding = self._session.io_binding()
+        binding = session.io_binding()
         arrays = {"input_ids": input_ids, **self._numbers, "seqlens_k": self._numbers["seqlens_k"][:rows]}
         for name, array in arrays.items():
             binding.bind_ortvalue_input(name, self._wrap(array))
@@ -177,10 +177,3 @@ class OneRow(Rows):
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Do nothing: the row holds its own positions."""
-
-
-def cuts(start: int, end: int, chunk_tokens: int) -> list[tuple[int, int]]:
-    """Return begin and end of the parts in which a prompt goes through the graph: cut at whole chunks from 0."""
-    inner = range((start // chunk_tokens + 1) * chunk_tokens, end, chunk_tokens)
-    places = [start, *inner, end]
-    return list(pairwise(places))

@@ -10,6 +10,7 @@ from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
 from llmfast.errors import OptionError, UnsupportedError
 from llmfast.infer.generate import MAX_TOKENS, Generation, check_limits, encode_prompt, finish, generate
 from llmfast.infer.opening import open_speculating
+from llmfast.infer.prompt_cache import PromptCache
 from llmfast.infer.sampling import Sampling
 from llmfast.report import note
 from llmfast.runtime import placement, suit_provider
@@ -30,6 +31,7 @@ def infer(
     threads: int | None = None,
     speculate: bool | None = None,
     draft: Path | None = None,
+    prompt_cache: Path | None = None,
 ) -> Generation:
     """Answer a prompt with a text-generation model.
 
@@ -46,6 +48,8 @@ def infer(
         threads: intra-op threads; None takes the cores this process may use.
         speculate: guess tokens that one step verifies; None does where it can't change the answer and may pay.
         draft: a bundle whose model guesses them; None looks them up in prompt and answer.
+        prompt_cache: file with the keys and values of a prompt: what both begin with is not computed again. It is
+            written where it held less than three quarters of this prompt.
 
     Raises:
         OptionError: max_tokens below 1, an empty stop string, a system prompt without a chat template,
@@ -62,6 +66,7 @@ def infer(
     provider = suit_provider(bundle, provider)
     tokenizer = Tokenizer.load(bundle.path)
     prompt_ids = encode_prompt(tokenizer, prompt, system, raw)
+    cache = PromptCache(prompt_cache, bundle) if prompt_cache else None
     engine, speculation = open_speculating(
         bundle, tokenizer, len(prompt_ids), max_tokens, provider, threads, speculate, draft
     )
@@ -69,13 +74,23 @@ def infer(
         note(f"note: `{bundle.name}`: {engine.note}")
     generation = finish(
         generate(
-            engine, tokenizer, prompt_ids, max_tokens, sampling or Sampling(), stop, tokenizer.eos_ids, speculation
+            engine,
+            tokenizer,
+            prompt_ids,
+            max_tokens,
+            sampling or Sampling(),
+            stop,
+            tokenizer.eos_ids,
+            speculation,
+            cache,
         ),
         emit,
     )
+    if cache:
+        note(cache.spell(len(prompt_ids), cache.save(engine, prompt_ids)))
     if speculation and generation.drafted_tokens and not speculation.is_exact and (speculate or draft):
         note(f"note: `{bundle.name}` rounds several tokens otherwise than one: --no-speculate may answer differently")
-    return replace(generation, placement=placement(engine.session))
+    return replace(generation, placement=placement(*engine.sessions))
 
 
 def answer(

@@ -1,7 +1,7 @@
 """What `llmfast inspect` prints: tables for people, Markdown for a README, JSON and CSV for programs."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llmfast import report
@@ -97,11 +97,17 @@ def _spell_architecture(architecture: Mapping[str, Any]) -> str:
 
 
 def _spell_options(step: Mapping[str, Any]) -> str:
-    chosen: dict[str, Any] = {}
-    for key, value in step["options"].items():
-        chosen |= {f"{key}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {key: value}
+    chosen = dict(_flatten("", step["options"]))
     spelled = " ".join(f"{key}={value}" for key, value in chosen.items() if value not in (None, ""))
     return f" ({spelled})" if spelled else ""
+
+
+def _flatten(prefix: str, options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in options.items():
+        if isinstance(value, dict):
+            yield from _flatten(f"{prefix}{key}.", value)
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _values(graph: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ One sample is in memory at a time.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,18 +174,17 @@ class Proof:
         # On random inputs errors of single layers say little.
         return input_rows(workpiece, [values for values in taken if self.text and "input_ids" in values])
 
-    def compare(self, candidates: Mapping[str, OnnxModel]) -> dict[str, float]:
-        """Run both on the same samples, and return the figures; of several graphs the worst."""
+    def compare(self, candidates: Mapping[str, OnnxModel]) -> dict[str, dict[str, float]]:
+        """Run both on the same samples, and return the figures of each graph that can be compared."""
         start = time.perf_counter()
         known = {role: candidates[role] for role, one in self._held_out.items() if one.samples}
         if not known:
             return {}
-        parts = [self._compare(role, candidate) for role, candidate in known.items()]
-        worst = {key: [part[key] for part in parts if key in part] for part in parts for key in part}
+        compared = {role: self._compare(role, candidate) for role, candidate in known.items()}
         where = self.text["name"] if self.text else "random inputs"
         count = max(len(one.samples) for one in self._held_out.values())
         note(f"compared with the float model on {count} samples of {where}: {time.perf_counter() - start:.1f} s")
-        return {key: min(values) if key in _HIGHER_IS_BETTER else max(values) for key, values in worst.items()}
+        return compared
 
     def _compare(self, role: str, candidate: OnnxModel) -> dict[str, float]:
         path = self._paths[role]
@@ -200,6 +199,15 @@ class Proof:
                 comparison.add(values, ours.run(comparison.outputs, _with_own_cache(values, ours)), reference)
                 advance()
         return comparison.figures()
+
+
+def worst(compared: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return the worst of each figure over the graphs of a bundle."""
+    values: dict[str, list[float]] = {}
+    for figures in compared:
+        for key, value in figures.items():
+            values.setdefault(key, []).append(value)
+    return {key: min(ones) if key in _HIGHER_IS_BETTER else max(ones) for key, ones in values.items()}
 
 
 def input_rows(workpiece: Workpiece, samples: Sequence[Mapping[str, np.ndarray]]) -> RowsOf:

@@ -33,13 +33,17 @@ class QuantizeOptions:
         data: the text to compare on; None is what the calibration leaves over, or a text that llmfast ships.
         data_samples: windows, or an encoder's lines, to compare on.
         gates: limits on the figures of the comparison.
+        prefill: the number format of a decoder's second graph, which reads prompts; None writes none.
+        prefill_method: how that graph's numbers are found; None smooths what has 8-bit activations, and rounds to
+            nearest otherwise.
         kv: how a decoder stores its KV cache, `int8`, calibrated; None leaves it float.
         trim_vocabulary: UTF-8 text; tokens that it does not need are left out first.
         resume: go on with the layers that an interrupted run had done.
         overwrite: replace an existing bundle.
 
     Raises:
-        OptionError: gates or a budget without a comparison, a count that is not positive, or an unknown cache format.
+        OptionError: gates or a budget without a comparison, a count that is not positive, an unknown cache format, or a
+            second graph that can't be.
     """
 
     scheme: str
@@ -54,6 +58,8 @@ class QuantizeOptions:
     data: Path | None = None
     data_samples: int = 4
     gates: tuple[Gate, ...] = ()
+    prefill: str | None = None
+    prefill_method: str | None = None
     kv: str | None = None
     trim_vocabulary: Path | None = None
     resume: bool = False
@@ -66,5 +72,11 @@ class QuantizeOptions:
             raise OptionError(f"unknown KV cache format `{self.kv}`", f"choose from: {', '.join(CACHE_FORMATS)}")
         if not self.measure and (self.gates or self.data or (self.budget and self.budget.max_kld)):
             raise OptionError("--no-measure leaves nothing to judge", "leave out --no-measure, or --data and the gates")
+        if self.prefill == self.scheme and not self.budget:
+            raise OptionError(f"--prefill {self.prefill}: that is the --scheme already", "leave --prefill out")
+        if self.prefill and self.budget:
+            raise OptionError("--prefill does not go with a budget, which is for one graph", "choose a --scheme")
+        if not self.prefill and self.prefill_method is not None:
+            raise OptionError("--prefill-method needs --prefill", "e.g. --prefill int8")
         if self.sensitivity and not self.budget:
             raise OptionError("--sensitivity needs a budget", "e.g. --target-bits 5")

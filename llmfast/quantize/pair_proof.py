@@ -74,8 +74,8 @@ class PairProof:
         """Return what gives some rows of each layer's input, asked for in the graph's order, on the first pair."""
         return input_rows(workpiece, self._first[role])
 
-    def compare(self, candidates: Mapping[str, OnnxModel]) -> dict[str, float]:
-        """Run both models on the same pairs, each with its own encoder's states, and return the figures."""
+    def compare(self, candidates: Mapping[str, OnnxModel]) -> dict[str, dict[str, float]]:
+        """Run both models on the same pairs, each with its own encoder's states; return the figures, the decoder's."""
         start = time.perf_counter()
         # Weights as they lie in the file: ordered for speed they would take the float model's size in memory.
         theirs = [open_session(path, spin=False, graph=graph, prepack=False) for path, graph in self._graphs]
@@ -89,7 +89,7 @@ class PairProof:
                 advance()
         seconds = time.perf_counter() - start
         note(f"compared with the float model on {len(self._pairs)} samples of {self.text['name']}: {seconds:.1f} s")
-        return comparison.figures()
+        return {"decoder": comparison.figures()}
 
 
 def _predict(sessions: Sequence[Any], pair: Pair) -> np.ndarray:

@@ -18,6 +18,8 @@ HEAD_ROLE = "lm_head"
 EMBEDDING_ROLE = "embedding"
 FLOAT_BITS = 32
 DEFAULT_ROUNDING = "rtn"
+# Without zero points, codes of so few bits want a scale for every few values.
+_FEW_BITS, _SMALL_BLOCK = 4, 32
 
 # A graph that has one of these was quantized before.
 _QUANTIZED_OPS = frozenset(
@@ -124,6 +126,15 @@ class Layers:
         return self.grids[weight].bits if weight in self.grids else FLOAT_BITS
 
 
+@dataclass(frozen=True)
+class Part:
+    """One graph of a bundle and what becomes of it."""
+
+    plan: Plan
+    model: OnnxModel
+    layers: Layers
+
+
 def list_layers(graphs: Sequence[Layers]) -> list[dict[str, Any]]:
     """Return one row per role over all graphs of a bundle: layers, parameters, bits; what they share counts once."""
     parts: dict[str, tuple[str, tuple[int, int], int]] = {}
@@ -218,8 +229,9 @@ def _assign_grids(linears: list[Linear], embeddings: list[Embedding], tied: set[
 
 
 def block_wise_grid(in_features: int, bits: int) -> Grid:
-    """Return the grid of an embedding or head: the largest blocks that fit, without zero points."""
-    return Grid(bits=bits, block_size=largest_block_size(in_features))
+    """Return the grid of an embedding or head: the largest blocks that fit, at 4 bits small ones; no zero points."""
+    size = largest_block_size(in_features)
+    return Grid(bits=bits, block_size=min(size, _SMALL_BLOCK) if bits == _FEW_BITS else size)
 
 
 def _split_method(method: str) -> tuple[list[str], str]:
@@ -264,5 +276,5 @@ def _check_scheme(plan: Plan, rounding_settings: Mapping[str, str]) -> None:
             )
         return
     head_bits = plan.scheme.options.head_bits
-    if head_bits not in (8, FLOAT_BITS):
-        raise OptionError(f"head_bits {head_bits}: not 8 or {FLOAT_BITS}")
+    if head_bits not in (4, 8, FLOAT_BITS):
+        raise OptionError(f"head_bits {head_bits}: not 4, 8 or {FLOAT_BITS}")

@@ -12,6 +12,7 @@ from llmfast import registry
 from llmfast.bundle import (
     COMPANIONS,
     MANIFEST,
+    PREFILL,
     ModelBundle,
     check_output,
     sha256,
@@ -30,14 +31,15 @@ from llmfast.quantize.budget import Fitting, start_fitting
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.checkpoint import Checkpoint, kept_for_resuming
 from llmfast.quantize.corpus import Corpus
+from llmfast.quantize.hybrid import make_plans, require_decoder
 from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_cache
-from llmfast.quantize.measure import Proof
+from llmfast.quantize.measure import Proof, worst
 from llmfast.quantize.options import MIXED_SCHEME, QuantizeOptions
 from llmfast.quantize.pair_proof import PairProof, make_proof
 from llmfast.quantize.pairs import PairReader, Values, feed_pairs, is_encoder_decoder
-from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Plan, choose_layers, list_layers
+from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Part, Plan, choose_layers, list_layers
 from llmfast.quantize.rewrite import LayerReport, QuantizedGraph, RoundWeight, Weight
-from llmfast.quantize.summary import make_manifest, slow_forms, summarize, versions
+from llmfast.quantize.summary import describe_graphs, make_manifest, slow_forms, summarize, versions
 from llmfast.quantize.vocabulary import trimmed
 from llmfast.quantize.workpiece import InputStatistics, Workpiece
 from llmfast.report import note, progress
@@ -70,27 +72,28 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         check_output(output, (source,), options.overwrite)
         with trimmed(source, output, options.trim_vocabulary) as smaller:
             return quantize(smaller, output, replace(options, trim_vocabulary=None))
-    plan, bundle, graphs = _prepare(source, output, options)
-    states = {role: model.state() for role, (model, _) in graphs.items()}
-    cache = measure_ranges(graphs["model"][0], options.calibration.split(bundle)[0]) if options.kv else None
-    models = {role: model for role, (model, _) in graphs.items()}
-    samples = _samples(bundle, models, options.calibration) if plan.needs_calibration else {}
-    proof = _prove(plan, bundle, models, options)
+    bundle, parts = _prepare(source, output, options)
+    states = {role: part.model.state() for role, part in parts.items()}
+    cache = measure_ranges(parts["model"].model, options.calibration.split(bundle)[0]) if options.kv else None
+    samples = _samples(bundle, parts, options.calibration)
+    proof = _prove(bundle, parts, options)
     checkpoint = None
-    if options.resume or options.budget or plan.rounding.plugin.NEEDS_STATISTICS:
-        checkpoint = Checkpoint(output, _facts(bundle, list(models.values()), plan, options), options.resume)
+    if options.resume or options.budget or any(part.plan.rounding.plugin.NEEDS_STATISTICS for part in parts.values()):
+        checkpoint = Checkpoint(output, _facts(bundle, parts, options), options.resume)
     with kept_for_resuming(checkpoint), stage_output(output, options.overwrite) as staged:
-        fitting = _start_fitting(plan, bundle, graphs, samples, options, checkpoint, staged)
+        fitting = (
+            _start_fitting(bundle, parts["model"], samples, options, checkpoint, staged) if options.budget else None
+        )
         writers = {
-            role: _prepare_writer(role, plan, Workpiece(model, layers, samples.get(role, ())), checkpoint, proof)
-            for role, (model, layers) in graphs.items()
+            role: _prepare_writer(role, part, samples.get(role, ()), checkpoint, proof) for role, part in parts.items()
         }
         while True:
-            chosen = {"model": fitting.layers()} if fitting else {role: layers for role, (_, layers) in graphs.items()}
+            chosen = {"model": fitting.layers()} if fitting else {role: part.layers for role, part in parts.items()}
             after, reports = _write_graphs(staged, writers, chosen, cache)
             for written in after.values():
                 _check_loads(written.path, source)
-            figures = proof.compare(after) if proof else {}
+            compared = proof.compare(after) if proof else {}
+            figures = worst(compared.values())
             if fitting is None or fitting.is_met(after["model"], figures):
                 break
             for file in staged.glob("model.*"):
@@ -100,40 +103,45 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         for name in COMPANIONS:
             if companion := bundle.companion(name):
                 shutil.copyfile(companion, staged / name)
-        for role, model in models.items():
-            model.require_unchanged(states[role])
-        before = list(models.values())
-        forms = {"slow_forms": slow_forms(before, after.values())} | ({"kv": options.kv} if options.kv else {})
-        measured = {**summarize(reports), **forms, **figures, "gates": verdict, "text": proof and proof.text}
-        write_manifest(staged, make_manifest(bundle, before, after, plan, options, measured))
+        for role, part in parts.items():
+            part.model.require_unchanged(states[role])
+        forms = slow_forms([part.model for part in parts.values()], after.values())
+        measured = {
+            **summarize(reports),
+            **({"graphs": describe_graphs(parts, after, reports, compared)} if PREFILL in parts else {}),
+            "slow_forms": forms,
+            **({"kv": options.kv} if options.kv else {}),
+            **figures,
+            "gates": verdict,
+            "text": proof and proof.text,
+        }
+        write_manifest(staged, make_manifest(bundle, parts, after, options, measured))
     return ModelBundle.open(output)
 
 
-def _prove(
-    plan: Plan, bundle: ModelBundle, models: dict[str, OnnxModel], options: QuantizeOptions
-) -> Proof | PairProof | None:
+def _prove(bundle: ModelBundle, parts: Mapping[str, Part], options: QuantizeOptions) -> Proof | PairProof | None:
     if not options.measure:
         return None
     data = Corpus(options.data, options.calibration.field) if options.data else None
-    is_calibrated = bool(plan.needs_calibration or options.budget)
+    is_calibrated = bool(options.budget or any(part.plan.needs_calibration for part in parts.values()))
+    models = {role: part.model for role, part in parts.items()}
     return make_proof(bundle, models, data, options.calibration, is_calibrated, options.data_samples)
 
 
 def _start_fitting(
-    plan: Plan,
     bundle: ModelBundle,
-    graphs: dict[str, tuple[OnnxModel, Layers]],
+    part: Part,
     samples: Mapping[str, Sequence[Values]],
     options: QuantizeOptions,
     checkpoint: Checkpoint | None,
     staged: Path,
-) -> Fitting | None:
-    if options.budget is None or checkpoint is None:
-        return None
-    model, layers = graphs["model"]
+) -> Fitting:
+    assert options.budget is not None
+    assert checkpoint is not None
+    plan = part.plan
     # Weights and activations as they are: what transforms do is no part of the probe.
     plain = replace(plan, transforms=())
-    workpiece = Workpiece(model, layers, samples.get("model", ()))
+    workpiece = Workpiece(part.model, part.layers, samples.get("model", ()))
     shares = not plan.transforms and not getattr(plan.rounding.options, "sequential", False)
     round_weight = _rounding(plain, workpiece, checkpoint, "model" if shares else "probe")
     return start_fitting(
@@ -143,8 +151,8 @@ def _start_fitting(
         plan.rounding.name,
         plan.scheme.plugin.grid(plan.scheme.options).symmetric,
         bundle,
-        model,
-        layers,
+        part.model,
+        part.layers,
         round_weight,
         checkpoint,
         staged,
@@ -153,12 +161,14 @@ def _start_fitting(
 
 def _prepare_writer(
     role: str,
-    plan: Plan,
-    workpiece: Workpiece,
+    part: Part,
+    samples: Sequence[Values],
     checkpoint: Checkpoint | None,
     proof: Proof | PairProof | None,
 ) -> Callable[[Layers, WeightFile], QuantizedGraph]:
     """Transform one graph; return what quantizes it, as often as its grids are chosen anew."""
+    plan = part.plan
+    workpiece = Workpiece(part.model, part.layers, samples)
     for transform in plan.transforms:
         transform.plugin.transform(workpiece, transform.options)
     write_linear = plan.scheme.plugin.make_writer(workpiece, plan.scheme.options)
@@ -179,8 +189,8 @@ def _write_graphs(
     writers: Mapping[str, Callable[[Layers, WeightFile], QuantizedGraph]],
     layers: Mapping[str, Layers],
     cache: Mapping[str, np.ndarray] | None,
-) -> tuple[dict[str, OnnxModel], list[LayerReport]]:
-    """Write all graphs over one data file; return them with what was done to their layers.
+) -> tuple[dict[str, OnnxModel], dict[str, list[LayerReport]]]:
+    """Write all graphs over one data file; return them with what was done to their layers, both by role.
 
     Args:
         staged: where to.
@@ -196,17 +206,18 @@ def _write_graphs(
             protos[role] = graph.write(advance)
         if cache:
             quantize_cache(protos[role], cache)
-        # What graphs share was quantized alike.
-        reports.update({(report.name, report.role): report for report in graph.reports})
+        reports[role] = graph.reports
     if len(protos) == 1:
         weights.save(next(iter(protos.values())))
     else:
         weights.save_all(protos)
-    return {role: OnnxModel.load(staged / f"{role}.onnx") for role in protos}, list(reports.values())
+    return {role: OnnxModel.load(staged / f"{role}.onnx") for role in protos}, reports
 
 
-def _facts(bundle: ModelBundle, models: list[OnnxModel], plan: Plan, options: QuantizeOptions) -> dict[str, Any]:
+def _facts(bundle: ModelBundle, parts: Mapping[str, Part], options: QuantizeOptions) -> dict[str, Any]:
     """Return everything that rounded layers depend on, for the checkpoint's key."""
+    models = [part.model for part in parts.values()]
+    plans = {role: part.plan for role, part in parts.items()}
     external = {
         entry.value
         for model in models
@@ -217,7 +228,7 @@ def _facts(bundle: ModelBundle, models: list[OnnxModel], plan: Plan, options: Qu
     files = [*(model.path for model in models), *(bundle.path / name for name in sorted(external))]
     return {
         "model": [sha256(file) for file in files],
-        "plan": [plan.scheme.name, plan.method, plan.options],
+        "plan": {role: [plan.scheme.name, plan.method, plan.options] for role, plan in plans.items()},
         "layers": [options.include, options.exclude],
         "budget": options.budget and asdict(options.budget),
         "sensitivity": options.sensitivity and sha256(sensitivity.file_of(options.sensitivity)),
@@ -251,13 +262,15 @@ def plan_layers(source: Path, output: Path, options: QuantizeOptions) -> list[di
             read_text(file)
     if options.trim_vocabulary:
         note("note: embedding and head are listed as they are before the vocabulary is trimmed")
-    return list_layers([layers for _, layers in _prepare(source, output, options)[2].values()])
+    parts = _prepare(source, output, options)[1]
+    if PREFILL in parts:
+        note(f"note: the second graph, for prompts: {parts[PREFILL].plan.scheme.name} {parts[PREFILL].plan.method}")
+    return list_layers([part.layers for role, part in parts.items() if role != PREFILL])
 
 
-def _prepare(
-    source: Path, output: Path, options: QuantizeOptions
-) -> tuple[Plan, ModelBundle, dict[str, tuple[OnnxModel, Layers]]]:
-    plan = Plan.make(options.scheme, options.method, options.settings)
+def _prepare(source: Path, output: Path, options: QuantizeOptions) -> tuple[ModelBundle, dict[str, Part]]:
+    """Check everything that can be checked before there is work; return the bundle, and its graphs by role."""
+    plan, second = make_plans(options)
     if options.budget and plan.scheme.name != MIXED_SCHEME:
         raise OptionError(f"a budget chooses widths by itself, not `{plan.scheme.name}`", "leave out --scheme")
     bundle = ModelBundle.open(source)
@@ -269,18 +282,30 @@ def _prepare(
     models = {role: OnnxModel.load(path) for role, path in bundle.graphs.items()}
     if plan.needs_calibration and is_encoder_decoder(models):
         PairReader(bundle, models)  # refuses what no text can calibrate
-    if can_adopt(bundle):
+    adopted = can_adopt(bundle)
+    if adopted:
         bundle, models["model"] = adopt(bundle, models["model"])
     if options.kv and is_encoder_decoder(models):
         raise UnsupportedError(f"the KV cache of `{source}`, an encoder-decoder, stays float", "leave out --kv")
     if options.kv:
         cached_values(next(iter(models.values())))  # refuses what has no such cache
-    chosen = {role: choose_layers(model, plan, options.include, options.exclude) for role, model in models.items()}
-    return plan, bundle, {role: (models[role], layers) for role, layers in chosen.items()}
+
+    def part(plan: Plan, model: OnnxModel) -> Part:
+        return Part(plan, model, choose_layers(model, plan, options.include, options.exclude))
+
+    parts = {role: part(plan, model) for role, model in models.items()}
+    if second is not None:
+        require_decoder(bundle, models["model"])
+        again = OnnxModel.load(bundle.model)  # transforms change what they work on
+        parts[PREFILL] = part(second, adopt(bundle, again)[1] if adopted else again)
+    return bundle, parts
 
 
-def _samples(bundle: ModelBundle, models: Mapping[str, OnnxModel], calibration: Calibration) -> dict[str, list[Values]]:
-    """Return what graphs are calibrated on: role -> the inputs of each sample."""
+def _samples(bundle: ModelBundle, parts: Mapping[str, Part], calibration: Calibration) -> dict[str, list[Values]]:
+    """Return what graphs are calibrated on: role -> the inputs of each sample; nothing where none is."""
+    if not any(part.plan.needs_calibration for part in parts.values()):
+        return {}
+    models = {role: part.model for role, part in parts.items()}
     if is_encoder_decoder(models):
         reader = PairReader(bundle, models)
         pairs, _ = calibration.divide(reader.read(calibration.corpus, calibration.seq_len))

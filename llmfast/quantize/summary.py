@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import llmfast
-from llmfast.bundle import Manifest, ModelBundle, Step, sha256
+from llmfast.bundle import PREFILL, Manifest, ModelBundle, Step, sha256
 from llmfast.graph.lint import lint
 from llmfast.graph.model import OnnxModel, count_weight_bytes
 from llmfast.quantize.budget import num_parameters
 from llmfast.quantize.options import QuantizeOptions
-from llmfast.quantize.plan import Plan
+from llmfast.quantize.plan import Part
 from llmfast.quantize.rewrite import LayerReport
 from llmfast.report import Column
 
@@ -35,14 +35,25 @@ FIGURE_COLUMNS = (
     Column("flipped %", "flipped_labels", lambda value: f"{value * 100:.1f}"),
     Column("relative error", "relative_error", "{:.4f}".format),
 )
+GRAPH_COLUMNS = (
+    Column("graph", "graph", align_right=False),
+    Column("numbers", "method", align_right=False),
+    Column("weights MB", "weight_bytes", lambda value: f"{value / 1e6:.1f}"),
+    Column("its own MB", "own_bytes", lambda value: f"{value / 1e6:.1f}"),
+)
 _NUM_WORST = 5
 
 
-def summarize(reports: Sequence[LayerReport]) -> dict[str, Any]:
+def summarize(graphs: Mapping[str, Sequence[LayerReport]]) -> dict[str, Any]:
     """Return `layers`, one row per role and width, and `worst_layers`, by what rounding does to their outputs.
+
+    What graphs share counts once; a second graph for prompts, which does the same again, not at all: see
+    `describe_graphs`.
 
     Relative errors are sqrt(sum (w - w')^2 / sum w^2), and the same of the outputs x w^T: 0 is exact.
     """
+    shared = {(one.name, one.role): one for role, part in graphs.items() if role != PREFILL for one in part}
+    reports = list(shared.values())
     roles: dict[tuple[str, int], list[LayerReport]] = {}
     order = list(dict.fromkeys(report.role for report in reports))
     for report in sorted(reports, key=lambda one: (order.index(one.role), one.bits)):
@@ -65,6 +76,34 @@ def summarize(reports: Sequence[LayerReport]) -> dict[str, Any]:
     return {"layers": rows, "worst_layers": single}
 
 
+def describe_graphs(
+    parts: Mapping[str, Part],
+    after: Mapping[str, OnnxModel],
+    reports: Mapping[str, Sequence[LayerReport]],
+    compared: Mapping[str, Mapping[str, float]],
+) -> list[dict[str, Any]]:
+    """Return a row for each graph of a bundle that has a second one for prompts.
+
+    Returns:
+        `graph`, `method`, `weight_bytes`, `own_bytes` (what the bundle would be smaller by without it), the relative
+        error of its outputs over all layers, and how far its answers moved.
+    """
+    rows = []
+    for role, part in parts.items():
+        others = [model for other, model in after.items() if other != role]
+        rows.append(
+            {
+                "graph": role,
+                "method": f"{part.plan.scheme.name}:{part.plan.method}",
+                "weight_bytes": count_weight_bytes([after[role]]),
+                "own_bytes": count_weight_bytes(after.values()) - count_weight_bytes(others),
+                "output_error": _errors(reports[role])["output_error"],
+                **compared.get(role, {}),
+            }
+        )
+    return rows
+
+
 def slow_forms(before: Iterable[OnnxModel], after: Iterable[OnnxModel]) -> list[str]:
     """Return the slow forms that `llmfast inspect` finds in the quantized graphs and not in the float ones."""
     known = {finding.rule.name for model in before for finding in lint(model)}
@@ -74,6 +113,11 @@ def slow_forms(before: Iterable[OnnxModel], after: Iterable[OnnxModel]) -> list[
         for finding in lint(model)
         if finding.rule.affects == "speed" and finding.rule.name not in known
     ]
+
+
+def graph_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Return the columns of `describe_graphs` for people."""
+    return [*GRAPH_COLUMNS, *(column for column in FIGURE_COLUMNS if all(column.key in row for row in rows))]
 
 
 def figure_columns(figures: Mapping[str, Any]) -> list[Column]:
@@ -104,9 +148,8 @@ def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
 
 def make_manifest(
     bundle: ModelBundle,
-    before: list[OnnxModel],
+    parts: Mapping[str, Part],
     after: dict[str, OnnxModel],
-    plan: Plan,
     options: QuantizeOptions,
     measured: dict[str, Any],
 ) -> Manifest:
@@ -114,15 +157,19 @@ def make_manifest(
 
     Args:
         bundle: the float bundle.
-        before: its graphs.
-        after: the quantized ones by role.
-        plan: what was done.
+        parts: its graphs by role, and what was done to them.
+        after: the quantized ones.
         options: what was asked.
         measured: what is said of layers and answers.
     """
+    plan, *_ = (part.plan for part in parts.values())
     source = bundle.manifest.source or {"id": bundle.model.name, "revision": None, "sha256": sha256(bundle.model)}
-    parameters = num_parameters(bundle, before)
-    chosen = {"budget": options.budget and asdict(options.budget), "kv": options.kv}
+    parameters = num_parameters(bundle, [part.model for role, part in parts.items() if role != PREFILL])
+    chosen: dict[str, Any] = {"budget": options.budget and asdict(options.budget), "kv": options.kv}
+    if PREFILL in parts:
+        second = parts[PREFILL].plan
+        chosen[PREFILL] = {"method": f"{second.scheme.name}:{second.method}", **second.options}
+    is_calibrated = any(part.plan.needs_calibration for part in parts.values()) or options.budget or options.kv
     step = Step(
         stage="quantize",
         method=f"{plan.scheme.name}:{plan.method}",
@@ -131,7 +178,7 @@ def make_manifest(
         | plan.options,
         versions=versions(),
         seed=options.calibration.seed,
-        calibration=options.calibration.describe() if plan.needs_calibration or options.budget or options.kv else None,
+        calibration=options.calibration.describe() if is_calibrated else None,
     )
     return replace(
         bundle.manifest,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfast.bundle import ModelBundle
+from llmfast.errors import OptionError
 from llmfast.infer.generate import MAX_TOKENS, encode_prompt, finish, generate
 from llmfast.infer.opening import open_speculating
 from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
@@ -12,7 +13,7 @@ from llmfast.tokenizer import Tokenizer
 
 AUTO_MODEL = "AutoModelForCausalLM"
 OUTPUTS = ("logits",)
-INFER_OPTIONS = ("system", "raw", "max_tokens", "stop", "speculate", "draft", *SAMPLING_OPTIONS)
+INFER_OPTIONS = ("system", "raw", "max_tokens", "stop", "speculate", "draft", "prompt_cache", *SAMPLING_OPTIONS)
 
 
 def answer(
@@ -26,6 +27,7 @@ def answer(
     stop: Sequence[str] = (),
     speculate: bool | None = None,
     draft: Path | None = None,
+    prompt_cache: Path | None = None,
     **sampling: Any,
 ) -> list[dict[str, Any]]:
     """Answer every text, through the chat template where the model has one.
@@ -41,15 +43,19 @@ def answer(
         stop: strings that end an answer.
         speculate: guess tokens that one step verifies; None does where it can't change the answer and may pay.
         draft: a bundle whose model guesses them.
+        prompt_cache: must be None: it is for one prompt.
         sampling: fields of `Sampling`; none is greedy.
 
     Returns:
         `Generation.document` of each text.
 
     Raises:
+        OptionError: a prompt cache.
         InputError: no tokenizer, or a text that is empty or does not fit the context.
         UnsupportedError: the graph is no decoder that llmfast runs.
     """
+    if prompt_cache is not None:
+        raise OptionError("--prompt-cache is for one prompt, not for several")
     tokenizer = Tokenizer.load(bundle.path)
     prompts = [encode_prompt(tokenizer, text, system, raw) for text in texts]
     longest = max(map(len, prompts), default=1)

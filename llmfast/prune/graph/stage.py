@@ -33,6 +33,7 @@ from llmfast.prune.graph.inputs import Inputs, Share
 from llmfast.prune.methods import ratio_of, resolved
 from llmfast.prune.options import PruneOptions
 from llmfast.quantize.corpus import Corpus
+from llmfast.quantize.measure import worst
 from llmfast.quantize.pair_proof import make_proof
 from llmfast.quantize.plan import HEAD_ROLE, Choice, refuse_quantized
 from llmfast.quantize.replay import Replay
@@ -101,7 +102,7 @@ def prune_graph(source: Path, output: Path, choice: Choice, options: PruneOption
             layers |= {(one.weight, one.role): (one, zeros) for one, zeros in writer.zeros}
         weights.save_all(protos) if len(protos) > 1 else weights.save(next(iter(protos.values())))
         after = {role: OnnxModel.load(staged / f"{role}.onnx") for role in protos}
-        figures = proof.compare(after) if proof else {}
+        figures = worst(proof.compare(after).values()) if proof else {}
         rows = [_row(bundle.name, models, bundle), _row(output.name, after, None) | figures]
         verdict = judge([{**rows[1], "bundle": output.name}], "", options.gates)
         enforce(verdict, "nothing was written; take less, choose sparsegpt, or loosen the gate")

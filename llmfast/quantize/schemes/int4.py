@@ -19,7 +19,8 @@ class Options:
     Attributes:
         block_size: input features that share a scale: 16, 32, 64, 128 or 256.
         symmetric: store no zero points; smaller, and less accurate.
-        head_bits: bits of the embedding and of a head that is tied to it or named lm_head; 32 keeps floats.
+        head_bits: bits of the embedding and of a head that is tied to it or named lm_head: 8, 4 (smaller, and far less
+            accurate), or 32 for floats.
     """
 
     block_size: int = 32

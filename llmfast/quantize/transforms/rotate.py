@@ -25,6 +25,8 @@ from llmfast.graph.rotation import (
 from llmfast.quantize.workpiece import Workpiece
 
 NEEDS_STATISTICS = False
+# Two graphs over one cache must agree on it: see quantize/hybrid.py.
+TURNS_CACHE = True
 
 _HEAD_BITS = 8
 
