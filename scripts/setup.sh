@@ -5,8 +5,8 @@ cd "$(dirname "$0")/.."
 : "${1:?name the extras, for example: ./scripts/setup.sh cpu,export}"
 
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "error: $python is older than Python 3.10" >&2
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: $python is older than Python 3.11" >&2
     echo "hint: set PYTHON to a newer one" >&2
     exit 5
 }

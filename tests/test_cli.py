@@ -111,6 +111,40 @@ def test_activations_are_an_option_of_the_scheme(typed: list[str], fp32_bundle: 
     assert step.calibration is not None
 
 
+_AS_INSTALLED = "import sys; sys.argv[0] = 'llmfast'; from llmfast.cli import main; main()"
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"), [("qu", "quantize"), ("infer --ovw", ""), ("infer --overw", "--overwrite")]
+)
+def test_the_shell_completes_commands_and_options(typed: str, found: str) -> None:
+    words = f"llmfast {typed}"
+    shell = {"_LLMFAST_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    result = subprocess.run(
+        [sys.executable, "-c", _AS_INSTALLED], capture_output=True, text=True, env=os.environ | shell
+    )
+    assert (result.stdout.strip(), result.stderr) == (found, "")
+
+
+@pytest.mark.skipif(not Path("/bin/bash").exists(), reason="there is no bash")
+def test_completion_is_installed_for_the_shell(tmp_path: Path) -> None:
+    # The shell has to be there when it is asked for: `:` keeps bash from becoming the program itself.
+    command = f'"{sys.executable}" -c "{_AS_INSTALLED}" --install-completion; :'
+    home = {"HOME": str(tmp_path), "SHELL": "/bin/bash"}
+    result = subprocess.run(["/bin/bash", "-c", command], capture_output=True, text=True, env=os.environ | home)
+    assert "bash completion installed" in result.stdout, result.stderr
+    assert "_LLMFAST_COMPLETE" in (tmp_path / ".bash_completions" / "llmfast.sh").read_text()
+
+
+@pytest.mark.parametrize("columns", ["20", "40", "200"])
+def test_help_fits_terminals_of_any_width(columns: str) -> None:
+    command = [sys.executable, "-m", "llmfast", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": columns})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "quantize" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= max(int(columns), 80)
+
+
 def test_list_names_schemes_and_methods() -> None:
     result = run("quantize", "--list")
     assert "int4" in result.stdout
@@ -125,6 +159,8 @@ def test_list_names_schemes_and_methods() -> None:
         (["quantize", "{tmp}", "-o", "{tmp}/../x", "--scheme", "int8"], 3, ["no model in"]),
         (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int3"], 2, ["unknown scheme `int3`", "did you mean"]),
         (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int4", "--set", "x"], 2, ["not KEY=VALUE"]),
+        (["quantise"], 2, ["no such command `quantise`", "`quantize`"]),
+        (["quantize", "{fp32}", "--outptu", "x"], 2, ["no such option: --outptu", "--output", "quantize --help"]),
         (["quantize", "{fp32}"], 2, ["needs --output"]),
         (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "w8", "--activations", "static"], 2, ["`w8`", "int8"]),
         (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int8", "--activations", "x"], 2, ["dynamic, static"]),

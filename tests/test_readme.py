@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,19 @@ def test_the_workflow_runs_a_recipe_with_variables_that_it_has() -> None:
 def test_scripts_of_the_readme_exist() -> None:
     for name in re.findall(r"\./(scripts/\S+?\.sh)", README):
         assert (ROOT / name).stat().st_mode & 0o111
+
+
+def test_the_image_of_the_dockerfile_gets_what_the_package_needs() -> None:
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = {
+        name for line in lines if line.startswith("COPY ") and "--from" not in line for name in line.split()[1:-1]
+    }
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied == let_in
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (extras,) = [line.partition("=")[2] for line in lines if line.startswith("ARG EXTRAS=")]
+    assert set(extras.split(",")) <= set(settings["project"]["optional-dependencies"])
+    assert {settings["project"]["readme"], *settings["project"]["license-files"]} <= copied
 
 
 def test_readme_names_every_scheme_method_and_objective() -> None:

@@ -96,7 +96,7 @@ class Rules:
             _force(scores, list(self.forced_eos_token_id))
         if self.remove_invalid_values:
             limits = np.finfo(np.float32)
-            np.nan_to_num(scores, copy=False, nan=0.0, posinf=limits.max, neginf=limits.min)
+            np.nan_to_num(scores, copy=False, nan=0.0, posinf=float(limits.max), neginf=float(limits.min))
         scores[:, list(self.suppress_tokens)] = -np.inf
         if self.begin_suppress_tokens and length == self.prompt_length + (self.forced_bos_token_id is not None):
             scores[:, list(self.begin_suppress_tokens)] = -np.inf

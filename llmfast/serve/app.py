@@ -279,7 +279,7 @@ async def _read_body(request: Request, scheduler: Scheduler, task: str) -> dict[
         raise RefusedError(404, f"`{facts.name}` is for {facts.task}, not for {task}")
     try:
         text = await asyncio.wait_for(request.body(), _BODY_TIMEOUT_S)
-    except asyncio.TimeoutError as error:
+    except TimeoutError as error:
         raise RefusedError(408, "the body did not come") from error
     try:
         body = json.loads(text)

@@ -145,7 +145,7 @@ class Scheduler:
         self._embedding += 1
         try:
             await asyncio.wait_for(self._turn.acquire(), self._queue_timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             self._embedding -= 1
             raise ExpiredError from None
         except asyncio.CancelledError:
