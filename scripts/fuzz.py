@@ -25,7 +25,7 @@ def main() -> None:
             (corpus / f"seed-{index}").write_bytes(seed)
     place = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    flags = ["-timeout=60", "-rss_limit_mb=512", "-max_len=65536", f"-artifact_prefix={folder}/finding-"]
+    flags = ["-timeout=600", "-rss_limit_mb=512", "-max_len=65536", f"-artifact_prefix={folder}/finding-"]
 
     def run(content: bytes) -> None:
         started = time.process_time()  # not of the clock, which goes on when the machine sleeps or others are at work

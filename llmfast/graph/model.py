@@ -1,6 +1,7 @@
 """An ONNX model on disk: the graph in memory, the weights read one at a time through a memory map."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
 from llmfast.errors import InputError
-from llmfast.files import locate
+from llmfast.files import locate, open_located
 from llmfast.graph.guard import MAX_RANK, check_graph, check_head, check_versions, explain, standard_opset
 from llmfast.graph.skeleton import read_skeleton
 
@@ -179,8 +180,11 @@ def read_tensor(tensor: TensorProto, folder: Path) -> np.ndarray:
     shape = tuple(tensor.dims)
     if math.prod(shape) == 0:
         return np.zeros(shape, dtype)
-    data = locate(folder, location, f"tensor `{tensor.name}`")  # anew: the file may have become a link since
-    return np.memmap(data, dtype, "r", offset, shape)
+    # Located anew: the file may have become a link since, or shorter.
+    with open_located(folder, location, f"tensor `{tensor.name}`") as data:
+        if offset + tensor_bytes(tensor) > os.fstat(data.fileno()).st_size:
+            raise InputError(f"`{folder / location}` changed while it was read", "wait until it is written")
+        return np.memmap(data, dtype, "r", offset, shape)
 
 
 def tensor_bytes(tensor: TensorProto) -> int:
