@@ -11,11 +11,11 @@ import typer
 from typer.core import TyperGroup
 
 from llmfast import __version__, report
-from llmfast.commands import bench, doctor, export, infer, inspect, prune, quantize, serve, tune, verify
+from llmfast.commands import _options, bench, doctor, export, infer, inspect, prune, quantize, serve, tune, verify
 from llmfast.errors import LlmfastError, OptionError, ResourceError
 from llmfast.files import ALLOW_HARDLINKS
-from llmfast.resources import FORCE
-from llmfast.supervisor import supervise
+from llmfast.resources import FORCE, MAX_MEMORY
+from llmfast.supervisor import limit, supervise, tell_doing
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 _UsageError: Any = typer.BadParameter.__base__  # of click, or of Typer's own copy of it
@@ -110,6 +110,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -120,6 +121,13 @@ def _root(
     force: Annotated[
         bool, typer.Option("--force", help="Begin although memory or disk look too small for it.")
     ] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="End the command when it holds more, 4GB for instance: exit code 6."),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="End the command when it takes longer: exit code 6.")
+    ] = None,
 ) -> None:
     """Make Transformers small and fast on ONNX Runtime, with proof.
 
@@ -130,6 +138,15 @@ def _root(
         os.environ[ALLOW_HARDLINKS] = "1"
     if force:
         os.environ[FORCE] = "1"
+    if timeout is not None and not timeout > 0:
+        raise OptionError(f"--timeout {timeout:g}: not above 0")
+    max_bytes = None if max_memory is None else _options.parse_size(max_memory)
+    if max_bytes is not None:
+        if not 1 <= max_bytes < 2**63:
+            raise OptionError(f"--max-memory {max_memory}: not above 0", "for example --max-memory 4GB")
+        os.environ[MAX_MEMORY] = str(int(max_bytes))
+    tell_doing(f"running `llmfast {ctx.invoked_subcommand}`")
+    limit(timeout, max_bytes)
 
 
 # As --help lists them: the order of the pipeline.

@@ -95,6 +95,7 @@ def locate(folder: Path, location: str, what: str) -> Path:
     path = folder / location
     try:
         real = path.resolve(strict=True)
+        state = real.stat()
     except FileNotFoundError as error:
         if os.path.islink(path):
             raise _bad_link(path, what) from error
@@ -107,7 +108,47 @@ def locate(folder: Path, location: str, what: str) -> Path:
         raise InputError(f"cannot read `{path}`: {getattr(error, 'strerror', None) or error}") from error
     if not any(real.is_relative_to(root) for root in _roots(folder)):
         raise _bad_link(path, what)
-    state = real.stat()
+    _require_plain(state, path, what)
+    return real
+
+
+def open_located(folder: Path, location: str, what: str) -> BinaryIO:
+    """Open a file that a model names, as `locate` finds it, even if somebody replaces it by a link meanwhile.
+
+    No part of the way from the model's folder to the file may be a link any more: `locate` has followed them.
+
+    Raises:
+        InputError: there is no such file, or it can't be read.
+        UnsafeInputError: as `locate`.
+    """
+    real = locate(folder, location, what)
+    if os.open not in os.supports_dir_fd:  # Windows, where making links takes a privilege
+        return open_regular(real)
+    root = next(root for root in _roots(folder) if real.is_relative_to(root))
+    *folders, name = real.relative_to(root).parts
+    try:
+        place = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        for part in folders:
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=place)
+            os.close(place)
+            place = inner
+        try:
+            descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=place)
+        finally:
+            os.close(place)
+    except OSError as error:
+        raise UnsafeInputError(f"{what} names `{real}`, which changed while it was opened: {error.strerror}") from error
+    file = os.fdopen(descriptor, "rb")
+    try:
+        _require_plain(os.fstat(descriptor), real, what)
+    except UnsafeInputError:
+        file.close()
+        raise
+    return file
+
+
+def _require_plain(state: os.stat_result, path: Path, what: str) -> None:
+    """Refuse devices, and files that have other names."""
     if not stat.S_ISREG(state.st_mode):
         raise UnsafeInputError(f"{what} names `{path}`, which is no regular file")
     if state.st_nlink > 1 and not os.environ.get(ALLOW_HARDLINKS):
@@ -115,7 +156,6 @@ def locate(folder: Path, location: str, what: str) -> Path:
             f"{what} names `{path}`, which has other names too (hard links): it may be any file of this disk",
             "copy the model, or run `llmfast --allow-hardlinks ...` if you made the links",
         )
-    return real
 
 
 def _is_beneath(location: str) -> bool:
@@ -135,7 +175,10 @@ def _roots(folder: Path) -> list[Path]:
 
 
 def _bad_link(path: Path, what: str) -> UnsafeInputError:
-    target = os.readlink(path) if os.path.islink(path) else path.resolve()
+    try:
+        target = os.readlink(path) if os.path.islink(path) else str(path.resolve())
+    except OSError:  # somebody is changing it
+        target = "?"
     return UnsafeInputError(
         f"{what} names `{path}`, a link to `{target}`: outside the model's folder, or nothing",
         "copy the file into the model's folder",

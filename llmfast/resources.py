@@ -8,13 +8,19 @@ from llmfast.errors import ResourceError
 
 # Set by `llmfast --force`, and inherited by worker processes.
 FORCE = "LLMFAST_FORCE"
+# Set by `llmfast --max-memory`, in bytes, and inherited likewise.
+MAX_MEMORY = "LLMFAST_MAX_MEMORY"
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 
 
 def available_memory() -> int | None:
-    """Return the bytes that can be had without swapping: the machine's, or what a cgroup leaves; None if unknown."""
-    limits = [_machine_memory(), _cgroup_memory()]
+    """Return the bytes that can be had without swapping: the machine's, what a cgroup leaves, or the user allows.
+
+    None if unknown.
+    """
+    allowed = os.environ.get(MAX_MEMORY)
+    limits = [_machine_memory(), _cgroup_memory(), int(allowed) if allowed else None]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -32,7 +38,7 @@ def require_memory(need: int, what: str, hint: str = "") -> None:
     have = available_memory()
     if have is not None and need > have and not os.environ.get(FORCE):
         raise ResourceError(
-            f"{what} needs {_spell(need)} of memory, {_spell(have)} are available",
+            f"{what} needs {spell_bytes(need)} of memory, {spell_bytes(have)} are available",
             hint or "free memory, use a smaller model, or try all the same with `llmfast --force ...`",
         )
 
@@ -54,9 +60,21 @@ def require_disk(folder: Path, need: int, what: str) -> None:
     have = shutil.disk_usage(place).free
     if need > have and not os.environ.get(FORCE):
         raise ResourceError(
-            f"{what} needs about {_spell(need)}, {_spell(have)} are free at `{place}`",
+            f"{what} needs about {spell_bytes(need)}, {spell_bytes(have)} are free at `{place}`",
             "make room, choose another -o, or try all the same with `llmfast --force ...`",
         )
+
+
+def memory_of(process: int) -> int | None:
+    """Return the bytes that a process and its children hold, pages of mapped files aside; None where nobody tells."""
+    root = Path(f"/proc/{process}")
+    try:
+        status = dict(line.split(":", 1) for line in (root / "status").read_text().splitlines())
+        held = sum(int(status[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem") if name in status)
+        children = [child for task in (root / "task").iterdir() for child in (task / "children").read_text().split()]
+    except (OSError, ValueError):  # it has ended, or this is not Linux
+        return None
+    return held + sum(memory_of(int(child)) or 0 for child in children)
 
 
 def _machine_memory() -> int | None:
@@ -81,5 +99,6 @@ def _cgroup_memory() -> int | None:
     return max(0, limit - used + reclaimable)
 
 
-def _spell(size: int) -> str:
+def spell_bytes(size: int) -> str:
+    """Return a size in GiB or MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -4,11 +4,12 @@
 parent waits, passes signals on, and when native code kills the child it says so, removes what was staged and exits
 with 9. Without fork (Windows) the command runs in the one process.
 
-The child leaves three things for the parent in memory they share: which paths are staged, what native code is about
-to do, and how long it may take to end after a signal.
+The child leaves notes for the parent in memory they share: which paths are staged, what native code is about to do,
+how long it may take to end after a signal, and the most time and memory that the user allows it.
 """
 
 import contextlib
+import math
 import mmap
 import os
 import shutil
@@ -21,30 +22,32 @@ from pathlib import Path
 from types import FrameType
 
 from llmfast import report
-from llmfast.errors import LlmfastError, NativeCrashError, ResourceError
+from llmfast.errors import LlmfastError, NativeCrashError, ResourceError, UnsupportedError
+from llmfast.resources import memory_of, spell_bytes
 
 GRACE_S = 5.0  # for unwinding after a signal; a native call that takes longer is cut off
 _TWICE_S = 0.5  # two SIGINTs within this are one, told by the parent and by whoever sent it
+_TICK_S = 0.1  # how often the parent looks at its clock and the child's memory
 _BOARD_BYTES, _DOING_BYTES = 1 << 16, 1 << 10
-_GRACE = struct.Struct("d")
+_NUMBERS = struct.Struct("ddd")
 
 
 class _Board:
     """Notes that outlive the process that writes them."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _BOARD_BYTES + _GRACE.size)
-        self.grace_s = GRACE_S
+        self._memory = mmap.mmap(-1, _BOARD_BYTES + _NUMBERS.size)
+        self.numbers = (GRACE_S, math.inf, math.inf)
 
     @property
-    def grace_s(self) -> float:
-        """Seconds that the child may take to end after a signal."""
-        seconds: float = _GRACE.unpack_from(self._memory, _BOARD_BYTES)[0]
-        return seconds
+    def numbers(self) -> tuple[float, float, float]:
+        """Seconds the child may take to end after a signal, seconds it may run, bytes of memory it may hold."""
+        grace_s, timeout_s, max_bytes = _NUMBERS.unpack_from(self._memory, _BOARD_BYTES)
+        return grace_s, timeout_s, max_bytes
 
-    @grace_s.setter
-    def grace_s(self, seconds: float) -> None:
-        _GRACE.pack_into(self._memory, _BOARD_BYTES, seconds)
+    @numbers.setter
+    def numbers(self, numbers: tuple[float, float, float]) -> None:
+        _NUMBERS.pack_into(self._memory, _BOARD_BYTES, *numbers)
 
     @property
     def doing(self) -> str:
@@ -90,8 +93,10 @@ def supervise(command: Callable[[], None]) -> None:
     code = os.waitstatus_to_exitcode(status)
     for path in board.staged:  # a child that ended by itself has published or removed them
         _remove(Path(path))
-    if code < 0 and not parent.signal:
+    error = parent.failure
+    if code < 0 and not parent.signal and error is None:
         error = _death(-code, board.doing, peak_bytes)
+    if code and error is not None:  # a child that got through all the same has succeeded
         report.complain(error)
         code = error.exit_code
     sys.exit(code if code >= 0 else 128 + parent.signal)
@@ -112,7 +117,22 @@ def tell_doing(what: str) -> None:
 def ask_for_grace(seconds: float) -> None:
     """Let this process take longer to end after a signal: for work that must be finished, or saved."""
     if _board is not None:
-        _board.grace_s = seconds
+        _board.numbers = (seconds, *_board.numbers[1:])
+
+
+def limit(timeout_s: float | None, max_bytes: float | None) -> None:
+    """Let the parent end this process when it takes more time, or when it and its children hold more memory.
+
+    What is counted is memory of their own, not pages of mapped files, which the system takes back when it needs them.
+
+    Raises:
+        UnsupportedError: there is no parent that watches, or the system does not tell what a process holds.
+    """
+    if timeout_s is None and max_bytes is None:
+        return
+    if _board is None or (max_bytes is not None and memory_of(os.getpid()) is None):
+        raise UnsupportedError("--timeout and --max-memory cannot be kept on this system", "Linux can do both")
+    _board.numbers = (_board.numbers[0], timeout_s or math.inf, max_bytes or math.inf)
 
 
 def die_with_parent() -> None:
@@ -125,42 +145,67 @@ def die_with_parent() -> None:
 
 
 class _Parent:
-    """Waits for the child, and passes signals on.
+    """Waits for the child, passes signals on, and keeps the limits.
 
     Args:
-        board: says how long the child may take to end.
+        board: says how long the child may take to end, and its limits.
 
     Attributes:
         signal: the signal to exit with, 0 for none.
+        failure: the limit that the child was ended for.
     """
 
     def __init__(self, board: _Board) -> None:
         self.signal = 0
+        self.failure: LlmfastError | None = None
         self._board = board
         self._child = 0
+        self._started = time.monotonic()
+        self._kill_at = math.inf
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP, a script's `&` SIGINT, and mean it
                 signal.signal(number, self._pass_on)
-        signal.signal(signal.SIGALRM, self._kill)
+        signal.signal(signal.SIGALRM, self._look)
 
     def wait(self, child: int) -> tuple[int, int]:
         """Return the child's wait status, and the most memory it had, in bytes."""
         self._child = child
         if self.signal:  # it came before there was a child
             os.kill(child, self.signal)
+        signal.setitimer(signal.ITIMER_REAL, _TICK_S, _TICK_S)
         _, status, usage = os.wait4(child, 0)
         self._child = 0
+        signal.setitimer(signal.ITIMER_REAL, 0)
         return status, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
-        signal.setitimer(signal.ITIMER_REAL, self._board.grace_s)
+        self._kill_at = time.monotonic() + self._board.numbers[0]
         if self._child and not (number == signal.SIGINT and _is_in_foreground()):  # a terminal tells both of Ctrl-C
             os.kill(self._child, number)
 
-    def _kill(self, *_: object) -> None:
-        if self._child:
+    def _look(self, *_: object) -> None:
+        """End the child when its time is over, or its memory too much."""
+        if not self._child:
+            return
+        now = time.monotonic()
+        grace_s, timeout_s, max_bytes = self._board.numbers
+        if now > self._kill_at:
             os.kill(self._child, signal.SIGKILL)
+        elif self.signal or self.failure:
+            return
+        elif now - self._started > timeout_s:
+            self.failure = _over(f"--timeout {timeout_s:g}", self._board.doing, "allow more time")
+            self._kill_at = now + grace_s
+            os.kill(self._child, signal.SIGTERM)
+        elif max_bytes < math.inf and (held := memory_of(self._child) or 0) > max_bytes:
+            what = f"--max-memory {spell_bytes(int(max_bytes))}"
+            self.failure = _over(what, f"{self._board.doing}, with {spell_bytes(held)}", "allow more memory")
+            os.kill(self._child, signal.SIGKILL)  # at once: it may be taking more
+
+
+def _over(limit: str, doing: str, hint: str) -> ResourceError:
+    return ResourceError(f"over {limit} while {doing}", f"{hint}, or use a smaller model")
 
 
 def _is_in_foreground() -> bool:

@@ -10,7 +10,7 @@ import tokenizers
 
 from llmfast.bundle import MANIFEST, read_json
 from llmfast.chat_template import read_template, render_template
-from llmfast.errors import InputError, UnsupportedError
+from llmfast.errors import InputError, ResourceError, UnsupportedError
 from llmfast.kept import kept
 from llmfast.tokenizer_file import explained, load_backend
 
@@ -18,6 +18,9 @@ from llmfast.tokenizer_file import explained, load_backend
 REPLACEMENT = "\ufffd"
 
 Text = str | tuple[str, str]
+
+# Characters of what a model is to answer or to classify. No context is that long, and tokenizing it takes a minute.
+MAX_INPUT_CHARS = 8 << 20
 
 # Files that say which tokens end an answer, and the section of each that does.
 _EOS_PLACES = (
@@ -164,10 +167,11 @@ class Tokenizer:
 
         Raises:
             InputError: a text that is not Unicode, or a pair whose uncut part alone fills a window.
+            ResourceError: a text that would take too long.
         """
         for text in texts:
             for part in (text,) if isinstance(text, str) else text:
-                _unicode(part)
+                require_bounded(_unicode(part))
         is_pair = any(not isinstance(text, str) for text in texts)
         room = max_length - self._backend.num_special_tokens_to_add(is_pair)
         try:
@@ -227,6 +231,20 @@ class Tokenizer:
     @cached_property
     def _pad_id(self) -> int:
         return self.special_id("pad_token") or 0
+
+
+def require_bounded(text: str) -> str:
+    """Return a text that a model is to run on.
+
+    Raises:
+        ResourceError: it would take too long to tokenize.
+    """
+    if len(text) > MAX_INPUT_CHARS:
+        raise ResourceError(
+            f"a text of {len(text):,} characters is too much to tokenize at once, at most {MAX_INPUT_CHARS:,}",
+            "cut it into parts",
+        )
+    return text
 
 
 class TokenStream:

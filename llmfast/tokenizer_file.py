@@ -30,6 +30,8 @@ def load_backend(path: Path) -> tokenizers.Tokenizer:
         raise InputError(f"Git LFS pointer, not the tokenizer: `{path}`", "run `git lfs pull`")
     with explained(f"malformed tokenizer: `{path}`"):
         backend = tokenizers.Tokenizer.from_buffer(content)
+    if not backend.get_vocab_size():
+        raise InputError(f"malformed tokenizer: `{path}`: it has no tokens", "download it again")
     for pattern in _patterns(backend):
         if is_explosive(pattern):
             raise ResourceError(

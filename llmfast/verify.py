@@ -1,15 +1,17 @@
 """Whether a bundle is what it was when it was written, and whether its source still gives the same."""
 
+import importlib.util
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llmfast.bundle import MANIFEST, read_manifest, sha256
-from llmfast.errors import GateError, InputError, OptionError
-from llmfast.files import locate
+from llmfast.errors import GateError, InputError, OptionError, UnsafeInputError, UnsupportedError
+from llmfast.files import MAX_JSON_BYTES, locate, read_bounded
 from llmfast.report import progress
 
+SIGNATURE = "model.sig"  # as the package model-signing names it
 OK, CHANGED, MISSING, EXTRA = "ok", "changed", "missing", "not in the manifest"
 
 
@@ -26,7 +28,7 @@ def hash_files(bundle: Path) -> list[dict[str, Any]]:
     if not (bundle / MANIFEST).is_file():
         raise InputError(f"no {MANIFEST} in `{bundle}`", "verify needs a bundle that llmfast wrote")
     listed = read_manifest(bundle / MANIFEST).files
-    found = {path.name for path in bundle.iterdir()} - {MANIFEST}
+    found = {path.name for path in bundle.iterdir()} - {MANIFEST, SIGNATURE}
     rows = []
     with progress("hashing", len(listed)) as advance:
         for name in sorted({*listed, *found}):
@@ -61,6 +63,38 @@ def verify_hashes(bundle: Path) -> None:
         UnsafeInputError: a file that is a link out of the bundle, or no regular file.
     """
     require_ok(bundle, hash_files(bundle))
+
+
+def verify_signature(bundle: Path, key: Path) -> None:
+    """Refuse a bundle that the owner of a key did not sign, or that was changed since.
+
+    Args:
+        bundle: signed by `model_signing sign key`, with the signature in it.
+        key: the public key, PEM, of an elliptic curve.
+
+    Raises:
+        InputError: the key can't be read.
+        UnsafeInputError: there is no signature, or it does not hold.
+        UnsupportedError: the package model-signing is not installed.
+    """
+    signature = bundle / SIGNATURE
+    if not signature.is_file():
+        raise UnsafeInputError(
+            f"`{bundle}` is not signed: `{SIGNATURE}` is missing",
+            f"model_signing sign key {bundle} --private_key KEY --signature {signature}",
+        )
+    read_bounded(key, MAX_JSON_BYTES)
+    if importlib.util.find_spec("model_signing") is None:
+        raise UnsupportedError("model-signing is not installed", "pip install 'llmfast[signing]'")
+    from model_signing import hashing, verifying
+
+    hashes = hashing.Config().set_ignored_paths(paths=[signature], ignore_git_paths=False)
+    config = verifying.Config().set_hashing_config(hashes)
+    try:
+        config.use_elliptic_key_verifier(public_key=key).verify(bundle, signature)
+    except Exception as error:  # of the package, of cryptography, of protobuf
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise UnsafeInputError(f"the signature of `{bundle}` does not hold: {reason}", "get it again") from error
 
 
 def compare_with_source(bundle: Path, source: str) -> dict[str, Any]:

@@ -16,6 +16,9 @@ def verify(
     against: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Export SOURCE again and compare: parity, graph and weights.")
     ] = None,
+    require_signature: Annotated[
+        Path | None, typer.Option(metavar="KEY.pem", help="Refuse it unless the owner of this public key signed it.")
+    ] = None,
     sbom: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the bill of materials, CycloneDX 1.6 JSON.")
     ] = None,
@@ -29,8 +32,10 @@ def verify(
     check_format(output_format)
     from llmfast.bundle import MANIFEST, read_manifest, stage_file
     from llmfast.sbom import make_sbom
-    from llmfast.verify import compare_with_source, hash_files, require_ok
+    from llmfast.verify import compare_with_source, hash_files, require_ok, verify_signature
 
+    if require_signature is not None:
+        verify_signature(bundle, require_signature)
     rows = hash_files(bundle)
     columns = [
         report.Column("file", "file", align_right=False),

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,6 +89,7 @@ class SafetensorsCheckpoint:
                 other = self._owners.setdefault(name, shard)
                 if other is not shard:
                     raise InputError(f"tensor `{name}` is in `{other.path}` and in `{shard.path}`")
+        _check_total(path, self._shards)
         if has_tokenizer and not any((path / name).is_file() for name in _TOKENIZER_FILES):
             raise InputError(f"no tokenizer in `{path}`", f"looked for {', '.join(_TOKENIZER_FILES)}")
 
@@ -308,6 +309,20 @@ def folder_source(path: Path, files: Iterable[Path] | None = None) -> dict[str, 
         "revision": revision,
         "sha256": {file.name: sha256(file) for file in files or _weight_files(path)},
     }
+
+
+def _check_total(path: Path, shards: Sequence[SafetensorsFile]) -> None:
+    """Refuse shards that do not hold as many bytes as their index says."""
+    index = path / "model.safetensors.index.json"
+    metadata = read_json(index).get("metadata") if index.is_file() else None
+    declared = metadata.get("total_size") if isinstance(metadata, dict) else None
+    held = {shard.path.name: shard.tensor_bytes for shard in shards}
+    if declared is not None and declared != sum(held.values()):
+        spelled = ", ".join(f"`{name}` {size}" for name, size in held.items())
+        raise InputError(
+            f"`{index}` declares {declared!r:.40} bytes, its shards hold {sum(held.values())}: {spelled:.400}",
+            "download the folder again, or take total_size out of the index if you know better",
+        )
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -49,6 +49,11 @@ class SafetensorsFile:
         self.entries.pop("__metadata__", None)
         self._data = 8 + len(header)
 
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors; they fill the file behind the header."""
+        return max((int(entry["data_offsets"][1]) for entry in self.entries.values()), default=0)
+
     def read(self, name: str) -> np.ndarray:
         """Return a tensor of floats as float32."""
         entry = self.entries[name]

@@ -1,6 +1,7 @@
 """An ONNX model on disk: the graph in memory, the weights read one at a time through a memory map."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
 from llmfast.errors import InputError
-from llmfast.files import locate
+from llmfast.files import locate, open_located
 from llmfast.graph.guard import MAX_RANK, check_graph, check_head, check_versions, explain, standard_opset
 from llmfast.graph.skeleton import read_skeleton
 
@@ -64,11 +65,14 @@ class OnnxModel:
         """Constant tensors by name."""
         return {tensor.name: tensor for tensor in self.proto.graph.initializer}
 
+    @property
+    def data_files(self) -> list[str]:
+        """Names, relative to the graph's folder, of the files that hold its external weights."""
+        return sorted({_external(tensor)[0] for tensor in self.proto.graph.initializer if _is_external(tensor)})
+
     def state(self) -> dict[Path, tuple[int, int, int]]:
         """Return size, time and number of the graph's file and its data: others when somebody writes or replaces it."""
-        external = (tensor.external_data for tensor in self.proto.graph.initializer)
-        locations = {entry.value for entries in external for entry in entries if entry.key == "location"}
-        states = {file: file.stat() for file in (self.path, *(self.path.parent / name for name in sorted(locations)))}
+        states = {file: file.stat() for file in (self.path, *(self.path.parent / name for name in self.data_files))}
         return {file: (state.st_size, state.st_mtime_ns, state.st_ino) for file, state in states.items()}
 
     def require_unchanged(self, before: Mapping[Path, tuple[int, int, int]]) -> None:
@@ -165,7 +169,7 @@ def live_nodes(
 
 def read_tensor(tensor: TensorProto, folder: Path) -> np.ndarray:
     """Return a tensor's values, reading external data below `folder` through a memory map."""
-    if not tensor.HasField("data_location") or tensor.data_location != TensorProto.EXTERNAL:
+    if not _is_external(tensor):
         try:
             inline: np.ndarray = onnx.numpy_helper.to_array(tensor)
         except (TypeError, ValueError) as error:
@@ -176,8 +180,11 @@ def read_tensor(tensor: TensorProto, folder: Path) -> np.ndarray:
     shape = tuple(tensor.dims)
     if math.prod(shape) == 0:
         return np.zeros(shape, dtype)
-    data = locate(folder, location, f"tensor `{tensor.name}`")  # anew: the file may have become a link since
-    return np.memmap(data, dtype, "r", offset, shape)
+    # Located anew: the file may have become a link since, or shorter.
+    with open_located(folder, location, f"tensor `{tensor.name}`") as data:
+        if offset + tensor_bytes(tensor) > os.fstat(data.fileno()).st_size:
+            raise InputError(f"`{folder / location}` changed while it was read", "wait until it is written")
+        return np.memmap(data, dtype, "r", offset, shape)
 
 
 def tensor_bytes(tensor: TensorProto) -> int:
@@ -217,6 +224,11 @@ def _check(proto: onnx.ModelProto, path: Path, any_opset: bool) -> None:
         _check_tensor(tensor, path, sizes)
 
 
+def _is_external(tensor: TensorProto) -> bool:
+    # What else it says of external data means nothing then, and nobody checks it.
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
+
+
 def _external(tensor: TensorProto) -> tuple[str, int, int]:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     if unknown := sorted(entries.keys() - _EXTERNAL_KEYS):
@@ -235,7 +247,7 @@ def _check_tensor(tensor: TensorProto, model: Path, sizes: dict[str, int]) -> No
         raise InputError(f"{what} has a negative dimension, or more than {MAX_RANK} of them")
     if tensor.data_type not in helper.get_all_tensor_dtypes():
         raise InputError(f"{what} has the unknown type {tensor.data_type}")
-    if tensor.data_location != TensorProto.EXTERNAL:
+    if not _is_external(tensor):
         if tensor.HasField("raw_data") and len(tensor.raw_data) != tensor_bytes(tensor):
             raise InputError(f"{what} needs {tensor_bytes(tensor)} bytes, has {len(tensor.raw_data)}")
         return

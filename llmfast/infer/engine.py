@@ -283,6 +283,13 @@ def _check_contract(session: "onnxruntime.InferenceSession", model: Path) -> typ
             raise UnsupportedError(
                 f"`{model}`: `{name}` is {dtype} {shape}, not [batch, number of heads, past, head size] of a known type"
             )
+    for name, axis, word in (("input_ids", 0, "batch"), ("input_ids", 1, "seq"), *((name, 2, "past") for name in past)):
+        size = inputs[name].shape[axis]
+        if isinstance(size, int) and (word, size) != ("batch", 1):
+            raise UnsupportedError(
+                f"`{bundle.model}`: axis {axis} ({word}) of `{name}` is fixed at {size}, and must be free",
+                "export it with dynamic axes",
+            )
     ids = inputs["input_ids"].type
     if ids not in ("tensor(int64)", "tensor(int32)"):
         raise UnsupportedError(f"`{model}`: `input_ids` is {ids}, not integers")

@@ -13,7 +13,7 @@ from llmfast.infer.decoder import Decoder
 from llmfast.infer.prompt_cache import PromptCache
 from llmfast.infer.sampling import Sampling, sample
 from llmfast.infer.speculate import Speculation
-from llmfast.tokenizer import Tokenizer
+from llmfast.tokenizer import Tokenizer, require_bounded
 
 MAX_TOKENS = 256
 
@@ -66,7 +66,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, system: str | None = None, 
     Raises:
         OptionError: a system prompt without a chat template.
         InputError: the template refuses the conversation.
+        ResourceError: it would take too long to tokenize.
     """
+    require_bounded(prompt)
     if raw or tokenizer.chat_template is None:
         if system is not None:
             reason = "--raw leaves it out" if raw else "the model has none"

@@ -155,12 +155,5 @@ def _files(bundle: ModelBundle, models: Iterable[OnnxModel]) -> list[dict[str, A
     listed: Mapping[str, Mapping[str, Any]] = bundle.manifest.files
     if listed:
         return [{"name": name, "bytes": entry["bytes"]} for name, entry in listed.items()]
-    names = {bundle.model.name}
-    for model in models:
-        names |= {
-            entry.value
-            for tensor in model.proto.graph.initializer
-            for entry in tensor.external_data
-            if entry.key == "location"
-        }
+    names = {bundle.model.name, *(name for model in models for name in model.data_files)}
     return [{"name": name, "bytes": (bundle.path / name).stat().st_size} for name in sorted(names)]

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import onnx
 
-from llmfast.errors import InputError
+from llmfast.errors import GateError, InputError
 from llmfast.graph.builder import GraphBuilder
 from llmfast.graph.edits import Edits
 from llmfast.graph.floats import FloatFormat, FloatWeight, write_float_rows
@@ -184,6 +184,8 @@ class QuantizedGraph:
             )
         quantized = self._round_weight(array, self._layers.grids[weight], linear)
         moved = quantized.dequantize() - array
+        if not np.isfinite(moved).all():
+            raise GateError(f"layer `{name}` would get values that are NaN or infinite", "choose another --method")
         self.reports.append(
             LayerReport(
                 name,

@@ -118,15 +118,23 @@ def run_session(
         float32, one array per output.
 
     Raises:
-        UnsupportedError: the graph takes another input, or lacks one of the outputs.
+        UnsupportedError: the graph takes another input or another size, or lacks one of the outputs.
     """
-    inputs = [value.name for value in session.get_inputs()]
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    inputs = list(shapes)
     offered = [value.name for value in session.get_outputs()]
     if not set(inputs) <= set(batch) or not set(outputs) <= set(offered):
         raise UnsupportedError(
             f"not an encoder for this task: inputs {', '.join(inputs)}; outputs {', '.join(offered)}",
             f"needs the output `{'`, `'.join(outputs)}`, and inputs of {', '.join(batch)}",
         )
+    for name, shape in shapes.items():
+        for axis, (wanted, given) in enumerate(zip(shape, batch[name].shape, strict=False)):
+            if isinstance(wanted, int) and wanted != given:
+                raise UnsupportedError(
+                    f"axis {axis} of the input `{name}` is fixed at {wanted}, and {given} are given",
+                    "export the model with dynamic axes",
+                )
     values = session.run(list(outputs), {name: batch[name] for name in inputs})
     return [value.astype(np.float32, copy=False) for value in values]
 

@@ -38,6 +38,8 @@ class Progress:
         best_loss: the lowest validation loss.
         best_step: its step.
         stale: validations since then.
+        loss_sum: losses since the last line of the log, of all items; a resumed run logs the same mean.
+        items: how many these are.
     """
 
     step: int = 0
@@ -45,6 +47,8 @@ class Progress:
     best_loss: float = float("inf")
     best_step: int = 0
     stale: int = 0
+    loss_sum: float = 0.0
+    items: int = 0
 
 
 class Trainer:
@@ -101,7 +105,7 @@ class Trainer:
             advance(self.progress.step)
             is_interrupted = False
             self._evaluate_when_due()
-            started, tokens, loss_sum, items = time.perf_counter(), 0, 0.0, 0
+            started, tokens = time.perf_counter(), 0
             for rows in self._batches():
                 if is_interrupted:
                     self._interrupt(received)
@@ -114,21 +118,23 @@ class Trainer:
                 tokens += sum(row.num_tokens for row in rows)
                 if taken:
                     weight = sum(row.items for row in rows)
-                    loss_sum, items = loss_sum + loss * weight, items + weight
+                    self.progress.loss_sum += loss * weight
+                    self.progress.items += weight
                 is_last = step == self.total
                 if step % self._options.log_every == 0 or is_last:
                     seconds = time.perf_counter() - started
                     self._log.write(
                         step=step,
                         epoch=round(step / self._epoch_steps, 4),
-                        loss=loss_sum / items if items else None,
+                        loss=self.progress.loss_sum / self.progress.items if self.progress.items else None,
                         learning_rate=learning_rate_at(step - 1, self.total, self._options, self._highest_rate),
                         gradient_norm=norm if taken else None,
                         tokens_per_s=round(tokens / seconds, 1),
                         peak_memory_bytes=peak_memory(self._parallel.device),
                         **({"loss_scale": self._precision.scale} if self._precision.name == "fp16" else {}),
                     )
-                    started, tokens, loss_sum, items = time.perf_counter(), 0, 0.0, 0
+                    started, tokens = time.perf_counter(), 0
+                    self.progress.loss_sum, self.progress.items = 0.0, 0
                 advance(1, self._log.describe())
                 before = time.perf_counter()
                 self._evaluate_when_due(is_last)

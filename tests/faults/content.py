@@ -325,6 +325,11 @@ def regular_expression(place: Place, pattern: str) -> list[Any]:
     return ["infer", model, "-p", "a" * 64 + "!"]
 
 
+@fault("B15", 6, "10,000,000 characters", each={"text-generation": False, "raw": True})
+def endless_prompt(place: Place, raw: bool) -> list[Any]:
+    return ["infer", place.decoder, "--input", place.write("prompt.txt", "x" * 10_000_000), *(["--raw"] if raw else [])]
+
+
 _ESCAPES = "w\x1b]0;owned\x07\x1b[31m\n\u202ename"
 
 
@@ -355,3 +360,8 @@ def _changed(place: Place) -> Path:
 @fault("B17", 3, "`model.onnx` is changed", each={"infer": ["infer", "-p", "x"], "bench": ["bench", "-p", 4, "-n", 2]})
 def weights_changed(place: Place, arguments: list[Any]) -> list[Any]:
     return [arguments[0], _changed(place), *arguments[1:], "--verify"]
+
+
+@fault("B17", 4, "is not signed", "model.sig")
+def unsigned(place: Place) -> list[Any]:
+    return ["verify", place.decoder, "--require-signature", place.write("key.pem", "")]

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from llmfast.bundle import Manifest, write_manifest
+from llmfast.graph.packed import QuantizedWeight
 from tests import tiny_decoder
 from tests.faults import graphs
 from tests.faults.table import Place, fault, quantize
@@ -45,6 +46,26 @@ def not_finite_checkpoint(place: Place) -> list[Any]:
     weights["model.layers.1.self_attn.q_proj.weight"][1, 2] = np.nan
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     return ["export", source, "-o", place.output]
+
+
+def _quantize_with_gptq(place: Place) -> list[Any]:
+    text = place.write("text.txt", b"some words to calibrate on " * 40)
+    return quantize(place.decoder, place, "--method", "gptq", "--calibration", text, "--seq-len", 32)
+
+
+@fault("C2", 0, "singular statistics: rounded to nearest", writes=True)
+def no_cholesky_factor(place: Place) -> list[Any]:
+    def fail(matrix: np.ndarray) -> np.ndarray:
+        raise np.linalg.LinAlgError("not positive definite")
+
+    place.patch.setattr(np.linalg, "cholesky", fail)
+    return _quantize_with_gptq(place)
+
+
+@fault("C2", 7, "NaN or infinite", "--method")
+def nan_after_quantization(place: Place) -> list[Any]:
+    place.patch.setattr(QuantizedWeight, "dequantize", lambda weight: np.full((1, 1), np.nan, np.float32))
+    return _quantize_with_gptq(place)
 
 
 def _constant(values: np.ndarray) -> None:
@@ -215,6 +236,45 @@ def calibration_of_unknown_inputs(place: Place) -> list[Any]:
     tiny_decoder.save_tokenizer(model.parent)
     text = place.write("text.txt", b"words " * 100)
     return quantize(model, place, "--method", "gptq", "--calibration", text, "--seq-len", 16)
+
+
+def _with_fixed_axis(place: Place, name: str, axis: int, size: int) -> Path:
+    """Write the tiny decoder with an axis of an input, which is free, of one size."""
+    model = place.own(place.decoder)
+    proto = onnx.load(model / "model.onnx")
+    (value,) = (value for value in proto.graph.input if value.name == name)
+    value.type.tensor_type.shape.dim[axis].dim_value = size
+    onnx.save(proto, model / "model.onnx")
+    manifest = json.loads((model / "llmfast.json").read_text())
+    write_manifest(model, Manifest("text-generation", architecture=manifest["architecture"], graphs=manifest["graphs"]))
+    return model
+
+
+_AXES = {"batch": ("input_ids", 0, 4), "seq": ("input_ids", 1, 8), "past": ("past_key_values.0.key", 2, 16)}
+
+
+@fault("C12", 5, "is fixed at", each={name: (name, *case) for name, case in _AXES.items()})
+def fixed_axis(place: Place, case: tuple[str, str, int, int]) -> list[Any]:
+    return ["infer", _with_fixed_axis(place, *case[1:]), "-p", "xxx", "--max-tokens", 2]
+
+
+@fault("C12", 5, "axis 1", "`input_ids` is fixed at 4", alone=True)
+def fixed_axis_of_an_encoder(place: Place) -> list[Any]:
+    model = place.folder / "model"
+    model.mkdir()
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["x"], to=1),
+        helper.make_node("Unsqueeze", ["x", "two"], ["logits"]),
+    ]
+    inputs = [helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["batch", 4])]
+    outputs = [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 4, 1])]
+    two = numpy_helper.from_array(np.array([2]), "two")
+    proto = helper.make_model(helper.make_graph(nodes, "graph", inputs, outputs, [two]), ir_version=10)
+    proto.opset_import[0].version = 21
+    graphs.save(model, proto)
+    tiny_decoder.save_tokenizer(model)
+    write_manifest(model, Manifest("token-classification", graphs={"model": {"file": "model.onnx"}}))
+    return ["infer", model, "-p", "a longer text"]
 
 
 @fault("C13", 3, "199 tokens", f"{tiny_decoder.CONTEXT}")

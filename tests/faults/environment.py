@@ -4,6 +4,7 @@ import os
 import shutil
 from typing import Any
 
+from llmfast.resources import MAX_MEMORY
 from tests.faults import graphs
 from tests.faults.table import Place, fault, quantize
 
@@ -52,6 +53,12 @@ def model_too_large(place: Place) -> list[Any]:
 def model_too_large_and_forced(place: Place) -> list[Any]:
     _little_memory(place, 10_000)
     return ["--force", "infer", place.decoder, "-p", "x", "--max-tokens", 1]
+
+
+@fault("D9", 6, "model.onnx` needs", "available")
+def model_larger_than_allowed(place: Place) -> list[Any]:
+    place.patch.setenv(MAX_MEMORY, "10000")  # as --max-memory does in the process that it limits
+    return ["infer", place.decoder, "-p", "x"]
 
 
 @fault("D10", 8, "output exists", "--overwrite")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from llmfast.export.safetensors_file import SafetensorsFile
 from llmfast.graph.weights import WeightFile
 from tests import tiny_decoder
 from tests.faults import graphs
@@ -401,6 +402,16 @@ def tensor_in_two_shards(place: Place) -> list[Any]:
     content = (source / "model.safetensors").read_bytes()
     (source / "second.safetensors").write_bytes(content)
     index = {"weight_map": {"a": "model.safetensors", "b": "second.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    return _export(source, place)
+
+
+@fault("A21", 3, "model.safetensors", "declares", each={"more": 1, "fewer": -1})
+def total_size(place: Place, change: int) -> list[Any]:
+    source = place.own(place.checkpoint())
+    file = SafetensorsFile(source / "model.safetensors")
+    names = dict.fromkeys(file.entries, "model.safetensors")
+    index = {"metadata": {"total_size": file.tensor_bytes + change}, "weight_map": names}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     return _export(source, place)
 

@@ -176,6 +176,70 @@ def test_the_work_ends_with_its_parent(model: Path, tmp_path: Path) -> None:
     pytest.fail("the child outlived its parent")
 
 
+def _run_limited(action: str, model: Path, tmp_path: Path, *limits: str) -> tuple[int, str]:
+    process = _start(action, [*limits, *_quantize(model, tmp_path / "output")])
+    out, errors = process.communicate(timeout=60)
+    assert out == ""
+    assert "Traceback" not in errors
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize(
+    "action",
+    ["time.sleep(60)", "signal.signal(signal.SIGTERM, signal.SIG_IGN); supervisor.ask_for_grace(0.3); time.sleep(60)"],
+    ids=["python", "native"],
+)
+def test_a_command_that_takes_too_long_is_ended(action: str, model: Path, tmp_path: Path) -> None:
+    code, errors = _run_limited(f"from llmfast import supervisor; {action}", model, tmp_path, "--timeout", "4")
+    assert code == 6
+    assert errors.startswith("error: over --timeout 4 while running `llmfast quantize`")
+    assert errors.count("error: ") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+_HOLD = "held = bytearray(b'1') * (600 << 20); time.sleep(60)"
+
+
+class Greedy:
+    """Holds memory in a worker process."""
+
+    def __init__(self) -> None:
+        self.held = bytearray(b"1") * (600 << 20)
+        time.sleep(60)
+
+
+_WORKER = (
+    "import llmfast.worker as worker; worker._BOOT = f'import sys; sys.path[:] = {sys.path!r}; ' + worker._BOOT; "
+    f"worker.Worker('{Greedy.__module__}:Greedy')"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("action", [_HOLD, _WORKER], ids=["own", "worker"])
+def test_a_command_that_takes_too_much_memory_is_ended(action: str, model: Path, tmp_path: Path) -> None:
+    code, errors = _run_limited(action, model, tmp_path, "--max-memory", "400MiB")
+    assert code == 6
+    assert "error: over --max-memory 400.0 MiB while running `llmfast quantize`, with " in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_within_its_limits_is_not_ended(model: Path, tmp_path: Path) -> None:
+    process = _start("pass", ["--max-memory", "4GB", "--timeout", "100", *_quantize(model, tmp_path / "output")])
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert os.listdir(tmp_path) == ["output"]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [("--timeout", "0"), ("--timeout", "nan"), ("--max-memory", "much"), ("--max-memory", "0MB")],
+    ids=" ".join,
+)
+def test_impossible_limits_are_refused(limits: tuple[str, str], model: Path) -> None:
+    command = [sys.executable, "-m", "llmfast", *limits, "infer", str(model), "-p", "x"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 2
+
+
 def test_of_two_runs_with_one_output_one_wins_whole(model: Path, tmp_path: Path) -> None:
     """Row D12."""
     runs = [_start("time.sleep(0.5)", _quantize(model, tmp_path / "output")) for _ in range(2)]

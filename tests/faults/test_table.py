@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from llmfast.cli import app
 from llmfast.files import ALLOW_HARDLINKS
 from llmfast.resources import FORCE
-from tests import tiny_decoder
-from tests.faults import content, data, environment, files, graphs  # noqa: F401 - their rows are in the table once they are imported
+from tests import test_cli, tiny_decoder
+from tests.faults import content, data, environment, files, graphs, test_commit, test_environment, test_race  # noqa: F401 - their rows are in the table once they are imported
 from tests.faults.table import FAULTS, MAX_BYTES, MAX_CPU_S, Fault, Place
 
 
@@ -69,6 +69,29 @@ def _watch(event: str, arguments: tuple) -> None:
 
 
 sys.addaudithook(_watch)  # it can't be taken away again
+
+
+# Rows that take more than one run of a command, or more than one process: the tests that hold them.
+_TESTS = {
+    "B5": test_race.test_a_file_swapped_for_a_link_is_never_read,
+    "D3": test_commit.test_a_killed_process_leaves_the_old_or_the_new,
+    "D4": test_commit.test_a_power_cut_never_leaves_a_mixture,
+    "D5": test_environment.test_a_signal_ends_the_work_in_time,
+    "D6": test_environment.test_the_work_ends_with_its_parent,
+    "D7": test_environment.test_too_little_memory_is_told,
+    "D8": test_environment.test_a_crash_in_native_code_is_told_and_leaves_nothing,
+    "D12": test_environment.test_of_two_runs_with_one_output_one_wins_whole,
+    "D13": test_environment.test_odd_surroundings_are_no_fault,
+    "D16": test_cli.test_full_output_is_a_resource_error,
+    "D19": test_environment.test_a_damaged_piece_of_an_interrupted_run_is_made_again,
+    "D20": test_environment.test_no_command_uses_the_network,
+}
+_ROWS = {"A": 23, "B": 17, "C": 17, "D": 20}
+
+
+def test_every_row_is_held() -> None:
+    rows = {f"{part}{number}" for part, count in _ROWS.items() for number in range(1, count + 1)}
+    assert rows == {fault.row for fault in FAULTS} | _TESTS.keys()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
