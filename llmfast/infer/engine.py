@@ -287,7 +287,7 @@ def _check_contract(session: "onnxruntime.InferenceSession", model: Path) -> typ
         size = inputs[name].shape[axis]
         if isinstance(size, int) and (word, size) != ("batch", 1):
             raise UnsupportedError(
-                f"`{bundle.model}`: axis {axis} ({word}) of `{name}` is fixed at {size}, and must be free",
+                f"`{model}`: axis {axis} ({word}) of `{name}` is fixed at {size}, and must be free",
                 "export it with dynamic axes",
             )
     ids = inputs["input_ids"].type
