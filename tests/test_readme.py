@@ -1,4 +1,4 @@
-"""README and recipes: what they name exists, and their commands parse."""
+"""README, docs and recipes: what they name exists, and their commands parse."""
 
 import os
 import re
@@ -26,7 +26,8 @@ from llmfast.export import (
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def _commands(text: str) -> list[list[str]]:
@@ -83,6 +84,16 @@ def test_the_workflow_runs_a_recipe_with_variables_that_it_has() -> None:
     recipe = (ROOT / name).read_text(encoding="utf-8")
     for variable in step["env"]:
         assert f"{variable}=${{{variable}:-" in recipe
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.M)}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, heading = target.partition("#")
+        if not target.startswith("http"):
+            assert (page.parent / path).exists() if path else heading in headings, target
 
 
 def test_scripts_of_the_readme_exist() -> None:

@@ -47,7 +47,7 @@ def bench(
     warmup: Annotated[int | None, typer.Option(help="Rounds before them that are not counted.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Text, JSONL, CSV or TSV for quality; what of depends on the task, see the README."),
+        typer.Option(help="Text, JSONL, CSV or TSV for quality; what of depends on the task, see docs/bench.md."),
     ] = None,
     num_samples: Annotated[int | None, typer.Option(help="Windows of text scored.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
