@@ -102,9 +102,9 @@ def _torment(name: str, writer: Writer, inputs: Path, place: Path, kills: int, r
     started = time.monotonic()
     _finish(_start(writer, whole))
     duration_s = time.monotonic() - started
-    counts = {"killed": 0, "output absent": 0, "output there": 0, "resumed": 0}
+    counts = {"killed": 0, "ended before": 0, "output absent": 0, "output there": 0, "resumed": 0}
     left = output.parent / writer.resume
-    for number in range(kills):
+    while counts["killed"] < kills:
         more = ["--resume"] if writer.resume and left.is_dir() else []
         process = _start(writer, output, *more)
         time.sleep(rng.uniform(0, duration_s))
@@ -112,13 +112,13 @@ def _torment(name: str, writer: Writer, inputs: Path, place: Path, kills: int, r
         (os.killpg if with_children else os.kill)(process.pid, signal.SIGKILL)
         process.communicate()
         _wait_for_group(process.pid)
-        counts["killed"] += process.returncode == -signal.SIGKILL
+        counts["killed" if process.returncode == -signal.SIGKILL else "ended before"] += 1
         assert _hash(inputs) == before, "an input changed"
         counts["output there" if output.exists() else "output absent"] += 1
         if output.exists():
             writer.check(output, whole)
         is_done = output.exists() and writer.check is not _check_answers
-        if number % 2 and not is_done:
+        if counts["killed"] % 2 and not is_done:
             more = ["--resume"] if writer.resume and left.is_dir() else []
             counts["resumed"] += bool(more) or output.exists()
             _finish(_start(writer, output, *more))
@@ -127,7 +127,7 @@ def _torment(name: str, writer: Writer, inputs: Path, place: Path, kills: int, r
         if is_done:
             shutil.rmtree(output.parent)
             output.parent.mkdir()
-    print(f"{name}: {kills} runs of {duration_s:.1f} s, {counts}", flush=True)
+    print(f"{name}, which takes {duration_s:.1f} s: {counts}", flush=True)
 
 
 def main() -> None:

@@ -71,13 +71,13 @@ def main() -> None:
             requests += new
             if new and process.poll() is None:
                 samples.append((requests, *_state(_children(process.pid)[0])))
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # SIGINT is ignored where a script runs this with `&`
         code = process.wait()
     if len(samples) < 10:
         raise SystemExit(f"{len(samples)} samples of {_EVERY_S:g} s: too few to tell")
     settled = np.array(samples[len(samples) // 5 :])
     slope = float(np.polyfit(settled[:, 0], settled[:, 1], 1)[0]) * 1000
-    print(f"{requests:,} requests in {minutes:g} min, exit code {code} after SIGINT")
+    print(f"{requests:,} requests in {minutes:g} min, exit code {code} after SIGTERM")
     print(f"memory {settled[0, 1]:.1f} -> {settled[-1, 1]:.1f} MiB: {slope:+.4f} MiB per 1,000 requests")
     descriptors, threads = (sorted({int(value) for value in settled[:, column]}) for column in (2, 3))
     print(f"file descriptors {descriptors}, threads {threads}")

@@ -28,7 +28,7 @@ from tests.tiny_tune import write_text
 
 _NEVER = 1 << 30
 _ROOT = Path(__file__).parents[2]
-_WRITES = 2
+_WRITES = 4
 _TIMED = {"training.jsonl", "curves.svg", "proof.json"}  # they tell how long something took
 
 
