@@ -71,6 +71,11 @@ def _hash(path: Path) -> dict[str, str]:
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in kept}
 
 
+def _has_state(left: Path) -> bool:
+    """Return whether an interrupted run has come so far that it can be resumed; before, it just begins anew."""
+    return any(file.suffix in (".pt", ".npz") for file in left.glob("*"))
+
+
 def _start(writer: Writer, output: Path, *more: str) -> subprocess.Popen[bytes]:
     arguments = [argument.replace("{output}", str(output)) for argument in writer.arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -105,7 +110,7 @@ def _torment(name: str, writer: Writer, inputs: Path, place: Path, kills: int, r
     counts = {"killed": 0, "ended before": 0, "output absent": 0, "output there": 0, "resumed": 0}
     left = output.parent / writer.resume
     while counts["killed"] < kills:
-        more = ["--resume"] if writer.resume and left.is_dir() else []
+        more = ["--resume"] if writer.resume and _has_state(left) else []
         process = _start(writer, output, *more)
         time.sleep(rng.uniform(0, duration_s))
         with_children = rng.random() < 0.5
@@ -119,7 +124,7 @@ def _torment(name: str, writer: Writer, inputs: Path, place: Path, kills: int, r
             writer.check(output, whole)
         is_done = output.exists() and writer.check is not _check_answers
         if counts["killed"] % 2 and not is_done:
-            more = ["--resume"] if writer.resume and left.is_dir() else []
+            more = ["--resume"] if writer.resume and _has_state(left) else []
             counts["resumed"] += bool(more) or output.exists()
             _finish(_start(writer, output, *more))
             _check_same(output, whole)
