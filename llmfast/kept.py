@@ -2,25 +2,27 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 Parameters = ParamSpec("Parameters")
 Opened = TypeVar("Opened")
 
-_open: dict[Any, Any] | None = None
+# Of each thread its own: what one keeps must not last as long as another.
+_open: ContextVar[dict[Any, Any] | None] = ContextVar("open", default=None)
 
 
 @contextmanager
 def keeping() -> Iterator[None]:
-    """Within the body, and in bodies within it, functions marked `kept` give the same arguments the same result."""
-    global _open
-    before = _open
-    _open = {} if before is None else before
+    """Within the body and bodies within it, in one thread, functions marked `kept` give the same arguments the same
+    result."""
+    before = _open.get()
+    token = _open.set({} if before is None else before)
     try:
         yield
     finally:
-        _open = before
+        _open.reset(token)
 
 
 def kept(function: Callable[Parameters, Opened]) -> Callable[Parameters, Opened]:
@@ -28,12 +30,12 @@ def kept(function: Callable[Parameters, Opened]) -> Callable[Parameters, Opened]
 
     @wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Opened:
-        if _open is None:
+        if (opened := _open.get()) is None:
             return function(*args, **kwargs)
         key = function, args, tuple(sorted(kwargs.items()))
-        if key not in _open:
-            _open[key] = function(*args, **kwargs)
-        found: Opened = _open[key]
+        if key not in opened:
+            opened[key] = function(*args, **kwargs)
+        found: Opened = opened[key]
         return found
 
     return call

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -452,5 +453,7 @@ def test_what_is_kept_is_opened_once() -> None:
     with keeping():
         assert open_it("a") is open_it("a")
         open_it("b")
+        with ThreadPoolExecutor(1) as other:
+            other.submit(open_it, "b").result()
     open_it("a")
-    assert opened == ["a", "a", "a", "b", "a"]
+    assert opened == ["a", "a", "a", "b", "b", "a"]

@@ -297,10 +297,12 @@ _WRITERS = {
     "quantize/stage.py",
     "quantize/vocabulary.py",
     "tasks/_embeddings.py",
+    "tuned.py",
     "tune/stage.py",
     "tune/student.py",
 } | {
     "cli.py",
+    "infer/cluster/parts.py",
     "infer/jsonl.py",
     "quantize/checkpoint.py",
     "tune/curves.py",
