@@ -74,9 +74,8 @@ def open_session(
         graph: a serialized model to open in place of the file's, over the same external weights.
         prepack: copy weights into the order that the kernels like best. Without it weights stay in the mapped
             file, and its pages are all the memory that they take.
-
-        block_base: of `session.dynamic_block_base`; 0 leaves it out.
         rest: threads that spin stop when a run ends, for another session takes the next turn.
+        block_base: of `session.dynamic_block_base`; 0 leaves it out.
 
     Raises:
         UnsupportedError: the provider is absent or took no node, or an operator has no kernel.

@@ -14,7 +14,7 @@ from llmfast.quantize.allocate import Option, allocate
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.checkpoint import Checkpoint
 from llmfast.quantize.comparison import damage_of
-from llmfast.quantize.measure import hold_out
+from llmfast.quantize.measure import ProofText, hold_out
 from llmfast.quantize.plan import Layers
 from llmfast.quantize.rewrite import RoundWeight
 from llmfast.quantize.sensitivity import LayerDamage, grid_errors, weights_of
@@ -303,7 +303,7 @@ def start_fitting(
     if known is not None:
         damages = sensitivity.load(known, layers, model, method)
     else:
-        samples = hold_out(bundle, model, calibration.corpus, calibration, False, _DAMAGE_SAMPLES).samples
+        samples = hold_out(bundle, model, ProofText(calibration.corpus, calibration, False, _DAMAGE_SAMPLES)).samples
         if not samples:
             raise UnsupportedError(f"a budget can't be measured on `{model.path}`", "choose a --scheme")
         predicts_tokens = bundle.manifest.task == TEXT_GENERATION

@@ -74,47 +74,70 @@ class HeldOut:
     text: dict[str, Any] | None
 
 
-def hold_out(
-    bundle: ModelBundle,
-    model: OnnxModel,
-    data: Corpus | None,
-    calibration: Calibration,
-    calibrated: bool,
-    num_samples: int,
-) -> HeldOut:
-    """Choose the samples to compare on.
+@dataclass(frozen=True)
+class ProofText:
+    """The text to compare on: `data`; else what the calibration leaves over, or a text that llmfast ships.
 
-    They come from `data`; else from what the calibration's file holds beyond the samples used; else from a text
-    that llmfast ships. A graph without a tokenizer, or with inputs that no text makes, gets random inputs.
-
-    Args:
-        bundle: the float bundle.
-        model: its graph.
+    Attributes:
         data: the text to use.
         calibration: the text that was calibrated on, and how much of it.
         calibrated: whether it was.
         num_samples: samples, at most.
+    """
+
+    data: Corpus | None
+    calibration: Calibration
+    calibrated: bool
+    num_samples: int
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it is of the user's choice, so that nothing else will do."""
+        return self.data is not None or self.calibration.path is not None
+
+    def choose(self, read: Callable[[Corpus, int], list[Sample]]) -> tuple[Corpus, list[Sample]]:
+        """Return the text, and the samples to compare on.
+
+        Args:
+            read: gives the samples of a text, of a length.
+
+        Raises:
+            InputError, UnsupportedError: as `read` does; too little text.
+        """
+        if self.data is not None:
+            corpus, found = self.data, read(self.data, SEQ_LEN)
+        else:
+            corpus, found = _left_over(self.calibration, self.calibrated, read)
+        chosen, _ = pick(found, self.num_samples, self.calibration.seed)
+        return corpus, chosen
+
+
+def hold_out(bundle: ModelBundle, model: OnnxModel, text: ProofText) -> HeldOut:
+    """Choose the samples to compare on.
+
+    A graph without a tokenizer, or with inputs that no text makes, gets random inputs.
+
+    Args:
+        bundle: the float bundle.
+        model: its graph.
+        text: to read them from.
 
     Raises:
-        InputError: `data` or the calibration's file has too little text, or there is no tokenizer for it.
+        InputError: a text of the user's is too short, or there is no tokenizer for it.
     """
     inputs = graph_inputs(model.proto.graph)
     try:
-        if data is not None:
-            corpus, ids = data, data.samples(bundle, SEQ_LEN)
-        else:
-            corpus, ids = left_over(calibration, calibrated, lambda one, seq_len: one.samples(bundle, seq_len))
-        chosen, _ = pick(ids, num_samples, calibration.seed)
-        samples = [sequence_feeds(inputs, one[None, :SEQ_LEN]) for one in chosen]
+        corpus, ids = text.choose(lambda one, seq_len: one.samples(bundle, seq_len))
+        samples = [sequence_feeds(inputs, one[None, :SEQ_LEN]) for one in ids]
     except (InputError, UnsupportedError) as error:
-        if data is not None or calibration.path is not None:
+        if text.is_named:
             raise
         note(f"note: `{model.path.name}` is compared on random inputs: {error.message}")
-        return HeldOut(_random_samples(bundle, model, num_samples, calibration.seed or 0), None)
+        return HeldOut(_random_samples(bundle, model, text.num_samples, text.calibration.seed or 0), None)
     return HeldOut(samples, {**corpus.describe(), "num_samples": len(samples)})
 
 
-def left_over(
+def _left_over(
     calibration: Calibration, calibrated: bool, read: Callable[[Corpus, int], list[Sample]]
 ) -> tuple[Corpus, list[Sample]]:
     """Return the text to compare on when the user named none: the calibration file's rest, or what llmfast ships.
@@ -138,33 +161,20 @@ class Proof:
     Args:
         bundle: the float bundle.
         models: its graphs by role.
-        data: the text to compare on, see `hold_out`.
-        calibration: the text that was calibrated on.
-        calibrated: whether it was.
-        num_samples: samples, at most.
+        text: the text to compare on.
 
     Attributes:
         text: what the manifest says of the text; None when all inputs are random.
     """
 
-    def __init__(
-        self,
-        bundle: ModelBundle,
-        models: Mapping[str, OnnxModel],
-        data: Corpus | None,
-        calibration: Calibration,
-        calibrated: bool,
-        num_samples: int,
-    ) -> None:
+    def __init__(self, bundle: ModelBundle, models: Mapping[str, OnnxModel], text: ProofText) -> None:
         self._predicts_tokens = bundle.manifest.task == TEXT_GENERATION
         self._paths = {role: model.path for role, model in models.items()}
         # As they are now: transforms change them, and the graph of another exporter was adapted in memory.
         self._graphs = {role: model.proto.SerializeToString() for role, model in models.items()}
         if "decoder" in models:
             models = {"encoder": models["encoder"]}
-        self._held_out = {
-            role: hold_out(bundle, model, data, calibration, calibrated, num_samples) for role, model in models.items()
-        }
+        self._held_out = {role: hold_out(bundle, model, text) for role, model in models.items()}
         self.text = next((one.text for one in self._held_out.values() if one.text), None)
 
     def inputs_of(self, role: str, workpiece: Workpiece) -> RowsOf:

@@ -10,10 +10,8 @@ from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError, UnsupportedError
 from llmfast.graph.model import OnnxModel
 from llmfast.infer.seq2seq import ROLES
-from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.comparison import Comparison
-from llmfast.quantize.corpus import Corpus, pick
-from llmfast.quantize.measure import SEQ_LEN, Proof, RowsOf, input_rows, left_over
+from llmfast.quantize.measure import SEQ_LEN, Proof, ProofText, RowsOf, input_rows
 from llmfast.quantize.pairs import (
     Pair,
     PairReader,
@@ -35,10 +33,7 @@ class PairProof:
     Args:
         bundle: the float bundle.
         models: its graphs by role.
-        data: the text to compare on; None is what the calibration leaves over, or a text that llmfast ships.
-        calibration: the text that was calibrated on.
-        calibrated: whether it was.
-        num_samples: pairs, at most.
+        text: the text to compare on.
 
     Attributes:
         text: what the manifest says of the text.
@@ -48,21 +43,9 @@ class PairProof:
         UnsupportedError: the model's sources are no texts.
     """
 
-    def __init__(
-        self,
-        bundle: ModelBundle,
-        models: Mapping[str, OnnxModel],
-        data: Corpus | None,
-        calibration: Calibration,
-        calibrated: bool,
-        num_samples: int,
-    ) -> None:
+    def __init__(self, bundle: ModelBundle, models: Mapping[str, OnnxModel], text: ProofText) -> None:
         reader = PairReader(bundle, models)
-        if data is not None:
-            corpus, pairs = data, reader.read(data, SEQ_LEN)
-        else:
-            corpus, pairs = left_over(calibration, calibrated, reader.read)
-        chosen, _ = pick(pairs, num_samples, calibration.seed)
+        corpus, chosen = text.choose(reader.read)
         self._pairs = reader.complete(chosen, SEQ_LEN, "compare")
         self.text = {**corpus.describe(), "num_samples": len(chosen)}
         self._folder = bundle.path
@@ -101,27 +84,20 @@ def _predict(sessions: Sequence[Any], pair: Pair) -> np.ndarray:
     return logits
 
 
-def make_proof(
-    bundle: ModelBundle,
-    models: Mapping[str, OnnxModel],
-    data: Corpus | None,
-    calibration: Calibration,
-    calibrated: bool,
-    num_samples: int,
-) -> Proof | PairProof:
+def make_proof(bundle: ModelBundle, models: Mapping[str, OnnxModel], text: ProofText) -> Proof | PairProof:
     """Return the comparison that suits a bundle; of an encoder-decoder that takes no text, the encoder's alone.
 
     Args:
-        bundle, models, data, calibration, calibrated, num_samples: as of both.
+        bundle, models, text: as of both.
 
     Raises:
         InputError, UnsupportedError: a text was named, and can't be used.
     """
     if is_encoder_decoder(models):
         try:
-            return PairProof(bundle, models, data, calibration, calibrated, num_samples)
+            return PairProof(bundle, models, text)
         except (InputError, UnsupportedError) as error:
-            if data is not None or calibration.path is not None:
+            if text.is_named:
                 raise
             note(f"note: the encoder alone is compared: {error.message}")
-    return Proof(bundle, models, data, calibration, calibrated, num_samples)
+    return Proof(bundle, models, text)

@@ -33,7 +33,7 @@ from llmfast.quantize.checkpoint import Checkpoint, kept_for_resuming
 from llmfast.quantize.corpus import Corpus
 from llmfast.quantize.hybrid import make_plans, require_decoder
 from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_cache
-from llmfast.quantize.measure import Proof, worst
+from llmfast.quantize.measure import Proof, ProofText, worst
 from llmfast.quantize.options import MIXED_SCHEME, QuantizeOptions
 from llmfast.quantize.pair_proof import PairProof, make_proof
 from llmfast.quantize.pairs import PairReader, Values, feed_pairs, is_encoder_decoder
@@ -125,7 +125,7 @@ def _prove(bundle: ModelBundle, parts: Mapping[str, Part], options: QuantizeOpti
     data = Corpus(options.data, options.calibration.field) if options.data else None
     is_calibrated = bool(options.budget or any(part.plan.needs_calibration for part in parts.values()))
     models = {role: part.model for role, part in parts.items()}
-    return make_proof(bundle, models, data, options.calibration, is_calibrated, options.data_samples)
+    return make_proof(bundle, models, ProofText(data, options.calibration, is_calibrated, options.data_samples))
 
 
 def _start_fitting(

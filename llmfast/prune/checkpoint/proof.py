@@ -13,20 +13,17 @@ from llmfast.export.pooling import Pooling, read_output, read_pooling
 from llmfast.prune.checkpoint.workpiece import run_model
 from llmfast.prune.options import PruneOptions
 from llmfast.quantize.comparison import Comparison
-from llmfast.quantize.corpus import Corpus, pick
-from llmfast.quantize.measure import SEQ_LEN, left_over
+from llmfast.quantize.corpus import Corpus
+from llmfast.quantize.measure import SEQ_LEN, ProofText
 from llmfast.report import note, progress
 
 
 def choose_text(bundle: ModelBundle, options: PruneOptions) -> tuple[list[np.ndarray], dict[str, Any]]:
     """Return the samples to compare on, int64 [seq] each, and what the lineage says of their text."""
     calibration = options.calibration
-    if options.data:
-        corpus = Corpus(options.data, calibration.field)
-        ids = corpus.samples(bundle, SEQ_LEN)
-    else:
-        corpus, ids = left_over(calibration, True, lambda one, seq_len: one.samples(bundle, seq_len))
-    samples = pick(ids, options.data_samples, calibration.seed)[0]
+    data = Corpus(options.data, calibration.field) if options.data else None
+    text = ProofText(data, calibration, True, options.data_samples)
+    corpus, samples = text.choose(lambda one, seq_len: one.samples(bundle, seq_len))
     return samples, {**corpus.describe(), "num_samples": len(samples)}
 
 

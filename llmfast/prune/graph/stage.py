@@ -33,7 +33,7 @@ from llmfast.prune.graph.inputs import Inputs, Share
 from llmfast.prune.methods import ratio_of, resolved
 from llmfast.prune.options import PruneOptions
 from llmfast.quantize.corpus import Corpus
-from llmfast.quantize.measure import worst
+from llmfast.quantize.measure import ProofText, worst
 from llmfast.quantize.pair_proof import make_proof
 from llmfast.quantize.plan import HEAD_ROLE, Choice, refuse_quantized
 from llmfast.quantize.replay import Replay
@@ -91,7 +91,7 @@ def prune_graph(source: Path, output: Path, choice: Choice, options: PruneOption
     proof = None
     if options.measure:
         data = Corpus(options.data, options.calibration.field) if options.data else None
-        proof = make_proof(bundle, models, data, options.calibration, bool(samples), options.data_samples)
+        proof = make_proof(bundle, models, ProofText(data, options.calibration, bool(samples), options.data_samples))
     with stage_output(output, options.overwrite) as staged:
         weights = WeightFile(staged)
         layers: dict[tuple[str, str], tuple[Linear, int]] = {}
