@@ -13,7 +13,6 @@ from llmfast.bundle import ModelBundle
 from llmfast.cli import app
 from llmfast.errors import GateError, InputError, OptionError
 from llmfast.export import seq2seq_parity
-from llmfast.export.stage import ExportOptions, export
 from llmfast.graph.linear import find_linears
 from llmfast.graph.model import OnnxModel
 from llmfast.graph.view import attribute
@@ -26,8 +25,7 @@ from llmfast.quantize.stage import QuantizeOptions, quantize
 from llmfast.quantize.workpiece import Workpiece
 from llmfast.tokenizer import Tokenizer
 from llmfast.verdict import Gate
-from tests.test_seq2seq import InProcess
-from tests.tiny_seq2seq import LETTERS, save_seq2seq
+from tests.tiny_seq2seq import LETTERS, export_seq2seq
 
 # Layers of the graphs, and the PyTorch modules that are given the same inputs.
 SAME = {
@@ -54,11 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     def get(name: str) -> tuple[Path, Any]:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            save_seq2seq(folder / "checkpoint", name)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(seq2seq_parity, "Worker", InProcess)
-                export(str(folder / "checkpoint"), folder / "bundle", ExportOptions(threads=1))
-            made[name] = folder / "bundle", seq2seq_parity.load_reference(folder / "checkpoint")
+            made[name] = export_seq2seq(folder, name).path, seq2seq_parity.load_reference(folder / "checkpoint")
         return made[name]
 
     return get

@@ -1,6 +1,5 @@
 """Encoder-decoders against PyTorch: logits, cached decoding, beams, and what `generate` finds."""
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from llmfast.infer.rules import read_rules
 from llmfast.infer.search import search
 from llmfast.infer.seq2seq import Seq2SeqEngine
 from llmfast.quantize.stage import QuantizeOptions, quantize
-from tests.tiny_seq2seq import ARCHITECTURES, save_seq2seq
+from tests.tiny_seq2seq import ARCHITECTURES, InProcess, export_seq2seq, save_seq2seq
 
 # Random models hardly ever end by themselves: many tokens end, and no token may come twice.
 _ENDING = {"eos_token_id": [2, *range(9, 80, 11)], "no_repeat_ngram_size": 1}
@@ -41,22 +40,6 @@ CASES = [(name, number) for name in ARCHITECTURES for number in (0, 1)]
 CASES += [(name, number) for name in ("bart", "t5") for number in range(2, len(SEARCHES))]
 
 
-class InProcess:
-    """Stands in for `Worker`: a process each would take longer than all the rest."""
-
-    def __init__(self, target: str, *args: Any) -> None:
-        module, _, name = target.partition(":")
-        self.held = getattr(importlib.import_module(module), name)(*args)
-
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self.held, method)(*args)
-
-    def __enter__(self) -> "InProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[ModelBundle, Any]]:
     """Return a function that gives the bundle and the PyTorch model of a name in `ARCHITECTURES`."""
@@ -65,11 +48,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     def get(name: str) -> tuple[ModelBundle, Any]:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            save_seq2seq(folder / "checkpoint", name)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(seq2seq_parity, "Worker", InProcess)
-                bundle = export(str(folder / "checkpoint"), folder / "bundle", ExportOptions(threads=1))
-            made[name] = bundle, seq2seq_parity.load_reference(folder / "checkpoint")
+            made[name] = export_seq2seq(folder, name), seq2seq_parity.load_reference(folder / "checkpoint")
         return made[name]
 
     return get

@@ -21,12 +21,10 @@ from llmfast.errors import InputError, OptionError
 from llmfast.export import seq2seq_parity
 from llmfast.export.sentencepiece_tokenizer import write_m2m_tokenizer, write_marian_tokenizers
 from llmfast.export.seq2seq_settings import read_languages
-from llmfast.export.stage import ExportOptions, export
 from llmfast.infer.stage import answer
 from llmfast.tasks._languages import Languages, resolve, resolve_pair
 from llmfast.tokenizer import Tokenizer
-from tests.test_seq2seq import InProcess
-from tests.tiny_seq2seq import save_seq2seq
+from tests.tiny_seq2seq import export_seq2seq
 
 TEXTS = ["the cat sat", "  the  dog   runs ", "hello, Ünïcode ①!", "zebra quilt", "über uns", "a\tb"]
 CORPUS = [
@@ -54,11 +52,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             folder = tmp_path_factory.mktemp(task)
             name = "m2m_100" if task == "m2m_100" else "t5"
             settings = {} if name == "m2m_100" else {"task_specific_params": T5_TASKS}
-            save_seq2seq(folder / "checkpoint", name, **settings)
-            options = ExportOptions(task=None if task == "m2m_100" else task, threads=1)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(seq2seq_parity, "Worker", InProcess)
-                made[task] = export(str(folder / "checkpoint"), folder / "bundle", options).path
+            made[task] = export_seq2seq(folder, name, None if task == "m2m_100" else task, **settings).path
         return made[task]
 
     return get

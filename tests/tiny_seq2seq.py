@@ -1,13 +1,19 @@
 """Tiny random encoder-decoders as Hugging Face folders, for the tests of exporting and running them."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tokenizers
 import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from llmfast.bundle import ModelBundle
+from llmfast.export import seq2seq_parity
+from llmfast.export.stage import ExportOptions, export
 
 torch.set_num_threads(1)  # models this small only wait for other threads
 
@@ -86,6 +92,30 @@ def save_seq2seq(folder: Path, name: str, **settings: Any) -> Any:
     model.save_pretrained(folder)
     save_tokenizer(folder, LANGUAGES if model_type == "m2m_100" else ["<x>", "<y>", "<z>"])
     return model
+
+
+class InProcess:
+    """Stands in for `Worker`: a process each would take longer than all the rest."""
+
+    def __init__(self, target: str, *args: Any) -> None:
+        module, _, name = target.partition(":")
+        self.held = getattr(importlib.import_module(module), name)(*args)
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self.held, method)(*args)
+
+    def __enter__(self) -> "InProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def export_seq2seq(folder: Path, name: str, task: str | None = None, **settings: Any) -> ModelBundle:
+    """Save a random encoder-decoder in `checkpoint` of a folder, and return the bundle that it is exported to."""
+    save_seq2seq(folder / "checkpoint", name, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seq2seq_parity, "Worker", InProcess)
+        return export(str(folder / "checkpoint"), folder / "bundle", ExportOptions(task=task, threads=1))
 
 
 def save_tokenizer(folder: Path, others: list[str]) -> None:
