@@ -66,12 +66,13 @@ class CausalLm:
     def loss(self, model: Any, rows: Sequence[Row]) -> "tuple[torch.Tensor, torch.Tensor]":
         """Return the summed loss of the rows' tokens but the first; there is nothing to predict for a row."""
         import torch
-        from torch.nn.functional import cross_entropy
+
+        from llmfast.tune.token_losses import token_losses
 
         # Windows are full, so there is no padding and no mask.
         ids = torch.tensor([row.inputs["input_ids"] for row in rows], device=self._device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        return cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"), logits.new_zeros(len(rows))
+        total, losses = token_losses(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
+        return total, losses.new_zeros(len(rows))
 
     def score(self, predictions: np.ndarray, rows: Sequence[Row], loss: float) -> float | None:
         """Return the perplexity; None where it is beyond all numbers."""

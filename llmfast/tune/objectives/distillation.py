@@ -135,7 +135,7 @@ class Distillation:
         if self._pooling:
             total, predictions = self._compare_vectors(ours, theirs, batch["attention_mask"])
         else:
-            total, predictions = self._compare_logits(ours.logits.float(), theirs.logits.float(), rows, batch)
+            total, predictions = self._compare_logits(ours.logits, theirs.logits, rows, batch)
         if self._compares_hidden:
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
             distances = _hidden_distances(ours.hidden_states, theirs.hidden_states, mask)
@@ -163,22 +163,16 @@ class Distillation:
 
     def _compare_logits(self, ours: Any, theirs: Any, rows: Sequence[Row], batch: Any) -> tuple[Any, Any]:
         import torch
-        from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+        from llmfast.tune.token_losses import token_losses
 
         if self._is_decoder:
             ours, theirs, targets = ours[:, :-1], theirs[:, :-1], batch["input_ids"][:, 1:]
         else:
             targets = torch.tensor([row.target for row in rows], device=self._device)
-        softness, share = self._options.temperature, self._options.label_weight
-        soft = [log_softmax(logits / softness, -1) for logits in (ours, theirs)]
-        total = (1 - share) * softness**2 * kl_div(soft[0], soft[1], reduction="sum", log_target=True)
-        flat = ours.flatten(0, -2)
-        if share or not self.model.training:
-            losses = cross_entropy(flat, targets.flatten(), reduction="none")
-            total = total + share * losses.sum()
-        else:
-            losses = flat.new_zeros(len(flat))
-        return total, losses.view_as(targets).mean(-1) if self._is_decoder else ours.argmax(-1)
+        options = self._options
+        total, losses = token_losses(ours, targets, theirs, options.temperature, options.label_weight)
+        return total, losses.mean(-1) if self._is_decoder else ours.detach().argmax(-1)
 
     def _compare_vectors(self, ours: Any, theirs: Any, mask: Any) -> tuple[Any, Any]:
         from torch.nn.functional import cosine_similarity
