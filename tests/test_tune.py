@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -63,6 +64,10 @@ def _reference(
         optimizer.zero_grad()
         found.append(loss.item())
     return dict(model.state_dict()), found
+
+
+def _load(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def _tune(decoder: Path, output: Path, text: Path, **options: object):
@@ -184,6 +189,7 @@ RESUMED = {
     "adapters": {"lora": 4},
     "rounded": {"quantize_aware": "int4:block_size=16"},
     "early stopping": {"patience": 5, "evaluate_every": 2},
+    "averaged, answered twice": {"average": 0.8, "settings": {"consistency": "2"}},
 }
 
 
@@ -252,7 +258,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
     decoder: Path, text: Path, tmp_path: Path, name: str
 ) -> None:
     with pytest.raises(GateError, match=r"is not a number at step \d+ of 50") as caught:
-        _tune(decoder, tmp_path / "out", text, max_steps=50, learning_rate=9.0, optimizer="sgd", max_grad_norm=0,
+        _tune(decoder, tmp_path / "out", text, max_steps=50, learning_rate=10.0, optimizer="sgd", max_grad_norm=0,
               schedule="constant", warmup=0.0, precision=name)  # fmt: skip
     assert "--lr" in caught.value.hint
     assert not (tmp_path / "out").exists()
@@ -315,6 +321,32 @@ def test_early_stopping_keeps_the_best_weights(decoder: Path, text: Path, tmp_pa
     assert again.figures["validations"][0]["validation_loss"] == pytest.approx(best["validation_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("patience", [None, 10])
+def test_the_average_of_the_weights_is_validated_and_kept(
+    decoder: Path, text: Path, tmp_path: Path, patience: int | None
+) -> None:
+    seen = []
+    take = loop.Trainer._step
+
+    def watching(self: loop.Trainer, rows: object):
+        taken = take(self, rows)
+        seen.append([one.detach().double().numpy().copy() for one in self._trained])
+        return taken
+
+    start = [one.detach().double().numpy() for one in _load(decoder).parameters()]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.Trainer, "_step", watching)
+        tuned = _tune(decoder, tmp_path / "out", text, validation=text, average=0.5, max_steps=9, patience=patience)
+    for step, values in enumerate(seen, 1):
+        decay = min(0.5, (1 + step) / (10 + step))
+        start = [decay * mean + (1 - decay) * value for mean, value in zip(start, values, strict=True)]
+    kept = [one.detach().numpy() for one in _load(tmp_path / "out").parameters()]
+    for mean, value in zip(start, kept, strict=True):
+        np.testing.assert_allclose(value, mean, rtol=1e-5, atol=1e-7)
+    again = _tune(tmp_path / "out", tmp_path / "again", text, validation=text, max_steps=1)
+    assert again.figures["validations"][0]["validation_loss"] == tuned.figures["validations"][-1]["validation_loss"]
+
+
 def test_adapters_train_little_and_are_merged(decoder: Path, text: Path, tmp_path: Path) -> None:
     tuned = _tune(decoder, tmp_path / "out", text, lora=4, learning_rate=1e-2, max_steps=10)
     assert tuned.figures["trained_parameters"] < 0.2 * tuned.figures["parameters"]
@@ -362,6 +394,24 @@ def test_options_that_cannot_be_are_refused(
     with pytest.raises(OptionError, match=message):
         _tune(decoder, tmp_path / "out", text, **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_freed_memory_is_not_cleared_again() -> None:
+    program = (
+        "import resource, sys\n"
+        "from llmfast.tune.allocator import keep_freed_memory\n"
+        "if sys.argv[1] == 'keep': keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "b'x' * (64 << 20); before = faults(); b'x' * (64 << 20); print(faults() - before)"
+    )
+    found = [
+        int(subprocess.run([sys.executable, "-c", program, word], capture_output=True, check=True).stdout)
+        for word in ("keep", "leave")
+    ]
+    pages = (64 << 20) // os.sysconf("SC_PAGESIZE")
+    assert found[0] < 0.01 * pages
+    assert found[1] > 0.5 * pages
 
 
 def test_schedules_rise_then_fall_to_nothing() -> None:

@@ -72,6 +72,9 @@ def tune(
         float | None, typer.Option(help="Share of a layer's learning rate that the layer below it has.")
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of matrices.")] = None,
+    average: Annotated[
+        float | None, typer.Option(metavar="DECAY", help="Keep a moving average of the weights, e.g. 0.995.")
+    ] = None,
     max_grad_norm: Annotated[
         float | None, typer.Option(help="Clip longer gradients to this length; 0 does not.")
     ] = None,
@@ -141,6 +144,7 @@ def tune(
         "warmup": warmup,
         "layer_decay": layer_decay,
         "weight_decay": weight_decay,
+        "average": average,
         "max_grad_norm": max_grad_norm,
         "epochs": epochs,
         "max_steps": max_steps,

@@ -13,6 +13,7 @@ import numpy as np
 from llmfast.errors import GateError, ResourceError
 from llmfast.report import note, progress
 from llmfast.supervisor import ask_for_grace
+from llmfast.tune.average import Average
 from llmfast.tune.curves import Log, peak_memory
 from llmfast.tune.fake_quantize import FakeQuantizer
 from llmfast.tune.objective import Objective, Row
@@ -86,6 +87,7 @@ class Trainer:
         self._model = parallel.wrap(objective.model)
         self._trained = [one for one in objective.model.parameters() if one.requires_grad]
         self._optimizer = make_optimizer(objective.model, options, options.learning_rate)
+        self._average = Average(self._trained, options.average) if options.average else None
         self._lengths = np.array([row.num_tokens for row in objective.train])
         self._epoch_steps = -(-len(objective.train) // options.batch_size)
         self.total = options.max_steps or options.epochs * self._epoch_steps
@@ -117,6 +119,8 @@ class Trainer:
                 step = self.progress.step
                 tokens += sum(row.num_tokens for row in rows)
                 if taken:
+                    if self._average:
+                        self._average.update()
                     weight = sum(row.items for row in rows)
                     self.progress.loss_sum += loss * weight
                     self.progress.items += weight
@@ -141,6 +145,8 @@ class Trainer:
                 if step % self._options.save_every == 0 and not is_last:
                     self._save()
                 started += time.perf_counter() - before  # the speed is that of training
+        if self._average:
+            self._average.adopt()
         if self._best:
             self._restore_best()
 
@@ -155,6 +161,8 @@ class Trainer:
         self._best = state["best"]
         if self._quantizer and state["grids"]:
             self._quantizer.load(state["grids"])
+        if self._average:
+            self._average.load(state["average"])
         torch.set_rng_state(state["random"][self._parallel.rank])
         if self._parallel.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"][self._parallel.rank], self._parallel.device)
@@ -222,7 +230,8 @@ class Trainer:
         if not self._objective.validation or step == self.progress.evaluated:
             return
         if step % every == 0 or is_last:
-            self._evaluate()
+            with self._average.in_place() if self._average else nullcontext():
+                self._evaluate()
 
     def _evaluate(self) -> None:
         """Measure on the held-back rows, and remember the best weights if the run may stop early."""
@@ -282,6 +291,7 @@ class Trainer:
                 "progress": asdict(self.progress),
                 "best": self._best,
                 "grids": self._quantizer.state() if self._quantizer else None,
+                "average": self._average.state() if self._average else None,
                 "random": [one for one, _ in random],
                 "cuda_random": [one for _, one in random],
             }

@@ -37,6 +37,8 @@ class TuneOptions:
         layer_decay: a layer's learning rate is the next one's times this, the head's is the highest: what lies deep
             was learnt from more data, and stays.
         weight_decay: of matrices; vectors are left alone.
+        average: share that a moving average of the weights keeps at a step, see tune/average.py; the average is
+            validated and kept. None and 0 keep the last step's weights.
         max_grad_norm: longer gradients are scaled down to it; 0 leaves them.
         epochs: passes over the data.
         max_steps: steps of the optimizer, whatever the epochs.
@@ -79,6 +81,7 @@ class TuneOptions:
     warmup: float = 0.1
     layer_decay: float | None = None
     weight_decay: float = 0.01
+    average: float | None = None
     max_grad_norm: float = 1.0
     epochs: int | None = None
     max_steps: int | None = None
@@ -121,6 +124,7 @@ class TuneOptions:
             ("validation-split", self.validation_split, 0, 0.9),
             ("weight-decay", self.weight_decay, 0, 1),
             ("max-grad-norm", self.max_grad_norm, 0, float("inf")),
+            ("average", self.average, 0, 0.9999),
         ):
             if number is not None and not low <= number <= high:
                 raise OptionError(f"--{name} {number}: not between {low:g} and {high:g}")
@@ -130,7 +134,7 @@ class TuneOptions:
                 "leave one of the two out",
             )
         if self.parallel == "fsdp":
-            for name in ("lora", "quantize_aware"):
+            for name in ("average", "lora", "quantize_aware"):
                 if getattr(self, name):
                     raise OptionError(f"--{name.replace('_', '-')} does not go with --parallel fsdp", "use ddp")
             if self.precision == "fp16":

@@ -67,6 +67,7 @@ def tune(source: str | None, output: Path, options: TuneOptions) -> Tuned:
     """
     import torch
 
+    from llmfast.tune.allocator import keep_freed_memory
     from llmfast.tune.fake_quantize import FakeQuantizer, parse_scheme
     from llmfast.tune.loop import Trainer
     from llmfast.tune.parallel import Parallel
@@ -80,6 +81,8 @@ def tune(source: str | None, output: Path, options: TuneOptions) -> Tuned:
     torch.set_num_threads(resolve_threads(options.threads))
     parallel = Parallel(options.device, options.parallel)
     options = _resolve(folder, options, plugin, choose_precision(options.precision, parallel.device), parallel)
+    if parallel.device.type == "cpu":
+        keep_freed_memory()
     facts = _facts(folder, options, chosen, parallel)
     snapshots = Snapshots(output, facts, options.resume, options.overwrite)
     with parallel.running(), tempfile.TemporaryDirectory() as companions, _quiet():
