@@ -21,6 +21,9 @@ from llmfast.export.stage import ExportOptions, export
 from llmfast.infer.stage import answer
 from llmfast.records import Records
 from llmfast.tokenizer import Tokenizer
+from llmfast.tune.objective import Job
+from llmfast.tune.objectives import classification
+from llmfast.tune.options import TuneOptions
 from tests.tiny_encoder import save_encoder
 from tests.tiny_tune import MODULE, TEXT, losses, run, weights, write_encoder, write_labelled, write_text
 
@@ -69,6 +72,32 @@ def test_the_loss_of_classification_is_cross_entropy(encoder: Path, tmp_path: Pa
     first = tuned.figures["validations"][0]
     assert first["validation_loss"] == pytest.approx(wanted.item(), rel=1e-5)
     assert first["accuracy"] == pytest.approx((torch.stack(logits).argmax(-1) == targets).float().mean().item())
+
+
+def test_consistency_adds_what_two_answers_differ_by(tmp_path: Path) -> None:
+    encoder = write_encoder(tmp_path / "bert", hidden_dropout_prob=0.3)
+    data = write_labelled(tmp_path / "data.txt", rows=9)
+    rows = [line.split(" ", 1) for line in data.read_text(encoding="utf-8").splitlines()]
+    options = TuneOptions(data, validation=data, seq_len=16)
+    torch.manual_seed(0)
+    objective = classification.prepare(
+        Job(encoder, options, encoder), classification.Options(label_smoothing=0.0, consistency=3.0)
+    )
+    assert len(objective.train) == len(rows)
+    seen = []
+    objective.model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits.detach().double()))
+    objective.model.train()
+    loss, predictions = objective.loss(objective.model, objective.train)
+    first, second = (one.softmax(-1).numpy() for one in seen[0].chunk(2))
+    assert not np.allclose(first, second)
+    targets = [row.target for row in objective.train]
+    likelihood = sum(-np.log(one[np.arange(9), targets]).sum() for one in (first, second)) / 2
+    divergence = sum((a * np.log(a / b)).sum() for a, b in ((first, second), (second, first))) / 2
+    assert loss.item() == pytest.approx(likelihood + 3 * divergence, rel=1e-5)
+    assert predictions.tolist() == first.argmax(-1).tolist()
+    objective.model.eval()
+    objective.loss(objective.model, objective.train)
+    assert len(seen[1]) == len(rows)
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
