@@ -402,7 +402,7 @@ def test_every_method_works_on_a_decoder(
         assert step.calibration["num_samples"] == 4
     ids = np.array(Tokenizer.load(fp32_bundle).encode(text.read_text()))[300:348]
     expected, actual = Engine(ModelBundle.open(fp32_bundle)).score(ids), Engine(bundle).score(ids)
-    assert np.corrcoef(expected.ravel(), actual.ravel())[0, 1] > (0.85 if scheme == "int4" else 0.995)
+    assert np.corrcoef(expected.ravel(), actual.ravel())[0, 1] > {"int2": 0.3, "int4": 0.85}.get(scheme, 0.995)
 
 
 def test_sequential_gptq_sees_other_inputs(fp32_bundle: Path, tmp_path: Path, text: Path) -> None:
