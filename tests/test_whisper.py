@@ -21,6 +21,7 @@ from llmfast.cli import app
 from llmfast.errors import GateError, InputError, OptionError, UnsupportedError
 from llmfast.export import seq2seq_parity
 from llmfast.export.stage import ExportOptions, export
+from llmfast.infer.recordings import SpokenPrompt
 from llmfast.quantize.stage import QuantizeOptions, quantize
 from llmfast.spectrogram import SpectrogramProcessor
 from llmfast.tasks import automatic_speech_recognition as speech
@@ -190,13 +191,11 @@ def test_recordings_and_languages_that_do_not_fit(exported: Callable[..., Export
 def test_settings_that_are_not_understood(
     tmp_path: Path, settings: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
-    from llmfast.tasks._whisper import _Prompt
-
     (tmp_path / "config.json").write_text("{}")
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps(MULTILINGUAL | {"decoder_start_token_id": 53} | settings))
     with pytest.raises(kind, match=message):
-        _Prompt.load(tmp_path)
+        SpokenPrompt.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -175,13 +175,7 @@ class QuantizedGraph:
 
     def _quantize(self, weight: str, name: str, role: str, array: np.ndarray, linear: Linear | None) -> Weight:
         array = np.asarray(array, np.float32)
-        if not np.isfinite(array).all():
-            bad = np.argwhere(~np.isfinite(array))
-            raise InputError(
-                f"weight `{weight}` of `{self._model.path}` has {len(bad)} values that are NaN or infinite, "
-                f"the first at {bad[0].tolist()}",
-                "the checkpoint is damaged or its training diverged",
-            )
+        _refuse_damaged(self._model, weight, array)
         quantized = self._round_weight(array, self._layers.grids[weight], linear)
         moved = quantized.dequantize() - array
         if not np.isfinite(moved).all():
@@ -207,6 +201,22 @@ class QuantizedGraph:
         if rows is None:
             return None, None
         return _power(rows @ moved.T), _power(rows @ weight.T)
+
+
+def refuse_damaged_layers(model: OnnxModel, layers: Layers) -> None:
+    """Raise an InputError that names the first linear layer of a float graph with values that are NaN or infinite."""
+    for linear in layers.linears:
+        _refuse_damaged(model, linear.weight, linear.read(model))
+
+
+def _refuse_damaged(model: OnnxModel, weight: str, array: np.ndarray) -> None:
+    if not np.isfinite(array).all():
+        bad = np.argwhere(~np.isfinite(array))
+        raise InputError(
+            f"weight `{weight}` of `{model.path}` has {len(bad)} values that are NaN or infinite, "
+            f"the first at {bad[0].tolist()}",
+            "the checkpoint is damaged or its training diverged",
+        )
 
 
 def _power(array: np.ndarray) -> float:
