@@ -16,6 +16,7 @@ from llmfast.graph.model import OnnxModel
 from llmfast.infer.seq2seq import Seq2SeqEngine
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.corpus import Corpus
+from llmfast.quantize.measure import SEQ_LEN
 from llmfast.quantize.pairs import Pair, RecordingReader, feed_pairs
 from llmfast.quantize.plan import Plan, choose_layers
 from llmfast.quantize.stage import QuantizeOptions, plan_layers, quantize
@@ -50,9 +51,9 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _pairs(bundle: ModelBundle, sounds: Path) -> list[Pair]:
+def _pairs(bundle: ModelBundle, sounds: Path, seq_len: int = 30) -> list[Pair]:
     reader = RecordingReader(bundle)
-    return reader.complete(reader.read(Corpus(sounds), 30), 30, "calibrate")
+    return reader.complete(reader.read(Corpus(sounds), seq_len), seq_len, "calibrate")
 
 
 def test_targets_are_what_the_float_model_hears(whisper: Any, sounds: Path) -> None:
@@ -108,7 +109,7 @@ def test_figures_are_those_of_a_plain_computation(whisper: Any, sounds: Path, tm
     assert measured["text"]["num_samples"] == 3
     engines = [Seq2SeqEngine(one, threads=1) for one in (bundle, small)]
     gaps = []
-    for pair in _pairs(bundle, sounds)[6:]:
+    for pair in _pairs(bundle, sounds, SEQ_LEN)[6:]:
         logs = []
         for engine in engines:
             engine.encode_features(pair.source.read()[None])

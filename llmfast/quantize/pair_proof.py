@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,4 +104,5 @@ def make_proof(bundle: ModelBundle, models: Mapping[str, OnnxModel], text: Proof
             if is_named:
                 raise
             note(f"note: the encoder alone is compared: {error.message}")
+            text = replace(text, calibration=replace(text.calibration, path=None))  # recordings are no text for it
     return Proof(bundle, models, text)
