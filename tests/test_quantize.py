@@ -1,5 +1,6 @@
 """The quantize stage on whole models: decoders, encoders, and files that llmfast did not export."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -273,7 +274,7 @@ def test_impossible_choices_are_refused(
 
 def test_quantized_model_is_not_quantized_again(fp32_bundle: Path, tmp_path: Path) -> None:
     bundle = quantize(fp32_bundle, tmp_path / "int8", QuantizeOptions("int8", settings={"head_bits": "32"}))
-    with pytest.raises(UnsupportedError, match=r"already quantized: it has 10 MatMulInteger$"):
+    with pytest.raises(UnsupportedError, match=r"already quantized: it has 10 MatMulIntegerToFloat$"):
         quantize(bundle.path, tmp_path / "again", QuantizeOptions("int4"))
     bundle = quantize(fp32_bundle, tmp_path / "int4", QuantizeOptions("int4"))
     with pytest.raises(UnsupportedError, match=r"10 MatMulNBits of 4 bits in blocks of 32, 1 GatherBlockQ.* of 8"):
@@ -298,6 +299,24 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"`w1`.*1 values that are NaN or infinite, the first at \[3, 5\]"):
             quantize(path, tmp_path / "out", QuantizeOptions("int8", method))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["foreign.onnx"]
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_damaged_vectors_are_named(method: str, fp32_bundle: Path, tmp_path: Path) -> None:
+    """A norm that is NaN makes every answer NaN."""
+    damaged = Path(shutil.copytree(fp32_bundle, tmp_path / "damaged"))
+    (damaged / "llmfast.json").unlink()  # it holds the hash of the file
+    model = onnx.load(damaged / "model.onnx")
+    (norm,) = (one for one in model.graph.initializer if one.name == "model.layers.1.input_layernorm.weight")
+    values = numpy_helper.to_array(norm).copy()
+    values[5] = np.nan
+    norm.CopyFrom(numpy_helper.from_array(values, norm.name))
+    onnx.save(model, damaged / "model.onnx")
+    with pytest.raises(
+        InputError, match=r"layers\.1\.input_layernorm\.weight`.*1 values that are NaN, the first at \[5\]"
+    ):
+        quantize(damaged, tmp_path / "out", QuantizeOptions("int4", method))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("scheme", registry.names("quantize.schemes"))

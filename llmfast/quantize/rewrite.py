@@ -127,7 +127,9 @@ class QuantizedGraph:
 
     def _keep(self, graph: GraphBuilder, names: list[str]) -> None:
         for name in names:
-            graph.weight(name, self._edits.read_stored(name))
+            array = self._edits.read_stored(name)
+            _refuse_nan(self._model, name, array)
+            graph.weight(name, array)
 
     def _replace_linear(self, graph: GraphBuilder, linear: Linear) -> None:
         if linear.weight in self._layers.block_wise:
@@ -204,17 +206,30 @@ class QuantizedGraph:
 
 
 def refuse_damaged_layers(model: OnnxModel, layers: Layers) -> None:
-    """Raise an InputError that names the first linear layer of a float graph with values that are NaN or infinite."""
+    """Raise an InputError that names the first layer or vector of a float graph that has NaN or infinite values."""
     for linear in layers.linears:
         _refuse_damaged(model, linear.weight, linear.read(model))
+    for name, tensor in model.initializers.items():
+        if len(tensor.dims) == 1:
+            _refuse_nan(model, name, model.read(tensor))
 
 
 def _refuse_damaged(model: OnnxModel, weight: str, array: np.ndarray) -> None:
-    if not np.isfinite(array).all():
-        bad = np.argwhere(~np.isfinite(array))
+    _refuse(model, weight, ~np.isfinite(array), "NaN or infinite")
+
+
+def _refuse_nan(model: OnnxModel, name: str, array: np.ndarray) -> None:
+    """Refuse what is no layer's weight, of which a mask may be infinite."""
+    if array.dtype.kind == "f":
+        _refuse(model, name, np.isnan(array), "NaN")
+
+
+def _refuse(model: OnnxModel, name: str, is_bad: np.ndarray, what: str) -> None:
+    if is_bad.any():
+        places = np.argwhere(is_bad)
         raise InputError(
-            f"weight `{weight}` of `{model.path}` has {len(bad)} values that are NaN or infinite, "
-            f"the first at {bad[0].tolist()}",
+            f"weight `{name}` of `{model.path}` has {len(places)} values that are {what}, "
+            f"the first at {places[0].tolist()}",
             "the checkpoint is damaged or its training diverged",
         )
 
