@@ -13,9 +13,10 @@ from typing import Any
 
 from llmfast.bench.machine import describe_machine
 from llmfast.bench.options import SPEED_RATIO, BenchOptions
-from llmfast.bench.stage import bench
-from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle, check_output, stage_output
+from llmfast.bench.stage import bench, gates_of_run
+from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, UNKNOWN_TASK, ModelBundle, check_output, stage_output
 from llmfast.errors import GateError, UnsupportedError
+from llmfast.quantize.measure import require_measured
 from llmfast.quantize.options import QuantizeOptions
 from llmfast.quantize.stage import quantize
 from llmfast.report import Column, note, without_notes
@@ -23,6 +24,10 @@ from llmfast.verdict import Gate, judge, spell
 
 # Instruction sets whose kernels multiply int8 without saturating: one of them makes W8A8 safe.
 _INT8_DOT = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
+
+# What is timed, where the model has room for it.
+_PROMPT_TOKENS, _OUTPUT_TOKENS = 256, 32
+_SHAPES = ((1, 32), (8, 128))
 
 COLUMNS = (
     Column("candidate", "bundle", align_right=False),
@@ -55,14 +60,12 @@ class AutoOptions:
     Attributes:
         quantize: of every candidate, its scheme, method and gates left out.
         gates: limits on figures of quality and, as `<speed>_ratio`, on speed.
-        bench: how speed is measured.
+        bench: how speed is measured; lengths that fit the model are chosen here.
     """
 
     quantize: QuantizeOptions
     gates: tuple[Gate, ...] = ()
-    bench: BenchOptions = field(
-        default_factory=lambda: BenchOptions(prompt_tokens=256, output_tokens=32, shapes="1x32,8x128", rounds=5)
-    )
+    bench: BenchOptions = field(default_factory=lambda: BenchOptions(rounds=5))
 
 
 def candidates(task: str, provider: str, isa: Sequence[str]) -> list[Candidate]:
@@ -95,34 +98,52 @@ def quantize_best(
 
     Raises:
         GateError: no candidate passes and is faster than the float model; nothing is written.
+        OptionError: a gate on a speed that is none of this model.
         UnsupportedError: the bundle does not say what it is for, so its speed can't be measured.
     """
     bundle = ModelBundle.open(source)
     if bundle.manifest.task == UNKNOWN_TASK:
         raise UnsupportedError(f"`{source}` does not say what its model is for", "choose a --scheme, or export it anew")
     check_output(output, (source,), options.quantize.overwrite)
+    timing = _with_lengths(options.bench, bundle)
+    speeds = tuple(gate for gate in options.gates if gate.kind == "min" and gate.figure.endswith("_ratio"))
+    others = [gate for gate in options.gates if gate not in speeds]
+    gates = [*others, *gates_of_run(bundle, replace(timing, gates=speeds))]
     machine = describe_machine()
-    tried = candidates(bundle.manifest.task, options.bench.provider, machine["isa"])
+    tried = candidates(bundle.manifest.task, timing.provider, machine["isa"])
     note(
         f"{machine['cpu']}, {machine['cores']} cores, {' '.join(machine['isa']) or 'no known instruction sets'}: "
         f"trying {', '.join(one.name for one in tried)}"
     )
     with stage_output(output, options.quantize.overwrite) as staged:
-        made = {one.name: _quantize(source, staged / one.name, one, options.quantize) for one in tried}
+        made: dict[str, ModelBundle] = {}
+        for one in tried:
+            made[one.name] = _quantize(source, staged / one.name, one, options.quantize)
+            require_measured(made[one.name].manifest.measured["quantize"], others)
         note("timing them beside the float model")
         with without_notes():
-            document = bench([source, *(small.path for small in made.values())], options.bench)
+            document = bench([source, *(small.path for small in made.values())], timing)
         rows = [_row(row, made) for row in document["rows"] if row["bundle"] in made]
-        best = _best(rows, options.gates)
+        best = _best(rows, gates)
         show(rows)
         if best is None:
             reasons = "; ".join(f"`{row['bundle']}`: {row['verdict']}" for row in rows)
-            raise GateError(f"keep `{bundle.name}`: no candidate is better here: {reasons}", "loosen the gates")
+            hint = "loosen the gates" if gates else "a --scheme of your choice is made without a race"
+            raise GateError(f"keep `{bundle.name}`: no candidate is better here: {reasons}", hint)
         for file in made[best].path.iterdir():
             os.rename(file, staged / file.name)
         for name in made:
             shutil.rmtree(staged / name)
     return ModelBundle.open(output)
+
+
+def _with_lengths(options: BenchOptions, bundle: ModelBundle) -> BenchOptions:
+    """Return what is timed: a prompt and an answer; of encoders a short text alone and a batch of longer ones."""
+    room = bundle.manifest.architecture.get("context_length") or _PROMPT_TOKENS + _OUTPUT_TOKENS
+    if bundle.manifest.task in (TEXT_GENERATION, *SEQ2SEQ_TASKS):
+        output = min(_OUTPUT_TOKENS, room // 4)
+        return replace(options, prompt_tokens=min(_PROMPT_TOKENS, room - output), output_tokens=output)
+    return replace(options, shapes=",".join(f"{batch}x{min(length, room)}" for batch, length in _SHAPES))
 
 
 def _quantize(source: Path, output: Path, candidate: Candidate, options: QuantizeOptions) -> ModelBundle:

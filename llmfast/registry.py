@@ -79,15 +79,26 @@ def make_options(plugin: ModuleType, settings: Mapping[str, str]) -> Any:
     return plugin.Options(**values)
 
 
-def describe(*folders: str) -> str:
-    """Return what `--list` prints: each plug-in's first line, its options and their defaults."""
-    lines = []
+def catalogue(*folders: str) -> list[dict[str, Any]]:
+    """Return a row per plug-in: its `kind`, `name`, `summary` (the first line of its file), `options` with defaults."""
+    rows = []
     for folder in folders:
-        lines.append(f"{folder.rpartition('.')[2]}:")
         for name in names(folder):
             plugin = load(folder, name)
-            lines.append(f"  {name:12} {(plugin.__doc__ or '').splitlines()[0]}")
-            lines += [f"  {'':12}   --set {field.name}={field.default}" for field in dataclasses.fields(plugin.Options)]
+            summary = (plugin.__doc__ or "").splitlines()[0]
+            options = {field.name: field.default for field in dataclasses.fields(plugin.Options)}
+            rows.append({"kind": folder.rpartition(".")[2], "name": name, "summary": summary, "options": options})
+    return rows
+
+
+def describe(*folders: str) -> str:
+    """Return what `--list` prints: each plug-in's first line, its options and their defaults."""
+    lines: list[str] = []
+    for row in catalogue(*folders):
+        if f"{row['kind']}:" not in lines:
+            lines.append(f"{row['kind']}:")
+        lines.append(f"  {row['name']:12} {row['summary']}")
+        lines += [f"  {'':12}   --set {key}={default}" for key, default in row["options"].items()]
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """`quantize --auto`: what is tried where, and what is kept."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llmfast import auto
-from llmfast.auto import AutoOptions, candidates, quantize_best
+from llmfast.auto import AutoOptions, Candidate, candidates, quantize_best
 from llmfast.bundle import ModelBundle
 from llmfast.cli import app
 from llmfast.errors import GateError, OutputExistsError, UnsupportedError
@@ -109,6 +110,35 @@ def test_options_that_do_not_go_together_are_refused(arguments: list[str], fp32_
     result = CliRunner().invoke(app, ["quantize", str(fp32_bundle), "-o", str(tmp_path / "out"), *arguments])
     assert result.exit_code == 2, result.output
     assert "--auto" in result.stderr
+
+
+def test_gates_are_checked_before_and_measured_after(
+    fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A speed that does not exist is said at once; one that does is measured, however long the model's context is."""
+    output = tmp_path / "out"
+    arguments = ["quantize", str(fp32_bundle), "-o", str(output), "--auto", "--num-samples", "1", "--seq-len", "64"]
+    wrong = CliRunner().invoke(app, [*arguments, "--min-speedup", "decode=2"])
+    assert wrong.exit_code == 2
+    assert "no speed of this run" in wrong.stderr
+    assert "trying" not in wrong.stderr
+    monkeypatch.setattr(auto, "candidates", lambda *_: [Candidate("w8", "rtn")])
+    missed = CliRunner().invoke(app, [*arguments, "--min-speedup", "decode_tokens_per_s=1000"])
+    assert missed.exit_code == 7, missed.output
+    assert re.search(r"keep `fp32`.*decode_tokens_per_s_ratio \d.*asked at least 1000", missed.stderr)
+
+
+def test_encoders_are_gated_by_what_they_are_compared_by(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "encoder", max_position_embeddings=64)
+    bundle = export(str(tmp_path / "encoder"), tmp_path / "fp32")
+    arguments = ["quantize", str(bundle.path), "-o", str(tmp_path / "out"), "--auto"]
+    result = CliRunner().invoke(app, [*arguments, "--max-kld", "1"])
+    assert result.exit_code == 7
+    assert "`kld` is not measured: the answers of this model are compared by cosine" in result.stderr
+    result = CliRunner().invoke(app, [*arguments, "--min-speedup", "samples_per_s=1000"])
+    assert result.exit_code == 7, result.output
+    for shape in ("1x32", "8x64"):  # 128 do not fit
+        assert re.search(rf"samples_per_s_{shape}_ratio \d", result.stderr)
 
 
 def test_command_measures_for_real(fp32_bundle: Path, tmp_path: Path) -> None:

@@ -149,6 +149,10 @@ def test_list_names_schemes_and_methods() -> None:
     result = run("quantize", "--list")
     assert "int4" in result.stdout
     assert "--set block_size=32" in result.stdout
+    rows = {row["name"]: row for row in json.loads(run("quantize", "--list", "--format", "json").stdout)}
+    assert rows["int4"]["kind"] == "schemes"
+    assert rows["int4"]["options"]["block_size"] == 32
+    assert run("tune", "--list", "--format", "csv").stdout.startswith("kind,name,summary,options\n")
 
 
 @pytest.mark.parametrize(

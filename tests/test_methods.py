@@ -21,7 +21,7 @@ from llmfast.graph.rotation import random_rotation
 from llmfast.infer.engine import Engine
 from llmfast.quantize.calibrate import Calibration, Statistics
 from llmfast.quantize.plan import Plan, choose_layers
-from llmfast.quantize.rounding import gptq, rtn
+from llmfast.quantize.rounding import gptq, hqq, rtn
 from llmfast.quantize.stage import QuantizeOptions, quantize
 from llmfast.quantize.transforms import awq, rotate, smoothquant
 from llmfast.quantize.workpiece import InputStatistics, Workpiece
@@ -302,6 +302,80 @@ def test_gptq_survives_channels_that_are_never_used(capsys: pytest.CaptureFixtur
     assert np.isfinite(rounded.dequantize()).all()
 
 
+def _hqq_by_the_book(weight: np.ndarray, grid: Grid, options: hqq.Options) -> np.ndarray:
+    """Block by block in float64, the formulas of the paper one after the other."""
+    restored = np.empty(weight.shape)
+    for row, values in enumerate(weight.astype(np.float64)):
+        for start in range(0, len(values), grid.block_size):
+            block = values[start : start + grid.block_size]
+            low, high = min(block.min(), 0), max(block.max(), 0)
+            if grid.symmetric:
+                scale, zero = max(-low, high) / (grid.middle - 1), grid.middle
+            else:
+                scale = (high - low) / grid.largest
+                zero = round(-low / scale)
+            unit, beta, best = scale, options.beta, np.inf
+            for _ in range(options.iterations):
+                scale = float(np.float16(scale))
+                codes = np.clip(np.rint(block / scale) + zero, 0, grid.largest)
+                error = (block - (codes - zero) * scale) / unit
+                size = np.maximum(np.abs(error), 1e-6)
+                norm = (size**options.lp_norm).sum()
+                if norm < best:
+                    best, restored[row, start : start + grid.block_size] = norm, (codes - zero) * scale
+                shrunk = np.sign(error) * np.maximum(size - size ** (options.lp_norm - 1) / beta, 0)
+                target = block - shrunk * unit
+                if not grid.symmetric:
+                    zero = int(np.clip(np.rint((codes - target / scale).mean()), 0, grid.largest))
+                steps = codes - zero
+                if steps @ target > 0:
+                    scale = steps @ target / (steps @ steps)
+                beta *= options.kappa
+    return restored
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 32, False), Grid(4, 32, True), Grid(2, 16, False), Grid(8, 32)])
+def test_hqq_is_its_definition(grid: Grid) -> None:
+    rng = np.random.default_rng(2)
+    weight = (rng.standard_t(3, (24, 96)) * 0.02).astype(np.float32)
+    for options in (hqq.Options(), hqq.Options(lp_norm=1.0, beta=3.0, kappa=1.2, iterations=7)):
+        ours = hqq.quantize_weight(weight, grid, options).dequantize()
+        expected = _hqq_by_the_book(weight, grid, options)
+        # Float32 may round a value that lies on the edge between two codes the other way, and go on from there.
+        same = np.isclose(ours, expected, atol=1e-6).reshape(-1, grid.block_size).all(1)
+        assert same.mean() > 0.85
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 32, False), Grid(4, 128, False), Grid(2, 32, True)])
+def test_hqq_leaves_smaller_norms_than_its_start_and_forgives_outliers(grid: Grid) -> None:
+    """The p-norm falls below that of rounding over the whole range, also where that has the best scales."""
+    weight = np.random.default_rng(0).standard_normal((32, 256)).astype(np.float32)
+    weight[:, 5] *= 6
+    for p in (0.5, 0.7, 1.0):
+        ours = hqq.quantize_weight(weight, grid, hqq.Options(lp_norm=p))
+        plain = rtn.quantize_weight(weight, grid, rtn.Options(search_steps=1))
+        norms = [float((np.abs(one.dequantize() - weight).astype(np.float64) ** p).sum()) for one in (ours, plain)]
+        assert norms[0] < norms[1] * 0.98
+    assert ours.codes.max() <= grid.largest
+    assert (ours.zero_points is None) == grid.symmetric
+
+
+def test_blocks_that_have_no_range_are_rounded_exactly() -> None:
+    """Zeros, one value, and rows that end within a block, by every method that needs no text."""
+    weight = np.zeros((6, 80), np.float32)
+    weight[1] = 0.25
+    weight[2] = -3.0
+    weight[3, 7] = 1.5
+    weight[4] = np.linspace(-1, 1, 80)
+    plugins = [registry.load("quantize.rounding", name) for name in ROUNDINGS]
+    for plugin in (one for one in plugins if not one.NEEDS_STATISTICS):
+        for grid in (Grid(4, 32, False), Grid(4, 32, True), Grid(8)):
+            rounded = plugin.quantize_weight(weight, grid, plugin.Options())
+            np.testing.assert_allclose(rounded.dequantize()[:4], weight[:4], rtol=2e-3, atol=0)
+            assert np.isfinite(rounded.scales).all()
+            assert (rounded.scales > 0).all()
+
+
 @pytest.mark.parametrize(
     ("scheme", "method"),
     [
@@ -322,12 +396,13 @@ def test_every_method_works_on_a_decoder(
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
     step = bundle.manifest.lineage[-1]
     assert set(step.method.partition(":")[2].split(",")) >= set(method.split(","))
-    if method not in ("rtn", "rotate"):
-        assert step.calibration is not None
+    plan = Plan.make(scheme, method, {})
+    assert bool(step.calibration) == bool(plan.needs_calibration)
+    if plan.needs_calibration:
         assert step.calibration["num_samples"] == 4
     ids = np.array(Tokenizer.load(fp32_bundle).encode(text.read_text()))[300:348]
     expected, actual = Engine(ModelBundle.open(fp32_bundle)).score(ids), Engine(bundle).score(ids)
-    assert np.corrcoef(expected.ravel(), actual.ravel())[0, 1] > (0.85 if scheme == "int4" else 0.995)
+    assert np.corrcoef(expected.ravel(), actual.ravel())[0, 1] > {"int2": 0.3, "int4": 0.85}.get(scheme, 0.995)
 
 
 def test_sequential_gptq_sees_other_inputs(fp32_bundle: Path, tmp_path: Path, text: Path) -> None:
@@ -358,6 +433,12 @@ def test_encoders_are_calibrated_line_by_line(method: str, tmp_path: Path, capsy
     ("method", "settings", "reason"),
     [
         ("awq", {"steps": "0"}, "steps 0"),
+        ("hqq", {"lp_norm": "0"}, r"lp_norm 0\.0"),
+        ("hqq", {"beta": "inf"}, "beta inf"),
+        ("hqq", {"kappa": "0.5"}, r"kappa 0\.5"),
+        ("hqq", {"iterations": "0"}, "iterations 0"),
+        ("hqq", {"search_steps": "3"}, "no option `search_steps`"),
+        ("gptq,hqq", {}, "not transforms first"),
         ("gptq,smoothquant", {}, "not transforms first"),
         ("rtn,gptq", {}, "not transforms first"),
         ("smoothquant,smoothquant", {}, "not transforms first"),

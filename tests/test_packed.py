@@ -1,5 +1,7 @@
 """Quantized weights: packing against blocks written by hand, kernels against NumPy float64."""
 
+from types import ModuleType
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -18,7 +20,7 @@ from llmfast.graph.packed import (
     write_matmul_nbits,
 )
 from llmfast.graph.weights import WeightFile
-from llmfast.quantize.rounding import rtn
+from llmfast.quantize.rounding import hqq, rtn
 from llmfast.quantize.schemes import int8
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -72,21 +74,22 @@ def test_rounding_keeps_what_is_on_the_grid(symmetric: bool) -> None:
     np.testing.assert_allclose(quantized.dequantize(), weight, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", [rtn, hqq])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_rounding_survives_extreme_rows(symmetric: bool) -> None:
+def test_rounding_survives_extreme_rows(symmetric: bool, method: ModuleType) -> None:
     weight = np.zeros((5, 32), np.float32)
     weight[1] = 3.0
     weight[2] = -65504
     weight[3] = 1e-40
     weight[4, 0] = 1e30
-    quantized = rtn.quantize_weight(weight, Grid(4, 32, symmetric), rtn.Options())
+    quantized = method.quantize_weight(weight, Grid(4, 32, symmetric), method.Options())
     assert np.isfinite(quantized.scales).all()
     assert (quantized.scales > 0).all()
     np.testing.assert_array_equal(quantized.dequantize()[0], 0)
     np.testing.assert_allclose(quantized.dequantize()[1:3], weight[1:3], rtol=0.08)
 
 
-@pytest.mark.parametrize(("bits", "block_size"), [(4, 32), (4, 128), (8, 64)])
+@pytest.mark.parametrize(("bits", "block_size"), [(2, 32), (2, 64), (2, 128), (4, 32), (4, 128), (8, 64)])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("features", [128, 100])
 def test_matmul_nbits_computes_what_dequantize_says(

@@ -1,5 +1,6 @@
 """The quantize stage on whole models: decoders, encoders, and files that llmfast did not export."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,10 @@ from llmfast.verdict import Gate
 from tests.tiny_encoder import save_encoder
 
 SCHEMES = registry.names("quantize.schemes")
+# What correlation the logits of random weights keep, at least.
+KEPT = {"int2": 0.6, "int4": 0.98}
+# How much smaller a model gets whose table and head, in 8 bits, are seven tenths of its weights.
+SHRUNK = {"int2": 3.7, "int8": 3.5, "w8": 3.5, "int4": 3.6, "fp16": 1.95, "bf16": 1.95}
 
 
 def _foreign_model(folder: Path, seed: int = 0) -> Path:
@@ -97,8 +102,8 @@ def test_foreign_model_keeps_its_answers(scheme: str, tmp_path: Path) -> None:
     bundle = quantize(source, tmp_path / "out", QuantizeOptions(scheme))
     ids = np.arange(12).reshape(2, 6)
     expected, actual = _answer(source, ids), _answer(bundle.model, ids)
-    assert np.corrcoef(expected.ravel(), actual.ravel())[0, 1] > (0.98 if scheme == "int4" else 0.999)
-    assert bundle.size_bytes < len(before) / {"int8": 3.5, "w8": 3.5, "int4": 3.6, "fp16": 1.95, "bf16": 1.95}[scheme]
+    assert np.corrcoef(expected.ravel(), actual.ravel())[0, 1] > KEPT.get(scheme, 0.999)
+    assert bundle.size_bytes < len(before) / SHRUNK[scheme]
     assert source.read_bytes() == before
     names = {tensor.name for tensor in OnnxModel.load(bundle.model).proto.graph.initializer}
     assert not names & {"table", "w1", "w2.weight"}, "a float weight was left in the file"
@@ -138,7 +143,7 @@ def test_every_linear_layer_is_replaced(scheme: str, fp32_bundle: Path, tmp_path
     assert bundle.manifest.bits_per_weight < 32
     assert (bundle.path / "tokenizer.json").is_file()
     rows = bundle.manifest.measured["quantize"]["layers"]
-    assert all(0 < row["relative_error"] < 0.2 for row in rows)
+    assert all(0 < row["relative_error"] < (0.5 if row["bits"] == 2 else 0.2) for row in rows)
     assert [(row["role"], row["layers"], row["bits"]) for row in rows] == [
         (row["role"], row["layers"], row["bits"])
         for row in plan_layers(fp32_bundle, tmp_path / "other", QuantizeOptions(scheme))
@@ -180,7 +185,7 @@ def test_a_plan_may_give_any_layer_its_own_grid(scheme: str, fp32_bundle: Path, 
     assert bits >= {4, 8}
     ids = np.random.default_rng(0).integers(3, 259, 48)
     expected, actual = Engine(ModelBundle.open(fp32_bundle)).score(ids), Engine(bundle).score(ids)
-    assert np.corrcoef(expected.ravel(), actual.ravel())[0, 1] > 0.9
+    assert np.corrcoef(expected.ravel(), actual.ravel())[0, 1] > {"int2": 0.3}.get(scheme, 0.9)
 
 
 def test_include_and_exclude_choose_layers(fp32_bundle: Path, tmp_path: Path) -> None:
@@ -248,6 +253,7 @@ def test_external_weights_stay_outside_and_complete(
         (QuantizeOptions("int4", settings={"blocksize": "32"}), "no option `blocksize`"),
         (QuantizeOptions("int4", settings={"block_size": "many"}), "not of type int"),
         (QuantizeOptions("int4", settings={"block_size": "48"}), "block_size 48"),
+        (QuantizeOptions("int2", settings={"block_size": "16"}), "block_size 16"),
         (QuantizeOptions("int4", settings={"head_bits": "3"}), "head_bits 3"),
         (QuantizeOptions("int4", settings={"search_steps": "0"}), "search_steps 0"),
         (QuantizeOptions("int4", settings={"search_floor": "nan"}), "search_floor nan"),
@@ -267,8 +273,11 @@ def test_impossible_choices_are_refused(
 
 
 def test_quantized_model_is_not_quantized_again(fp32_bundle: Path, tmp_path: Path) -> None:
-    bundle = quantize(fp32_bundle, tmp_path / "int8", QuantizeOptions("int8"))
-    with pytest.raises(UnsupportedError, match="already quantized"):
+    bundle = quantize(fp32_bundle, tmp_path / "int8", QuantizeOptions("int8", settings={"head_bits": "32"}))
+    with pytest.raises(UnsupportedError, match=r"already quantized: it has 10 MatMulIntegerToFloat$"):
+        quantize(bundle.path, tmp_path / "again", QuantizeOptions("int4"))
+    bundle = quantize(fp32_bundle, tmp_path / "int4", QuantizeOptions("int4"))
+    with pytest.raises(UnsupportedError, match=r"10 MatMulNBits of 4 bits in blocks of 32, 1 GatherBlockQ.* of 8"):
         quantize(bundle.path, tmp_path / "again", QuantizeOptions("int4"))
 
 
@@ -285,9 +294,29 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     values[3, 5] = np.nan
     tensor.CopyFrom(numpy_helper.from_array(values, "w1"))
     onnx.save(model, path)
-    with pytest.raises(InputError, match=r"`w1`.*1 values that are NaN or infinite, the first at \[3, 5\]"):
-        quantize(path, tmp_path / "out", QuantizeOptions("int8"))
+    # With a method that calibrates, nothing is calibrated: there is no text for a model without a tokenizer.
+    for method in ("rtn", "awq,gptq"):
+        with pytest.raises(InputError, match=r"`w1`.*1 values that are NaN or infinite, the first at \[3, 5\]"):
+            quantize(path, tmp_path / "out", QuantizeOptions("int8", method))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["foreign.onnx"]
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_damaged_vectors_are_named(method: str, fp32_bundle: Path, tmp_path: Path) -> None:
+    """A norm that is NaN makes every answer NaN."""
+    damaged = Path(shutil.copytree(fp32_bundle, tmp_path / "damaged"))
+    (damaged / "llmfast.json").unlink()  # it holds the hash of the file
+    model = onnx.load(damaged / "model.onnx")
+    (norm,) = (one for one in model.graph.initializer if one.name == "model.layers.1.input_layernorm.weight")
+    values = numpy_helper.to_array(norm).copy()
+    values[5] = np.nan
+    norm.CopyFrom(numpy_helper.from_array(values, norm.name))
+    onnx.save(model, damaged / "model.onnx")
+    with pytest.raises(
+        InputError, match=r"layers\.1\.input_layernorm\.weight`.*1 values that are NaN, the first at \[5\]"
+    ):
+        quantize(damaged, tmp_path / "out", QuantizeOptions("int4", method))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("scheme", registry.names("quantize.schemes"))
@@ -324,9 +353,8 @@ def test_what_is_missing_on_the_command_line_is_named(fp32_bundle: Path, tmp_pat
 def test_gates_that_do_not_fit_the_model_say_which_do(tmp_path: Path) -> None:
     save_encoder(tmp_path / "checkpoint")
     fp32 = export(str(tmp_path / "checkpoint"), tmp_path / "fp32").path
-    with pytest.raises(GateError, match="`out` kld not measured") as raised:
+    with pytest.raises(GateError, match="`kld` is not measured: the answers of this model are compared by cosine"):
         quantize(fp32, tmp_path / "out", QuantizeOptions("int8", gates=(Gate("kld", 1.0, "max"),)))
-    assert "compared by cosine" in raised.value.hint
     with pytest.raises(GateError, match="budget missed: 1 - cosine"):
         quantize(fp32, tmp_path / "out", QuantizeOptions("int4", budget=Budget(max_kld=1e-9)))
 

@@ -73,7 +73,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _workpieces(bundle: Path, pairs: Path, count: int) -> dict[str, Workpiece]:
     opened = ModelBundle.open(bundle)
     models = {role: OnnxModel.load(path) for role, path in opened.graphs.items()}
-    samples = feed_pairs(models, PairReader(opened, models).read(Corpus(pairs), 512)[:count])
+    samples = feed_pairs(models, PairReader(opened).read(Corpus(pairs), 512)[:count])
     plan = Plan.make("int4", "rtn", {})
     return {role: Workpiece(model, choose_layers(model, plan, "", ""), samples[role]) for role, model in models.items()}
 
@@ -214,7 +214,7 @@ def test_missing_targets_are_what_the_float_model_writes(exported: Any, tmp_path
     sources = tmp_path / "sources.txt"
     sources.write_text("the cat sat\na dog, two dogs\n", encoding="utf-8")
     opened = ModelBundle.open(bundle)
-    reader = PairReader(opened, {role: OnnxModel.load(path) for role, path in opened.graphs.items()})
+    reader = PairReader(opened)
     done = reader.complete(reader.read(Corpus(sources), 20), 20, "calibrate")
     for line, pair in zip(sources.read_text(encoding="utf-8").splitlines(), done, strict=True):
         ids = Tokenizer.load(bundle).encode(line)
@@ -261,7 +261,7 @@ def test_every_graph_has_its_layers_quantized(exported: Any, pairs: Path, tmp_pa
     ("arguments", "message"),
     [
         (["--scheme", "int8", "--kv", "int8"], "the KV cache of `{bundle}`, an encoder-decoder, stays float"),
-        (["--target-bits", "6"], "`{bundle}` has several graphs, a budget works on one"),
+        (["--target-bits", "6"], "`{bundle}` is an encoder-decoder, a budget chooses bits within one graph only"),
         (
             ["--scheme", "int8", "--trim-vocabulary", "{pairs}"],
             "the vocabulary of `{bundle}` can't be trimmed: it has an encoder and a decoder",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from llmfast import registry
 from llmfast.cli import app
@@ -119,6 +120,14 @@ def test_readme_names_every_scheme_method_and_objective() -> None:
     for folder in (*(f"quantize.{name}" for name in folders), "prune.structured", "prune.masks", "tune.objectives"):
         for name in registry.names(folder):
             assert f"| `{name}`" in README
+
+
+def test_the_table_of_methods_is_what_the_program_prints() -> None:
+    printed = CliRunner().invoke(app, ["quantize", "--list", "--format", "md"]).stdout.splitlines()
+    methods = registry.names("quantize.transforms") + registry.names("quantize.rounding")
+    rows = [row for row in printed if row.split("`")[1:2] and row.split("`")[1] in methods]
+    assert len(rows) == len(methods)
+    assert "\n".join(printed[:2] + rows) in (ROOT / "docs" / "quantize.md").read_text(encoding="utf-8")
 
 
 def test_readme_names_every_architecture_of_the_direct_route() -> None:

@@ -21,6 +21,7 @@ from llmfast.cli import app
 from llmfast.errors import GateError, InputError, OptionError, UnsupportedError
 from llmfast.export import seq2seq_parity
 from llmfast.export.stage import ExportOptions, export
+from llmfast.infer.recordings import SpokenPrompt
 from llmfast.quantize.stage import QuantizeOptions, quantize
 from llmfast.spectrogram import SpectrogramProcessor
 from llmfast.tasks import automatic_speech_recognition as speech
@@ -190,13 +191,11 @@ def test_recordings_and_languages_that_do_not_fit(exported: Callable[..., Export
 def test_settings_that_are_not_understood(
     tmp_path: Path, settings: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
-    from llmfast.tasks._whisper import _Prompt
-
     (tmp_path / "config.json").write_text("{}")
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps(MULTILINGUAL | {"decoder_start_token_id": 53} | settings))
     with pytest.raises(kind, match=message):
-        _Prompt.load(tmp_path)
+        SpokenPrompt.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +227,7 @@ def test_quantized_whisper_is_measured(exported: Callable[..., Exported], sounds
     int8 = quantize(fp32.path, tmp_path / "int8", QuantizeOptions("int8"))
     assert 0 < int8.manifest.measured["quantize"]["relative_error"] < 0.2
     assert all(one["text"] for one in speech.answer(int8, sounds, max_tokens=5))
-    with pytest.raises(UnsupportedError, match="are recordings, which no text stands for"):
+    with pytest.raises(UnsupportedError, match="llmfast ships no recordings"):
         quantize(fp32.path, tmp_path / "gptq", QuantizeOptions("int8", "gptq"))
     first, second = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0))["rows"]
     assert first["forward_s"] > 0

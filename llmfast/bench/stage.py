@@ -23,10 +23,10 @@ from llmfast.bench.statistics import coverage, relative_spread
 from llmfast.bench.table import print_document
 from llmfast.bench.watch import Watch
 from llmfast.bench.workload import Workload, per_case, plan
-from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, sha256
+from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle, sha256
 from llmfast.errors import InputError, OptionError
 from llmfast.runtime import resolve_threads
-from llmfast.verdict import judge
+from llmfast.verdict import Gate, judge
 
 if TYPE_CHECKING:
     from llmfast.bench.harness.tasks import Tasks
@@ -140,6 +140,16 @@ def bench(
         "rows": rows,
         "verdict": judge(rows, reference.label, gates, options.inconclusive),
     }
+
+
+def gates_of_run(bundle: ModelBundle, options: BenchOptions) -> tuple[Gate, ...]:
+    """Return the gates of a run with one bundle as its figures are called, before it is run.
+
+    Raises:
+        OptionError: a gate on what this run will not measure, or a length that the bundle does not hold.
+    """
+    task, context = bundle.manifest.task, bundle.manifest.architecture.get("context_length")
+    return resolve_gates(_metrics_for(task), options, plan(task, options, [(bundle.name, context)]))
 
 
 def _load_tasks(task: str, contestants: Sequence[Contestant], options: BenchOptions) -> "Tasks | None":

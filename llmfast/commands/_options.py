@@ -12,6 +12,12 @@ from llmfast.errors import OptionError
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(\d+\.?\d*) ?([KMG]i?B)", re.IGNORECASE)
 
+_PLUGIN_COLUMNS = (
+    report.Column("name", "name", "`{}`".format, align_right=False),
+    report.Column("what it does", "summary", align_right=False),
+    report.Column("options and their defaults", "options", align_right=False),
+)
+
 Output = Annotated[Path, typer.Option("--output", "-o", help="Directory of the new bundle.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the input and print the plan; write nothing.")]
@@ -64,6 +70,18 @@ def check_format(name: str) -> None:
     """Refuse a format that tables can't be printed in."""
     if name not in report.FORMATS:
         raise OptionError(f"unknown format `{name}`", f"choose from: {', '.join(report.FORMATS)}")
+
+
+def list_plugins(output_format: str, *folders: str) -> None:
+    """Print the plug-ins of some folders with their options."""
+    if output_format == "table":
+        report.out(registry.describe(*folders))
+        return
+    rows = registry.catalogue(*folders)
+    if output_format != "json":
+        spell = ", ".join
+        rows = [row | {"options": spell(f"{key}={value}" for key, value in row["options"].items())} for row in rows]
+    report.print_rows(rows, _PLUGIN_COLUMNS, output_format)
 
 
 def parse_settings(settings: list[str]) -> dict[str, str]:

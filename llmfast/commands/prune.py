@@ -19,6 +19,7 @@ from llmfast.commands._options import (
     SeqLen,
     check_format,
     given,
+    list_plugins,
     parse_settings,
 )
 from llmfast.errors import OptionError
@@ -100,7 +101,7 @@ def prune(
     """
     check_format(output_format)
     if show_list:
-        report.out(registry.describe("prune.structured", "prune.masks"))
+        list_plugins(output_format, "prune.structured", "prune.masks")
         return
     if source is None or output is None or method is None:
         raise OptionError(

@@ -19,6 +19,7 @@ from llmfast.commands._options import (
     SeqLen,
     check_format,
     given,
+    list_plugins,
     parse_settings,
     parse_size,
 )
@@ -57,7 +58,10 @@ def quantize(
     exclude: Annotated[str | None, typer.Option(help="Keep layers whose name matches this regex as floats.")] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Text or JSON lines for methods that calibrate; the default is a set that llmfast ships."),
+        typer.Option(
+            help="Text or JSON lines for methods that calibrate, by default a set that llmfast ships; for whisper a "
+            "folder of .wav files, or a list of them."
+        ),
     ] = None,
     calibration_field: CalibrationField = None,
     num_samples: NumSamples = None,
@@ -70,7 +74,7 @@ def quantize(
     sensitivity: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What each layer costs, from an earlier bundle with a budget.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Text to compare with the float model on.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Text, or recordings, to compare with the float model on.")] = None,
     data_samples: DataSamples = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Compare with the float model.")] = True,
     max_kld: Annotated[
@@ -124,7 +128,7 @@ def quantize(
     """
     check_format(output_format)
     if show_list:
-        report.out(registry.describe("quantize.schemes", "quantize.transforms", "quantize.rounding"))
+        list_plugins(output_format, "quantize.schemes", "quantize.transforms", "quantize.rounding")
         return
     budget = {"max_bits": target_bits, "max_bytes": None if target_size is None else parse_size(target_size)}
     if scheme is None and max_kld is not None and not given(budget) and not auto:

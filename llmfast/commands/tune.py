@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import DryRun, Format, Overwrite, Threads, check_format, given, parse_settings
+from llmfast.commands._options import (
+    DryRun,
+    Format,
+    Overwrite,
+    Threads,
+    check_format,
+    given,
+    list_plugins,
+    parse_settings,
+)
 from llmfast.errors import OptionError
 
 if TYPE_CHECKING:
@@ -92,7 +101,7 @@ def tune(
     quantize_aware: Annotated[
         str | None,
         typer.Option(
-            metavar="SCHEME[:KEY=VALUE,..]", help="Train with weights rounded as quantize will: int4, int8, w8."
+            metavar="SCHEME[:KEY=VALUE,..]", help="Train with weights rounded as quantize will: int2, int4, int8, w8."
         ),
     ] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Steps between validations; default: an epoch.")] = None,
@@ -121,7 +130,7 @@ def tune(
     """
     check_format(output_format)
     if show_list:
-        report.out(registry.describe("tune.objectives"))
+        list_plugins(output_format, "tune.objectives")
         return
     if output is None or data is None:
         raise OptionError("tune needs a CHECKPOINT, --output and --data", "llmfast tune CHECKPOINT -o DIR --data FILE")

@@ -70,9 +70,10 @@ class Packing:
             UnsupportedError: a group that no block size divides.
         """
         group = features if self.group_size == -1 else self.group_size
-        block = group if group in BLOCK_SIZES else largest_block_size(group)
+        sizes = BLOCK_SIZES[self.bits]
+        block = group if group in sizes else largest_block_size(group)
         if group % block:
-            raise UnsupportedError(f"groups of {group} weights are not supported", f"sizes: {BLOCK_SIZES}")
+            raise UnsupportedError(f"groups of {group} weights are not supported", f"multiples of {min(sizes)} are")
         return block
 
     def unpack(self, read: Read) -> _Codes:

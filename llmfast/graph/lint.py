@@ -71,8 +71,7 @@ def _low_accuracy(view: GraphView) -> Iterator[onnx.NodeProto]:
 
 def _odd_blocks(view: GraphView) -> Iterator[onnx.NodeProto]:
     for node in _nbits(view):
-        sizes = BLOCK_SIZES if attribute(node, "bits", 4) != 2 else (32, 64, 128)
-        if attribute(node, "block_size", 0) not in sizes:
+        if attribute(node, "block_size", 0) not in BLOCK_SIZES.get(attribute(node, "bits", 4), ()):
             yield node
 
 

@@ -19,7 +19,7 @@ from llmfast.graph.linear import Linear
 ACCURACY_INT8 = 4
 # Ends the name of scales that are stored as float16.
 HALF = ".half"
-BLOCK_SIZES = (16, 32, 64, 128, 256)
+BLOCK_SIZES = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}  # of each width
 # float16 holds eleven bits of a scale between these two, and fewer of a smaller one.
 _HALF_RANGE = (2.0**-14, 65504.0)
 
@@ -108,16 +108,16 @@ def largest_block_size(features: int) -> int:
 WriteLinear = Callable[[GraphBuilder, Linear, Any], None]
 
 
-def check_block_size(block_size: int) -> None:
-    """Refuse a block size that MatMulNBits has no kernel for.
+def check_block_size(block_size: int, bits: int) -> None:
+    """Refuse a block size that MatMulNBits has no fast kernel for.
 
     Raises:
         OptionError: it has none.
     """
-    if block_size not in BLOCK_SIZES:
+    if block_size not in BLOCK_SIZES[bits]:
         raise OptionError(
             f"block_size {block_size}: ONNX Runtime has no kernel for it",
-            f"choose from: {', '.join(map(str, BLOCK_SIZES))}",
+            f"choose from: {', '.join(map(str, BLOCK_SIZES[bits]))}",
         )
 
 

@@ -19,7 +19,7 @@ class Calibration:
 
     Attributes:
         path: UTF-8 text or JSON lines, for encoders one sample a line, for encoder-decoders with its target where it
-            has one; None is the set that llmfast ships.
+            has one, for those that hear a folder or a list of recordings; None is the set that llmfast ships.
         num_samples: windows, or lines.
         seq_len: tokens per window; an encoder's lines are cut at it.
         field: of JSON lines.

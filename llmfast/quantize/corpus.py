@@ -2,9 +2,11 @@
 
 A file is plain UTF-8 text (for encoders one sample a line), or JSON lines: an object a line whose field holds a
 text or a conversation, a list of `{"role", "content"}` that the model's chat template renders. For encoder-decoders it
-may be `source<TAB>target` a line, or a table with the columns `source` and `reference`.
+may be `source<TAB>target` a line, or a table with the columns `source` and `reference`; for those that hear, a folder
+of WAV files or a list of them.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from llmfast.bundle import TEXT_GENERATION, ModelBundle, sha256
-from llmfast.errors import InputError
+from llmfast.errors import InputError, UnsupportedError
 from llmfast.records import Records
 from llmfast.text import read_lines, read_text
 from llmfast.tokenizer import Tokenizer
@@ -27,6 +29,7 @@ SHIPPED_HELD_OUT = _TEXTS / "held_out.txt"
 
 _JSON_LINES = (".jsonl", ".ndjson")
 _CHAT_FIELD = "messages"
+_WAVE = ".wav"
 
 Sample = TypeVar("Sample")
 
@@ -36,7 +39,7 @@ class Corpus:
     """A text on disk.
 
     Attributes:
-        path: the file.
+        path: the file, or a folder of recordings.
         field: of its JSON lines; those without it may have `messages`.
     """
 
@@ -46,7 +49,7 @@ class Corpus:
     def describe(self) -> dict[str, Any]:
         """Return what a manifest says of it."""
         shipped = " (shipped with llmfast)" if self.path.parent == _TEXTS else ""
-        return {"name": self.path.name + shipped, "sha256": sha256(self.path)}
+        return {"name": (self.path.name or self.path.resolve().name) + shipped, "sha256": self._digest()}
 
     def samples(self, bundle: ModelBundle, seq_len: int) -> list[np.ndarray]:
         """Return all the samples of the text, int64 [seq] each, in its order.
@@ -82,6 +85,41 @@ class Corpus:
         if Records.fits(self.path, "source", "reference"):
             return [(source, target) for source, target in Records(self.path, "source", "reference")]
         return [(line, "") for line in self._lines(Tokenizer.load(bundle.path))]
+
+    def recordings(self) -> list[Path]:
+        """Return the WAV files of a folder in the order of their names, the file itself, or those that it lists.
+
+        A list has a path on each line, relative to its own folder.
+
+        Raises:
+            InputError: none, or one that is not there.
+            UnsupportedError: a text that llmfast ships.
+        """
+        if self.path.parent == _TEXTS:
+            raise UnsupportedError(
+                "llmfast ships no recordings", "--calibration and --data take a folder of .wav files, or a list of them"
+            )
+        if self.path.is_dir():
+            files = sorted(file for file in self.path.iterdir() if file.suffix.lower() == _WAVE)
+            if not files:
+                raise InputError(f"no .wav file in `{self.path}`", "convert recordings to WAV first")
+            return files
+        if self.path.suffix.lower() == _WAVE and self.path.is_file():
+            return [self.path]
+        files = [self.path.parent / line for line in read_lines(self.path)]
+        missing = next((file for file in files if not file.is_file()), None)
+        if missing is not None:
+            raise InputError(
+                f"no recording `{missing}`, which `{self.path}` lists", "each line is the path of a .wav file"
+            )
+        return files
+
+    def _digest(self) -> str:
+        """Return the SHA-256 of the file, or of the names and contents of a folder's recordings."""
+        if not self.path.is_dir():
+            return sha256(self.path)
+        lines = [f"{sha256(file)}  {file.name}\n" for file in self.recordings()]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @property
     def _is_json(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmfast.bundle import TEXT_GENERATION, ModelBundle
-from llmfast.errors import InputError, OptionError, UnsupportedError
+from llmfast.errors import GateError, InputError, OptionError, UnsupportedError
 from llmfast.example_inputs import random_inputs
 from llmfast.graph.feeds import DTYPES, PAST, GraphInput, graph_inputs, sequence_feeds
 from llmfast.graph.linear import Linear
@@ -59,6 +59,26 @@ def parse_drop(text: str) -> Gate:
     if unmoved:
         return Gate(metric, unmoved - drop * unit, "min")
     return Gate(metric, drop * unit, "max")
+
+
+def require_measured(measured: Mapping[str, Any], gates: Iterable[Gate]) -> None:
+    """Refuse gates on figures by which the answers of a model are not compared.
+
+    Args:
+        measured: of a quantization, the figures among it.
+        gates: on figures of quality.
+
+    Raises:
+        GateError: names the first.
+    """
+    figures = [name for name, value in measured.items() if isinstance(value, float)]
+    missing = next((gate.figure for gate in gates if gate.figure not in figures), None)
+    if missing is not None:
+        compared = ", ".join(figures) or "nothing"
+        raise GateError(
+            f"`{missing}` is not measured: the answers of this model are compared by {compared}",
+            "gate that: --max-kld for kld, --max-drop METRIC=VALUE for the others",
+        )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from llmfast.quantize.comparison import Comparison
 from llmfast.quantize.measure import SEQ_LEN, Proof, ProofText, RowsOf, input_rows
 from llmfast.quantize.pairs import (
     Pair,
-    PairReader,
     decoder_feeds,
     encoder_feeds,
     feed_pairs,
     is_encoder_decoder,
+    make_reader,
     run_encoder,
+    takes_recordings,
 )
 from llmfast.quantize.workpiece import Workpiece
 from llmfast.report import note, progress
@@ -39,12 +41,12 @@ class PairProof:
         text: what the manifest says of the text.
 
     Raises:
-        InputError: too little text, or no tokenizer.
-        UnsupportedError: the model's sources are no texts.
+        InputError: too little text, no tokenizer, or no recordings.
+        UnsupportedError: the model's sources are recordings, and the text is one that llmfast ships.
     """
 
     def __init__(self, bundle: ModelBundle, models: Mapping[str, OnnxModel], text: ProofText) -> None:
-        reader = PairReader(bundle, models)
+        reader = make_reader(bundle, models)
         corpus, chosen = text.choose(reader.read)
         self._pairs = reader.complete(chosen, SEQ_LEN, "compare")
         self.text = {**corpus.describe(), "num_samples": len(chosen)}
@@ -85,7 +87,7 @@ def _predict(sessions: Sequence[Any], pair: Pair) -> np.ndarray:
 
 
 def make_proof(bundle: ModelBundle, models: Mapping[str, OnnxModel], text: ProofText) -> Proof | PairProof:
-    """Return the comparison that suits a bundle; of an encoder-decoder that takes no text, the encoder's alone.
+    """Return the comparison that suits a bundle; of an encoder-decoder without recordings to hear, the encoder's alone.
 
     Args:
         bundle, models, text: as of both.
@@ -94,10 +96,13 @@ def make_proof(bundle: ModelBundle, models: Mapping[str, OnnxModel], text: Proof
         InputError, UnsupportedError: a text was named, and can't be used.
     """
     if is_encoder_decoder(models):
+        # Recordings that were all calibrated on leave none over, and llmfast ships none.
+        is_named = text.data is not None if takes_recordings(models) else text.is_named
         try:
             return PairProof(bundle, models, text)
         except (InputError, UnsupportedError) as error:
-            if text.is_named:
+            if is_named:
                 raise
             note(f"note: the encoder alone is compared: {error.message}")
+            text = replace(text, calibration=replace(text.calibration, path=None))  # recordings are no text for it
     return Proof(bundle, models, text)

@@ -1,10 +1,13 @@
 """What a quantization will do, checked before it begins: plug-ins with their options, layers with their grids."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from types import ModuleType
 from typing import Any
+
+import onnx
 
 from llmfast import registry
 from llmfast.errors import OptionError, UnsupportedError
@@ -12,6 +15,7 @@ from llmfast.graph.floats import FloatFormat
 from llmfast.graph.linear import Embedding, Linear, find_embeddings, find_linears
 from llmfast.graph.model import HALVES, OnnxModel
 from llmfast.graph.packed import Grid, largest_block_size
+from llmfast.graph.view import attribute
 from llmfast.report import note
 
 HEAD_ROLE = "lm_head"
@@ -205,12 +209,16 @@ def _say_what_is_padded(layers: Layers) -> None:
 
 
 def refuse_quantized(model: OnnxModel) -> None:
-    """Raise an UnsupportedError when a graph has quantized layers."""
-    quantized = next((node.op_type for node in model.proto.graph.node if node.op_type in _QUANTIZED_OPS), None)
+    """Raise an UnsupportedError that says how, when a graph has quantized layers."""
+    quantized = Counter(_spell(node) for node in model.proto.graph.node if node.op_type in _QUANTIZED_OPS)
     if quantized:
-        raise UnsupportedError(
-            f"`{model.path}` is already quantized: it has {quantized} nodes", "start from the float model"
-        )
+        parts = ", ".join(f"{count} {kind}" for kind, count in quantized.most_common())
+        raise UnsupportedError(f"`{model.path}` is already quantized: it has {parts}", "start from the float model")
+
+
+def _spell(node: onnx.NodeProto) -> str:
+    bits, block_size = (attribute(node, name, 0) for name in ("bits", "block_size"))
+    return f"{node.op_type} of {bits} bits in blocks of {block_size}" if bits and block_size else str(node.op_type)
 
 
 def _assign_grids(linears: list[Linear], embeddings: list[Embedding], tied: set[str], plan: Plan) -> Layers:

@@ -127,7 +127,9 @@ class QuantizedGraph:
 
     def _keep(self, graph: GraphBuilder, names: list[str]) -> None:
         for name in names:
-            graph.weight(name, self._edits.read_stored(name))
+            array = self._edits.read_stored(name)
+            _refuse_nan(self._model, name, array)
+            graph.weight(name, array)
 
     def _replace_linear(self, graph: GraphBuilder, linear: Linear) -> None:
         if linear.weight in self._layers.block_wise:
@@ -175,13 +177,7 @@ class QuantizedGraph:
 
     def _quantize(self, weight: str, name: str, role: str, array: np.ndarray, linear: Linear | None) -> Weight:
         array = np.asarray(array, np.float32)
-        if not np.isfinite(array).all():
-            bad = np.argwhere(~np.isfinite(array))
-            raise InputError(
-                f"weight `{weight}` of `{self._model.path}` has {len(bad)} values that are NaN or infinite, "
-                f"the first at {bad[0].tolist()}",
-                "the checkpoint is damaged or its training diverged",
-            )
+        _refuse_damaged(self._model, weight, array)
         quantized = self._round_weight(array, self._layers.grids[weight], linear)
         moved = quantized.dequantize() - array
         if not np.isfinite(moved).all():
@@ -207,6 +203,35 @@ class QuantizedGraph:
         if rows is None:
             return None, None
         return _power(rows @ moved.T), _power(rows @ weight.T)
+
+
+def refuse_damaged_layers(model: OnnxModel, layers: Layers) -> None:
+    """Raise an InputError that names the first layer or vector of a float graph that has NaN or infinite values."""
+    for linear in layers.linears:
+        _refuse_damaged(model, linear.weight, linear.read(model))
+    for name, tensor in model.initializers.items():
+        if len(tensor.dims) == 1:
+            _refuse_nan(model, name, model.read(tensor))
+
+
+def _refuse_damaged(model: OnnxModel, weight: str, array: np.ndarray) -> None:
+    _refuse(model, weight, ~np.isfinite(array), "NaN or infinite")
+
+
+def _refuse_nan(model: OnnxModel, name: str, array: np.ndarray) -> None:
+    """Refuse what is no layer's weight, of which a mask may be infinite."""
+    if array.dtype.kind == "f":
+        _refuse(model, name, np.isnan(array), "NaN")
+
+
+def _refuse(model: OnnxModel, name: str, is_bad: np.ndarray, what: str) -> None:
+    if is_bad.any():
+        places = np.argwhere(is_bad)
+        raise InputError(
+            f"weight `{name}` of `{model.path}` has {len(places)} values that are {what}, "
+            f"the first at {places[0].tolist()}",
+            "the checkpoint is damaged or its training diverged",
+        )
 
 
 def _power(array: np.ndarray) -> float:

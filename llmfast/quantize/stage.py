@@ -33,12 +33,12 @@ from llmfast.quantize.checkpoint import Checkpoint, kept_for_resuming
 from llmfast.quantize.corpus import Corpus
 from llmfast.quantize.hybrid import make_plans, require_decoder
 from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_cache
-from llmfast.quantize.measure import Proof, ProofText, worst
+from llmfast.quantize.measure import Proof, ProofText, require_measured, worst
 from llmfast.quantize.options import MIXED_SCHEME, QuantizeOptions
 from llmfast.quantize.pair_proof import PairProof, make_proof
-from llmfast.quantize.pairs import PairReader, Values, feed_pairs, is_encoder_decoder
+from llmfast.quantize.pairs import Values, feed_pairs, is_encoder_decoder, make_reader, takes_recordings
 from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Part, Plan, choose_layers, list_layers
-from llmfast.quantize.rewrite import LayerReport, QuantizedGraph, RoundWeight, Weight
+from llmfast.quantize.rewrite import LayerReport, QuantizedGraph, RoundWeight, Weight, refuse_damaged_layers
 from llmfast.quantize.summary import describe_graphs, make_manifest, slow_forms, summarize, versions
 from llmfast.quantize.vocabulary import trimmed
 from llmfast.quantize.workpiece import InputStatistics, Workpiece
@@ -47,7 +47,9 @@ from llmfast.resources import require_disk
 from llmfast.runtime import open_session, usable_cores
 from llmfast.text import read_text
 from llmfast.thirdparty import adopt, can_adopt
-from llmfast.verdict import Gate, enforce, judge
+from llmfast.verdict import enforce, judge
+
+_LOOSEN = "nothing was written; try --method gptq or a budget, or loosen the gate"
 
 
 def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundle:
@@ -73,6 +75,9 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         with trimmed(source, output, options.trim_vocabulary) as smaller:
             return quantize(smaller, output, replace(options, trim_vocabulary=None))
     bundle, parts = _prepare(source, output, options)
+    if options.budget or any(part.plan.needs_calibration for part in parts.values()):
+        for part in parts.values():
+            refuse_damaged_layers(part.model, part.layers)  # before what takes long, and before it spreads
     states = {role: part.model.state() for role, part in parts.items()}
     cache = measure_ranges(parts["model"].model, options.calibration.split(bundle)[0]) if options.kv else None
     samples = _samples(bundle, parts, options.calibration)
@@ -98,8 +103,9 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
                 break
             for file in staged.glob("model.*"):
                 file.unlink()
+        require_measured(figures, options.gates)
         verdict = judge([{"bundle": output.name, **figures}], "", options.gates)
-        enforce(verdict, _hint(figures, options.gates))
+        enforce(verdict, _LOOSEN)
         for name in COMPANIONS:
             if companion := bundle.companion(name):
                 shutil.copyfile(companion, staged / name)
@@ -238,15 +244,6 @@ def _facts(bundle: ModelBundle, parts: Mapping[str, Part], options: QuantizeOpti
     }
 
 
-def _hint(figures: Mapping[str, float], gates: Sequence[Gate]) -> str:
-    """Return what to do about a missed gate."""
-    if figures and any(gate.figure not in figures for gate in gates):
-        return (
-            f"the answers of this model are compared by {', '.join(figures)}: --max-kld or --max-drop with one of them"
-        )
-    return "nothing was written; try --method gptq or a budget, or loosen the gate"
-
-
 def _check_loads(model: Path, source: Path) -> None:
     """Refuse to write a model that ONNX Runtime can't open."""
     try:
@@ -257,12 +254,17 @@ def _check_loads(model: Path, source: Path) -> None:
 
 def plan_layers(source: Path, output: Path, options: QuantizeOptions) -> list[dict[str, Any]]:
     """Check everything `quantize` checks before it works, and return one row per role of what it would do."""
-    for file in (options.calibration.path, options.data, options.trim_vocabulary):
-        if file is not None:
-            read_text(file)
     if options.trim_vocabulary:
         note("note: embedding and head are listed as they are before the vocabulary is trimmed")
     parts = _prepare(source, output, options)[1]
+    hears = takes_recordings({role: part.model for role, part in parts.items()})
+    for file in filter(None, (options.calibration.path, options.data)):
+        if hears:
+            Corpus(file).recordings()
+        else:
+            read_text(file)
+    if options.trim_vocabulary:
+        read_text(options.trim_vocabulary)
     if PREFILL in parts:
         note(f"note: the second graph, for prompts: {parts[PREFILL].plan.scheme.name} {parts[PREFILL].plan.method}")
     return list_layers([part.layers for role, part in parts.items() if role != PREFILL])
@@ -275,13 +277,16 @@ def _prepare(source: Path, output: Path, options: QuantizeOptions) -> tuple[Mode
         raise OptionError(f"a budget chooses widths by itself, not `{plan.scheme.name}`", "leave out --scheme")
     bundle = ModelBundle.open(source)
     if options.budget and len(bundle.graphs) > 1:
-        raise UnsupportedError(f"`{source}` has several graphs, a budget works on one", "choose a --scheme")
+        raise UnsupportedError(
+            f"`{source}` is an encoder-decoder, a budget chooses bits within one graph only",
+            "choose a --scheme, e.g. --scheme int4 --method gptq",
+        )
     inputs = (source, source.parent) if (source.parent / MANIFEST).is_file() else (source,)
     check_output(output, inputs, options.overwrite)
     require_disk(output.parent, bundle.size_bytes // 8, "the smallest result, 4 bits of 32,")
     models = {role: OnnxModel.load(path) for role, path in bundle.graphs.items()}
-    if plan.needs_calibration and is_encoder_decoder(models):
-        PairReader(bundle, models)  # refuses what no text can calibrate
+    if plan.needs_calibration and takes_recordings(models):
+        options.calibration.corpus.recordings()  # refuses what is none
     adopted = can_adopt(bundle)
     if adopted:
         bundle, models["model"] = adopt(bundle, models["model"])
@@ -307,7 +312,7 @@ def _samples(bundle: ModelBundle, parts: Mapping[str, Part], calibration: Calibr
         return {}
     models = {role: part.model for role, part in parts.items()}
     if is_encoder_decoder(models):
-        reader = PairReader(bundle, models)
+        reader = make_reader(bundle, models)
         pairs, _ = calibration.divide(reader.read(calibration.corpus, calibration.seq_len))
         return feed_pairs(models, reader.complete(pairs, calibration.seq_len, "calibrate"))
     ids, _ = calibration.split(bundle)

@@ -1,23 +1,15 @@
 """Speech recognition by an encoder and a decoder: what Whisper is told before it writes, and what it then writes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from llmfast.bundle import ModelBundle, read_json
-from llmfast.errors import InputError, OptionError, UnsupportedError
-from llmfast.infer.rules import read_rules
-from llmfast.infer.search import search
+from llmfast.bundle import ModelBundle
+from llmfast.infer.recordings import Recording, SpokenPrompt, search_recordings
 from llmfast.infer.seq2seq import Seq2SeqEngine
 from llmfast.report import progress
 from llmfast.spectrogram import SpectrogramProcessor
 from llmfast.tokenizer import Tokenizer
-
-# Recordings of one search.
-_BATCH_SIZE = 4
 
 
 def transcribe(
@@ -53,132 +45,25 @@ def transcribe(
 
     Source: `WhisperForConditionalGeneration.generate` of transformers.
     """
-    spoken = _Prompt.load(bundle.path)
+    spoken = SpokenPrompt.load(bundle.path)
     language = None if source_lang is None else spoken.language_id(source_lang)
     processor = SpectrogramProcessor.load(bundle.path)
     tokenizer = Tokenizer.load(bundle.path)
     engine = Seq2SeqEngine(bundle, provider, threads)
+    recordings = [Recording(Path(path), processor) for path in paths]
+    options |= {"min_new_tokens": min_tokens}
     answers = []
     with progress("running", len(paths)) as advance:
-        for start in range(0, len(paths), _BATCH_SIZE):
-            chosen = paths[start : start + _BATCH_SIZE]
-            engine.encode_features(np.stack([processor.read(Path(path)) for path in chosen]))
-            prompts = spoken.write(engine, language)
-            rules = read_rules(
-                bundle.path,
-                engine.context_length,
-                max_tokens,
-                prompts.shape[1],
-                **options,
-                min_new_tokens=min_tokens,
-                decoder_start_token_id=spoken.start,
+        transcripts = search_recordings(engine, bundle.path, spoken, recordings, language, max_tokens, **options)
+        for path, one in zip(paths, transcripts, strict=True):
+            answers.append(
+                {
+                    "audio": path,
+                    "text": tokenizer.decode(filter(spoken.is_text, one.found.ids)).strip(),
+                    "language": spoken.language_of(one.prompt),
+                    "generated_tokens": len(one.found.ids),
+                    "finish_reason": one.found.finish_reason,
+                }
             )
-            for path, prompt, found in zip(chosen, prompts, search(engine, rules, prompts), strict=True):
-                answers.append(
-                    {
-                        "audio": path,
-                        "text": tokenizer.decode(filter(spoken.is_text, found.ids)).strip(),
-                        "language": spoken.language_of(prompt),
-                        "generated_tokens": len(found.ids),
-                        "finish_reason": found.finish_reason,
-                    }
-                )
-            advance(len(chosen))
+            advance(1)
     return answers
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """What a text begins with, of generation_config.json.
-
-    Attributes:
-        start: the start token.
-        forced: the tokens behind it; None is the language's place.
-        languages: `<|en|>` -> token, empty for a model of one language.
-        language: the token of the one that the settings name.
-        task: the token of the task that they name, None when they name none.
-        tasks: `transcribe` and `translate` -> token.
-        no_timestamps: the token that says that no times are wanted; times have higher ones.
-    """
-
-    start: int
-    forced: tuple[int | None, ...]
-    languages: dict[str, int]
-    language: int | None
-    task: int | None
-    tasks: dict[str, int]
-    no_timestamps: int | None
-
-    @classmethod
-    def load(cls, folder: Path) -> "_Prompt":
-        path = folder / "generation_config.json"
-        settings = read_json(path) if path.is_file() else {}
-        config = read_json(folder / "config.json")
-        if settings.get("return_timestamps"):
-            raise UnsupportedError(f"`{path}` sets return_timestamps, which is not supported", "remove it")
-        try:
-            languages, tasks = dict(settings.get("lang_to_id") or {}), dict(settings.get("task_to_id") or {})
-            named, task = settings.get("language"), settings.get("task")
-            forced: list[int | None] = []
-            if named is None and task is None:
-                places = settings.get("forced_decoder_ids") or config.get("forced_decoder_ids") or []
-                if [place for place, _ in places] != list(range(1, len(places) + 1)):
-                    raise ValueError(f"forced_decoder_ids {places} have gaps")
-                forced = [token for _, token in places]
-            start = settings.get("decoder_start_token_id", config.get("decoder_start_token_id"))
-            prompt = cls(
-                int(start),
-                tuple(forced),
-                languages,
-                None,
-                None if task is None else tasks[task],
-                tasks,
-                settings.get("no_timestamps_token_id"),
-            )
-            return prompt if named is None else replace(prompt, language=prompt.language_id(named))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"malformed settings: `{path}`: {error}") from error
-
-    def language_id(self, code: str) -> int:
-        """Return the token of a language.
-
-        Raises:
-            OptionError: the model does not know it.
-        """
-        token = self.languages.get(code, self.languages.get(f"<|{code.lower()}|>"))
-        if token is None:
-            known = ", ".join(sorted(name.strip("<|>") for name in self.languages))
-            raise OptionError(f"unknown language `{code}`", f"the model knows: {known or 'one, leave it out'}")
-        return token
-
-    def language_of(self, prompt: np.ndarray) -> str | None:
-        """Return the code of a prompt's language."""
-        return next((name.strip("<|>") for name, token in self.languages.items() if token in prompt[1:2]), None)
-
-    def is_text(self, token: int) -> bool:
-        """Return whether a token is none of the times."""
-        return self.no_timestamps is None or token <= self.no_timestamps
-
-    def write(self, engine: Seq2SeqEngine, language: int | None) -> np.ndarray:
-        """Return what each text begins with, int64 [batch, n]; a language that nobody names is heard."""
-        language = self.language if language is None else language
-        columns = [] if language is not None else list(self.forced)
-        if language is not None or (self.languages and not columns):
-            columns.append(language)
-        if self.task is not None:
-            columns.append(self.task)
-        elif language is not None and self.tasks:
-            columns.append(self.tasks["transcribe"])
-        if self.no_timestamps is not None and columns[-1:] != [self.no_timestamps]:
-            columns.append(self.no_timestamps)
-        heard = self._hear(engine) if self.languages and None in columns else None
-        values = [heard if column is None else column for column in (self.start, *columns)]
-        return np.stack([np.broadcast_to(one, engine.num_sources) for one in values if one is not None], axis=1)
-
-    def _hear(self, engine: Seq2SeqEngine) -> np.ndarray:
-        """Return the likeliest language of each source, int64 [batch]."""
-        engine.start(engine.num_sources, 1)
-        logits = engine.decode(np.full((engine.num_sources, 1), self.start))
-        tokens = np.array(sorted(self.languages.values()))
-        likeliest: np.ndarray = tokens[logits[:, tokens].argmax(-1)]
-        return likeliest

@@ -37,7 +37,7 @@ def parse_scheme(typed: str) -> Plan:
     pairs = [one.partition("=") for one in settings.split(",") if one]
     plan = Plan.make(scheme, "", {key: value for key, _, value in pairs})
     if not isinstance(plan.grid, Grid):
-        raise OptionError(f"--quantize-aware {scheme}: it rounds each value by itself", "int4, int8 or w8")
+        raise OptionError(f"--quantize-aware {scheme}: it rounds each value by itself", "int2, int4, int8 or w8")
     wanted = {"activations": "dynamic", "granularity": "token"}
     for name, value in wanted.items():
         if getattr(plan.scheme.options, name, value) != value:

@@ -1,4 +1,4 @@
-"""Weight-only 4 bit: blocks of codes with a float16 scale each, multiplied by MatMulNBits.
+"""Weight-only 4 bit: blocks of codes with a float16 scale and a zero point each, multiplied by MatMulNBits.
 
 w[n, k] = (code - zero_point[n, b]) * scale[n, b]; activations are quantized inside the kernel (accuracy level 4).
 Reads an eighth of the bytes of float32, so decoding, which is bound by memory, gains most.
@@ -28,7 +28,7 @@ class Options:
     head_bits: int = 8
 
     def __post_init__(self) -> None:
-        check_block_size(self.block_size)
+        check_block_size(self.block_size, bits=4)
 
 
 def grid(options: Options) -> Grid:

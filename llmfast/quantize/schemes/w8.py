@@ -27,7 +27,7 @@ class Options:
     head_bits: int = 8
 
     def __post_init__(self) -> None:
-        check_block_size(self.block_size)
+        check_block_size(self.block_size, bits=8)
 
 
 def grid(options: Options) -> Grid:
