@@ -4,6 +4,7 @@ The verbs have the names of the packages that hold them, so they are here and no
 transformers are imported by what needs them, when it is called. Tutorial: docs/python.md.
 """
 
+from llmfast.bench.cluster import bench_on_cluster
 from llmfast.bench.stage import BenchOptions, bench
 from llmfast.bundle import ModelBundle
 from llmfast.doctor.stage import doctor
@@ -74,6 +75,7 @@ __all__ = [
     "answer_file",
     "answer_folder",
     "bench",
+    "bench_on_cluster",
     "compare_with_source",
     "doctor",
     "export",

@@ -42,7 +42,7 @@ Metrics = dict[str, Any]
 
 
 def bench(
-    models: Sequence[Path],
+    models: Sequence[Path] | Mapping[str, Path],
     options: BenchOptions,
     baseline: Path | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -53,7 +53,7 @@ def bench(
     opened for its turns.
 
     Args:
-        models: bundle directories or .onnx files.
+        models: bundle directories or .onnx files; or these by the names that the document shall have.
         options: what to measure, and how often.
         baseline: the bundle the others are compared with; None takes the first model.
         clock: monotonic seconds, for `max_time`.

@@ -101,6 +101,11 @@ def bench(
         list[str] | None,
         typer.Option(metavar="METRIC=X", help="Gate: at least X times the baseline's speed; may be repeated."),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: each node of a cluster measures a share, beside the baseline.")
+    ] = "local",
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use; the default is RAY_ADDRESS.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Nodes of it that take part, at most.")] = None,
     verify: Verify = False,
     inconclusive: Annotated[
         str, typer.Option(help="Whether gates pass or fail whose interval includes the limit.")
@@ -144,6 +149,13 @@ def bench(
     gates = [Gate(figure, limit, "max") for figure, limit in limits.items() if limit is not None]
     gates += [parse_speedup(text) for text in min_speedup or []]
     judging = {"gates": tuple(gates), "max_drops": tuple(max_drop or []), "inconclusive": inconclusive}
+    cluster = given({"address": address, "workers": workers})
+    if engine not in ("local", "ray"):
+        raise OptionError(f"unknown --engine `{engine}`", "choose from: local, ray")
+    if cluster and engine != "ray":
+        raise OptionError(f"--{next(iter(cluster))} is for --engine ray")
+    if engine == "ray" and (compare or tune):
+        raise OptionError(f"--engine ray does not go with {'--compare' if compare else '--tune-session'}")
     if compare:
         document, show = _compare(models or [], judging)
     else:
@@ -181,7 +193,8 @@ def bench(
             _tune(models or [], settings, output_format)
             return
         with ignoring_tuned(no_tuned):
-            document, show = _run(models or [], settings | judging, baseline)
+            on = cluster if engine == "ray" else None
+            document, show = _run(models or [], settings | judging, baseline, on)
     if save is not None:
         from llmfast.bench.document import save_document
 
@@ -199,12 +212,19 @@ def bench(
         enforce(document["verdict"])
 
 
-def _run(models: list[Path], settings: dict[str, Any], baseline: Path | None) -> tuple[Mapping[str, Any], Any]:
+def _run(
+    models: list[Path], settings: dict[str, Any], baseline: Path | None, cluster: dict[str, Any] | None
+) -> tuple[Mapping[str, Any], Any]:
     from llmfast.bench.options import BenchOptions
     from llmfast.bench.stage import bench as run
     from llmfast.bench.table import print_document
 
-    return run(models, BenchOptions(**given(settings)), baseline), print_document
+    options = BenchOptions(**given(settings))
+    if cluster is None:
+        return run(models, options, baseline), print_document
+    from llmfast.bench.cluster import bench_on_cluster
+
+    return bench_on_cluster(models, options, baseline, **cluster), print_document
 
 
 def _check_tuning(settings: dict[str, Any], judging: dict[str, Any]) -> None:
