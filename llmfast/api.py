@@ -5,9 +5,10 @@ transformers are imported by what needs them, when it is called. Tutorial: docs/
 """
 
 from llmfast.bench.cluster import bench_on_cluster
+from llmfast.bench.result import Benchmark, Row
 from llmfast.bench.stage import BenchOptions, bench
 from llmfast.bundle import ModelBundle
-from llmfast.doctor.stage import doctor
+from llmfast.doctor.stage import Diagnosis, doctor
 from llmfast.errors import (
     GateError,
     InputError,
@@ -27,8 +28,10 @@ from llmfast.infer.many import Summary, answer_file
 from llmfast.infer.opening import open_decoder, open_rows
 from llmfast.infer.sampling import Sampling
 from llmfast.infer.stage import answer, infer
+from llmfast.inspect.result import Inspection
 from llmfast.inspect.stage import inspect
 from llmfast.prune.options import PruneOptions
+from llmfast.prune.result import Pruned
 from llmfast.prune.stage import prune
 from llmfast.quantize.budget import Budget
 from llmfast.quantize.calibrate import Calibration
@@ -39,30 +42,36 @@ from llmfast.serve.stage import ServeOptions, serve
 from llmfast.tokenizer import Tokenizer
 from llmfast.tune.options import TuneOptions
 from llmfast.tune.stage import Tuned, tune
-from llmfast.verdict import Gate
+from llmfast.verdict import Gate, Judgement
 from llmfast.verify import compare_with_source, verify_hashes
 
 __all__ = [
     "Batch",
     "BenchOptions",
+    "Benchmark",
     "Budget",
     "Calibration",
     "ClusterOptions",
+    "Diagnosis",
     "Event",
     "ExportOptions",
     "Gate",
     "GateError",
     "Generation",
     "InputError",
+    "Inspection",
+    "Judgement",
     "LlmfastError",
     "ModelBundle",
     "NativeCrashError",
     "OptionError",
     "OutputExistsError",
     "PruneOptions",
+    "Pruned",
     "QuantizeOptions",
     "Request",
     "ResourceError",
+    "Row",
     "Sampling",
     "ServeOptions",
     "Summary",

@@ -111,8 +111,8 @@ def quantize_best(
         made = {one.name: _quantize(source, staged / one.name, one, options.quantize) for one in tried}
         note("timing them beside the float model")
         with without_notes():
-            document = bench([source, *(small.path for small in made.values())], options.bench)
-        rows = [_row(row, made) for row in document["rows"] if row["bundle"] in made]
+            measured = bench([source, *(small.path for small in made.values())], options.bench)
+        rows = [_row(row.document(), made) for row in measured.rows if row.bundle in made]
         best = _best(rows, options.gates)
         show(rows)
         if best is None:

@@ -25,8 +25,10 @@ from typer.testing import CliRunner
 from llmfast.bench import cluster as cluster_bench
 from llmfast.bench.cluster import bench_on_cluster
 from llmfast.bench.comparison import compare_documents
-from llmfast.bench.document import hash_model, read_schema
+from llmfast.bench.contestant import Contestant
+from llmfast.bench.document import read_schema
 from llmfast.bench.options import BenchOptions
+from llmfast.bench.result import Benchmark, make_row
 from llmfast.bench.stage import bench
 from llmfast.bench.table import print_document
 from llmfast.bundle import ModelBundle
@@ -297,7 +299,7 @@ def test_a_sweep_is_measured_beside_its_baseline_on_each_node(
     (tmp_path / "text.txt").write_text("The cat sat on the mat, and the dog lay beside it. " * 20)
     models = _bundles(fp32_bundle, tmp_path)
     options = replace(QUICK, shapes=None, data=tmp_path / "text.txt", gates=(Gate("kld", 1.0, "max"),))
-    document = bench_on_cluster(models, options, address=cluster.address)
+    document = bench_on_cluster(models, options, address=cluster.address).document()
     jsonschema.validate(document, read_schema())
     host = socket.gethostname()
     assert [(row["bundle"], row["node"]) for row in document["rows"]] == [
@@ -315,7 +317,7 @@ def test_a_sweep_is_measured_beside_its_baseline_on_each_node(
         assert row["processor"] == document["nodes"][row["node"]]["cpu"]
         ratios = np.divide(row["samples"][key], baselines[row["node"]][key])
         assert row[f"{key}_ratio"] == pytest.approx(np.median(ratios))
-    local = bench(models[:2], options)
+    local = bench(models[:2], options).document()
     assert [row["kld"] for row in document["rows"][:2]] == [row["kld"] for row in local["rows"]]
     print_document(document)
     shown = capsys.readouterr().out
@@ -325,16 +327,14 @@ def test_a_sweep_is_measured_beside_its_baseline_on_each_node(
     assert {row["ratio"] for row in compare_documents(document, document, ("x", "y"))["rows"]} <= {1.0, None}
 
 
-def _measure_or_die(models: dict[str, Path], options: BenchOptions) -> tuple[dict[str, Any], str]:
+def _measure_or_die(models: dict[str, Path], options: BenchOptions) -> tuple[Benchmark, str]:
     """Stand in for a run; the first one that has `b` dies."""
     mark = models["fp32"].parent / "died"
     if "b" in models and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    rows = [{"bundle": name, "model_sha256": hash_model(ModelBundle.open(path))} for name, path in models.items()]
-    return {
-        "machine": {"cpu": "x"}, "rows": rows, "verdict": [], "warnings": ["busy"], "settings": {"rounds": len(models)}
-    }, "note: from there\n"  # fmt: skip
+    rows = [make_row(Contestant(name, path, ModelBundle.open(path))) for name, path in models.items()]
+    return Benchmark({"cpu": "x"}, {"rounds": len(models)}, ["busy"], "fp32", rows, []), "note: from there\n"
 
 
 def test_a_run_that_dies_is_done_on_another_node(
@@ -343,7 +343,7 @@ def test_a_run_that_dies_is_done_on_another_node(
     monkeypatch.setattr(cluster_bench, "measure", _measure_or_die)
     shutil.copytree(fp32_bundle, tmp_path / "fp32")
     models = [tmp_path / "fp32", *_bundles(fp32_bundle, tmp_path)[1:]]
-    document = bench_on_cluster(models, QUICK, address=cluster.address)
+    document = bench_on_cluster(models, QUICK, address=cluster.address).document()
     assert sorted(row["bundle"] for row in document["rows"]) == ["a", "b", "c", "fp32", "fp32"]
     assert len(document["nodes"]) == 2
     assert document["settings"]["rounds"] == 2

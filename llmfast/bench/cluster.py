@@ -16,12 +16,12 @@ from llmfast import report
 from llmfast.bench.contestant import line_up, name_models
 from llmfast.bench.document import hash_model
 from llmfast.bench.options import BenchOptions
+from llmfast.bench.result import Benchmark, Row
 from llmfast.bench.stage import bench
 from llmfast.cluster import SHUTDOWN_S, connect, find_cluster, inherited, living_nodes, processors
 from llmfast.errors import InputError, LlmfastError, NativeCrashError, OptionError, UnsupportedError
 from llmfast.supervisor import GRACE_S, ask_for_grace
-
-Document = dict[str, Any]
+from llmfast.verdict import Judgement
 
 
 def bench_on_cluster(
@@ -30,7 +30,7 @@ def bench_on_cluster(
     baseline: Path | None = None,
     address: str | None = None,
     workers: int | None = None,
-) -> Document:
+) -> Benchmark:
     """Measure bundles as `bench` does, each on one node of a cluster, beside the baseline.
 
     Args:
@@ -41,8 +41,7 @@ def bench_on_cluster(
         workers: nodes that take part, at most; None takes all.
 
     Returns:
-        A document of `bench`. Each row has `node`, the name of the node that it comes from, and `processor`, its
-        CPU; the baseline has a row for each node, and `nodes` describes them. `machine` is the first of them.
+        What `bench` does. Each row has the name of the node that it comes from; the baseline has one for each node.
 
     Raises:
         InputError: a node has other models.
@@ -67,30 +66,30 @@ def bench_on_cluster(
         count = max(1, min(len(nodes), len(others)))
         shares = [[first, *others[start::count]] for start in range(count)]
         groups = [{label: named[label] for label in share} for share in shares]
-        documents = _run(ray, nodes, groups, replace(options, **files))
+        found = _run(ray, nodes, groups, replace(options, **files))
     finally:
         ray.shutdown()
-    return _merge(documents, {one.label: hash_model(one.bundle) for one in contestants})
+    return _merge(found, {one.label: hash_model(one.bundle) for one in contestants})
 
 
-def measure(models: Mapping[str, Path], options: BenchOptions) -> tuple[Document, str]:
-    """Run `bench` where this is called, the first model being the baseline; return its document, and its notes."""
+def measure(models: Mapping[str, Path], options: BenchOptions) -> tuple[Benchmark, str]:
+    """Run `bench` where this is called, the first model being the baseline; return what it gives, and its notes."""
     with contextlib.redirect_stderr(io.StringIO()) as notes:
-        document = bench(models, options)
-    return document, notes.getvalue()
+        found = bench(models, options)
+    return found, notes.getvalue()
 
 
 def _run(
     ray: Any, nodes: Sequence[dict[str, Any]], groups: Sequence[Mapping[str, Path]], options: BenchOptions
-) -> dict[str, Document]:
-    """Return the document of each group by the name of the node; a group whose node died goes to another one."""
+) -> dict[str, Benchmark]:
+    """Return what was measured of each group by the name of the node; a group whose node died goes to another one."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     waiting, free = deque(groups), deque(nodes)
     running: dict[Any, tuple[str, dict[str, Any], Mapping[str, Path]]] = {}
     hosts: list[str] = []  # of the runs, as they were started
     names: list[str] = []
-    documents: dict[str, Document] = {}
+    done: dict[str, Benchmark] = {}
     with report.progress("bench", total=len(groups)) as advance:
         while waiting or running:
             while waiting and free:
@@ -108,7 +107,7 @@ def _run(
             (ready,), _ = ray.wait(list(running), num_returns=1)
             name, node, group = running.pop(ready)
             try:
-                documents[name], notes = ray.get(ready)
+                done[name], notes = ray.get(ready)
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, LlmfastError):
                     raise error.cause from None
@@ -123,30 +122,30 @@ def _run(
                     report.note(f"{name}: {line}")
                 free.append(node)
                 advance()
-    return dict(sorted(documents.items(), key=lambda pair: names.index(pair[0])))
+    return dict(sorted(done.items(), key=lambda pair: names.index(pair[0])))
 
 
-def _merge(documents: Mapping[str, Document], models: Mapping[str, dict[str, str]]) -> Document:
-    """Return one document of those of all nodes.
+def _merge(found: Mapping[str, Benchmark], models: Mapping[str, Mapping[str, str]]) -> Benchmark:
+    """Return the runs of all nodes as one.
 
     Args:
-        documents: by the node's name.
+        found: by the node's name.
         models: label -> hashes of the model's files here.
 
     Raises:
         InputError: a node has measured another model.
     """
-    nodes = {name: document["machine"] for name, document in documents.items()}
-    merged = dict(next(iter(documents.values())))
-    merged |= {"nodes": nodes, "rows": [], "verdict": [], "warnings": []}
-    for name, document in documents.items():
-        for row in document["rows"]:
-            if row["model_sha256"] != models[row["bundle"]]:
-                raise InputError(f"`{row['bundle']}` is another model on `{name}` than here", "copy it there again")
-            merged["rows"].append({"bundle": row["bundle"], "node": name, "processor": nodes[name]["cpu"]} | row)
-        merged["verdict"] += document["verdict"]
-        merged["warnings"] += [f"{name}: {warning}" for warning in document["warnings"]]
-    merged["settings"] = merged["settings"] | {
-        "rounds": min(document["settings"]["rounds"] for document in documents.values())
-    }
-    return merged
+    rows: list[Row] = []
+    verdict: list[Judgement] = []
+    warnings: list[str] = []
+    for name, one in found.items():
+        for row in one.rows:
+            if row.model_sha256 != models[row.bundle]:
+                raise InputError(f"`{row.bundle}` is another model on `{name}` than here", "copy it there again")
+            rows.append(replace(row, node=name, processor=one.machine["cpu"]))
+        verdict += one.verdict
+        warnings += [f"{name}: {warning}" for warning in one.warnings]
+    first = next(iter(found.values()))
+    settings = {**first.settings, "rounds": min(one.settings["rounds"] for one in found.values())}
+    nodes = {name: one.machine for name, one in found.items()}
+    return replace(first, settings=settings, warnings=warnings, rows=rows, verdict=verdict, nodes=nodes)

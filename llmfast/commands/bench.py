@@ -68,6 +68,12 @@ def bench(
     download: Annotated[
         bool, typer.Option("--download", help="Fetch the data of tasks from the Hugging Face hub where it is missing.")
     ] = False,
+    false_negative_cost: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABEL=X", help="Of a classifier: missing a LABEL costs X false alarms; sets the threshold."
+        ),
+    ] = None,
     provider: Annotated[
         str, typer.Option(help=f"Execution provider, or a list: {', '.join(registry.names('providers'))}.")
     ] = "cpu",
@@ -93,6 +99,9 @@ def bench(
     max_drop: Annotated[
         list[str] | None,
         typer.Option(metavar="METRIC=X", help="Gate: worse than the baseline by X at most; shares in points."),
+    ] = None,
+    max_false_negative_rate: Annotated[
+        float | None, typer.Option(help="Gate: per cent of that label's cases that are missed.")
     ] = None,
     max_size: Annotated[str | None, typer.Option(help="Gate: size, in MB or like 1.5GB.")] = None,
     max_rss: Annotated[str | None, typer.Option(help="Gate: peak memory, in MB or like 1.5GB.")] = None,
@@ -142,6 +151,7 @@ def bench(
     limits = {
         "kld": max_kld,
         "perplexity_ratio": max_perplexity_ratio,
+        "false_negative_rate": None if max_false_negative_rate is None else max_false_negative_rate / 100,
         "size_bytes": _bytes("--max-size", max_size),
         "peak_rss_bytes": _bytes("--max-rss", max_rss),
         "joules_per_token": max_energy,
@@ -172,6 +182,7 @@ def bench(
             "num_samples": num_samples,
             "seq_len": seq_len,
             "context_tokens": context_tokens,
+            "false_negative_cost": false_negative_cost,
             "tasks": _names(tasks),
             "tasks_dir": tasks_dir,
             "limit": limit,
@@ -221,10 +232,10 @@ def _run(
 
     options = BenchOptions(**given(settings))
     if cluster is None:
-        return run(models, options, baseline), print_document
+        return run(models, options, baseline).document(), print_document
     from llmfast.bench.cluster import bench_on_cluster
 
-    return bench_on_cluster(models, options, baseline, **cluster), print_document
+    return bench_on_cluster(models, options, baseline, **cluster).document(), print_document
 
 
 def _check_tuning(settings: dict[str, Any], judging: dict[str, Any]) -> None:
