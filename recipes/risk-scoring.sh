@@ -11,12 +11,13 @@ OUT=${OUT:-risk-scoring}
 LABEL=${LABEL:-fraud}
 COST=${COST:-10}
 MAX_MISSED=${MAX_MISSED:-10}  # of a hundred frauds so many may be missed, or this exits with 7
+MAX_COST=${MAX_COST:-0.05}    # how much more a case may cost in 8 bits, in false alarms
 MAX_FLIPPED=${MAX_FLIPPED:-1} # and in a hundred cases 8 bits may give so many another label
 
-llmfast tune "$MODEL" --output "$OUT/tuned" --data "$TRAIN" --validation "$DEV" --epochs 8 --overwrite
+llmfast tune "$MODEL" --output "$OUT/tuned" --data "$TRAIN" --validation "$DEV" --epochs 24 --overwrite
 llmfast export "$OUT/tuned" --output "$OUT/fp32" --overwrite
 llmfast quantize "$OUT/fp32" --output "$OUT/int8" --scheme int8 --overwrite
 sed 's/^[^ ]* //' "$DEV" > "$OUT/cases.txt"
 llmfast infer "$OUT/int8" --input "$OUT/cases.txt" --output "$OUT/scores.jsonl" --overwrite
 llmfast bench "$OUT/fp32" "$OUT/int8" --data "$DEV" --shapes 8x64 --rounds 3 --false-negative-cost "$LABEL=$COST" \
-    --max-false-negative-rate "$MAX_MISSED" --max-drop false_negative_rate=0 --max-drop "flipped_labels=$MAX_FLIPPED"
+    --max-false-negative-rate "$MAX_MISSED" --max-drop "cost_per_case=$MAX_COST" --max-drop "flipped_labels=$MAX_FLIPPED"
