@@ -4,9 +4,11 @@ The verbs have the names of the packages that hold them, so they are here and no
 transformers are imported by what needs them, when it is called. Tutorial: docs/python.md.
 """
 
+from llmfast.bench.cluster import bench_on_cluster
+from llmfast.bench.result import Benchmark, Row
 from llmfast.bench.stage import BenchOptions, bench
 from llmfast.bundle import ModelBundle
-from llmfast.doctor.stage import doctor
+from llmfast.doctor.stage import Diagnosis, doctor
 from llmfast.errors import (
     GateError,
     InputError,
@@ -26,8 +28,10 @@ from llmfast.infer.many import Summary, answer_file
 from llmfast.infer.opening import open_decoder, open_rows
 from llmfast.infer.sampling import Sampling
 from llmfast.infer.stage import answer, infer
+from llmfast.inspect.result import Inspection
 from llmfast.inspect.stage import inspect
 from llmfast.prune.options import PruneOptions
+from llmfast.prune.result import Pruned
 from llmfast.prune.stage import prune
 from llmfast.quantize.budget import Budget
 from llmfast.quantize.calibrate import Calibration
@@ -38,30 +42,36 @@ from llmfast.serve.stage import ServeOptions, serve
 from llmfast.tokenizer import Tokenizer
 from llmfast.tune.options import TuneOptions
 from llmfast.tune.stage import Tuned, tune
-from llmfast.verdict import Gate
+from llmfast.verdict import Gate, Judgement
 from llmfast.verify import compare_with_source, verify_hashes
 
 __all__ = [
     "Batch",
     "BenchOptions",
+    "Benchmark",
     "Budget",
     "Calibration",
     "ClusterOptions",
+    "Diagnosis",
     "Event",
     "ExportOptions",
     "Gate",
     "GateError",
     "Generation",
     "InputError",
+    "Inspection",
+    "Judgement",
     "LlmfastError",
     "ModelBundle",
     "NativeCrashError",
     "OptionError",
     "OutputExistsError",
     "PruneOptions",
+    "Pruned",
     "QuantizeOptions",
     "Request",
     "ResourceError",
+    "Row",
     "Sampling",
     "ServeOptions",
     "Summary",
@@ -74,6 +84,7 @@ __all__ = [
     "answer_file",
     "answer_folder",
     "bench",
+    "bench_on_cluster",
     "compare_with_source",
     "doctor",
     "export",

@@ -122,8 +122,8 @@ def quantize_best(
             require_measured(made[one.name].manifest.measured["quantize"], others)
         note("timing them beside the float model")
         with without_notes():
-            document = bench([source, *(small.path for small in made.values())], timing)
-        rows = [_row(row, made) for row in document["rows"] if row["bundle"] in made]
+            measured = bench([source, *(small.path for small in made.values())], timing)
+        rows = [_row(row.document(), made) for row in measured.rows if row.bundle in made]
         best = _best(rows, gates)
         show(rows)
         if best is None:

@@ -15,7 +15,7 @@ NOT_MEASURED = "not measured"
 # Figures that are shares: people, and --max-drop, say points of a hundred.
 SHARES = (
     *("accuracy", "changed_answers", "exact_match", "f1", "flipped_labels", "flipped_tokens", "same_answers"),
-    *("recall_at_1", "recall_at_10", "top1_agreement"),
+    *("false_negative_rate", "false_positive_rate", "recall_at_1", "recall_at_10", "top1_agreement"),
 )
 # Of lm-eval's tasks, whose figures are called TASK.METRIC.
 _TASK_SHARES = ("acc", "acc_bytes", "acc_mutual_info", "acc_norm", "em", "exact_match", "f1")
@@ -62,6 +62,31 @@ class Gate:
         if all(ends):
             return PASSED
         return INCONCLUSIVE if any(ends) else MISSED
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What became of a gate on a bundle: an entry of what `judge` returns.
+
+    Attributes:
+        bundle: its name.
+        figure: a key of its row.
+        kind: whether the figure must be at most or at least the limit.
+        limit: the worst value that passes.
+        value: the figure, None when it could not be measured.
+        spread: its 95 % interval, None when it has none.
+        verdict: `passed`, `MISSED`, `inconclusive` or `not measured`.
+        passed: whether it counts as kept.
+    """
+
+    bundle: str
+    figure: str
+    kind: Literal["max", "min"]
+    limit: float
+    value: float | None
+    spread: Sequence[float] | None
+    verdict: str
+    passed: bool
 
 
 def parse_speedup(text: str) -> Gate:

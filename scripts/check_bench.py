@@ -73,7 +73,7 @@ def run(bundle: Path, options: BenchOptions, delay: float) -> tuple[str, float, 
         candidate = Path(folder) / "candidate"
         candidate.symlink_to(bundle.resolve())
         SlowWorker.delay, SlowWorker.candidate = delay, candidate
-        document = bench([bundle, candidate], options)
+        document = bench([bundle, candidate], options).document()
     row = document["rows"][1]
     found = (row["verdict"][FIGURE], row[f"{FIGURE}_ratio"], row[f"{FIGURE}_ratio_spread"])
     return *found, document["settings"]["rounds"], time.monotonic() - start

@@ -92,7 +92,7 @@ def test_quantized_classifier_is_measured(fp32: ModelBundle, sounds: list[str], 
     answers = audio_classification.answer(fp32, sounds)
     data = tmp_path / "labels.txt"
     data.write_text("".join(f"{one['label']}\t{one['audio']}\n" for one in answers))
-    first, second = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0, data=data))["rows"]
+    first, second = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0, data=data)).document()["rows"]
     assert (first["accuracy"], first["flipped_labels"]) == (1, 0)
     assert first["forward_s"] > 0
     assert first["output_error"] == 0 < second["output_error"] < 0.2

@@ -33,7 +33,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
 def test_figures_and_ratios_are_exact(stage: Stage, tmp_path: Path) -> None:
     stage.add("slow", prefill_s=0.5, decode_s=0.25)
     stage.add("fast", prefill_s=0.25, decode_s=0.0625)
-    document = bench([make_bundle(tmp_path, "slow"), make_bundle(tmp_path, "fast")], QUICK)
+    document = bench([make_bundle(tmp_path, "slow"), make_bundle(tmp_path, "fast")], QUICK).document()
     slow, fast = document["rows"]
     assert document["baseline"] == "slow"
     assert (slow["ttft_s"], slow["prefill_tokens_per_s"]) == (0.5, 16.0)
@@ -88,7 +88,7 @@ def test_divergence_matches_the_plain_formulas(stage: Stage, tmp_path: Path) -> 
     stage.add("ours", table=ours)
     ids = write_text(tmp_path / "text")[: 3 * 6].reshape(3, 6)
     options = replace(QUICK, data=tmp_path / "text")
-    document = bench([make_bundle(tmp_path, "base"), make_bundle(tmp_path, "ours")], options)
+    document = bench([make_bundle(tmp_path, "base"), make_bundle(tmp_path, "ours")], options).document()
     same, moved = document["rows"]
     expected = reference_figures(base, ours, ids)
     assert {key: moved[key] for key in expected} == pytest.approx(expected, rel=1e-6)
@@ -107,7 +107,7 @@ def test_answers_that_are_not_finite_become_none_with_a_note(
     stage.add("broken", table=np.full((VOCAB, VOCAB), np.nan, np.float32))
     write_text(tmp_path / "text")
     options = replace(QUICK, data=tmp_path / "text")
-    document = bench([make_bundle(tmp_path, "base"), make_bundle(tmp_path, "broken")], options)
+    document = bench([make_bundle(tmp_path, "base"), make_bundle(tmp_path, "broken")], options).document()
     assert document["rows"][1]["kld"] is None
     assert document["rows"][1]["kld_spread"] is None
     assert "`broken` has no kld: it is not a finite number" in capsys.readouterr().err
@@ -123,7 +123,7 @@ def document(stage: Stage, tmp_path: Path) -> dict[str, Any]:
     stage.add("fa|st", prefill_s=0.125, decode_s=0.25, table=make_table(0) + make_table(1) / 4)
     write_text(tmp_path / "text.txt")
     models = [make_bundle(tmp_path, "base"), make_bundle(tmp_path, "fa|st")]
-    return bench(models, replace(QUICK, data=tmp_path / "text.txt"))
+    return bench(models, replace(QUICK, data=tmp_path / "text.txt")).document()
 
 
 def test_json_round_trips_without_nan(document: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,16 +213,16 @@ def test_a_named_baseline_is_added_once(stage: Stage, tmp_path: Path) -> None:
     for name in "ab":
         stage.add(name)
     first, second = (make_bundle(tmp_path, name) for name in "ab")
-    document = bench([first], QUICK, baseline=second)
+    document = bench([first], QUICK, baseline=second).document()
     assert (document["baseline"], [row["bundle"] for row in document["rows"]]) == ("b", ["b", "a"])
-    document = bench([first, second], QUICK, baseline=tmp_path / "a" / ".." / "b")
+    document = bench([first, second], QUICK, baseline=tmp_path / "a" / ".." / "b").document()
     assert (document["baseline"], [row["bundle"] for row in document["rows"]]) == ("b", ["a", "b"])
 
 
 def test_labels_are_unique(stage: Stage, tmp_path: Path) -> None:
     stage.add("model")
     one, two = make_bundle(tmp_path / "one", "model"), make_bundle(tmp_path / "two", "model")
-    document = bench([one, two, two], QUICK)
+    document = bench([one, two, two], QUICK).document()
     assert [row["bundle"] for row in document["rows"]] == [str(one), str(two), f"{two} (2)"]
 
 
@@ -232,7 +232,7 @@ def test_unknown_task_has_none_cells_and_a_note(
     stage.add("known")
     stage.add("foreign")
     stage.engines["foreign"].vocab_size = None  # type: ignore[assignment]
-    document = bench([make_bundle(tmp_path, "known"), make_bundle(tmp_path, "foreign", "unknown")], QUICK)
+    document = bench([make_bundle(tmp_path, "known"), make_bundle(tmp_path, "foreign", "unknown")], QUICK).document()
     row = document["rows"][1]
     assert row["decode_tokens_per_s"] is None
     assert row["decode_tokens_per_s_ratio"] is None
@@ -244,7 +244,7 @@ def test_without_data_a_note_says_how_to_get_quality(
     stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage.add("a")
-    document = bench([make_bundle(tmp_path, "a")], QUICK)
+    document = bench([make_bundle(tmp_path, "a")], QUICK).document()
     assert "kld" not in document["rows"][0]
     captured = capsys.readouterr()
     assert "speed only; for quality give --data FILE" in captured.err
@@ -330,7 +330,7 @@ def test_another_vocabulary_is_refused_when_quality_is_asked_for(stage: Stage, t
     stage.add("a")
     stage.add("b", table=make_table(1, VOCAB + 3))
     models = [make_bundle(tmp_path, "a"), make_bundle(tmp_path, "b")]
-    assert len(bench(models, QUICK)["rows"]) == 2
+    assert len(bench(models, QUICK).document()["rows"]) == 2
     write_text(tmp_path / "text")
     with pytest.raises(InputError, match="`b` has 20 token ids, `a` has 17"):
         bench(models, replace(QUICK, data=tmp_path / "text"))

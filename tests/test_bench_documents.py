@@ -37,7 +37,7 @@ def document(stage: Stage, tmp_path: Path) -> dict[str, Any]:
     write_text(tmp_path / "text")
     models = [make_bundle(tmp_path, name) for name in ("base", "x")]
     options = replace(QUICK, rounds=8, data=tmp_path / "text", gates=(Gate("kld", 1e-9, "max"),), price_per_hour=3.6)
-    return bench(models, options)
+    return bench(models, options).document()
 
 
 def test_the_document_keeps_its_schema(document: dict[str, Any]) -> None:

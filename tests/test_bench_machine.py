@@ -101,7 +101,7 @@ def test_a_real_model_is_profiled_and_slowness_is_found(fp32_bundle: Path, tmp_p
     options = BenchOptions(
         prompt_tokens=300, output_tokens=6, rounds=2, warmup=0, threads=1, profile=True, price_per_hour=1.0
     )
-    document = bench([fp32_bundle, copy], options)
+    document = bench([fp32_bundle, copy], options).document()
     jsonschema.validate(json.loads(json.dumps(document)), read_schema())
     for row in document["rows"]:
         prefill, decode = row["profile"]["phases"]

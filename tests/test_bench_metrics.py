@@ -10,12 +10,14 @@ import pytest
 
 from llmfast import registry, report
 from llmfast.bench import subject as subjects
+from llmfast.bench.labelled import Examples
 from llmfast.bench.machine import describe_machine, peak_rss_bytes
 from llmfast.bench.metrics import (
     accuracy,
     decode,
     divergence,
     embedding,
+    false_negatives,
     greedy,
     latency,
     output_error,
@@ -157,18 +159,45 @@ def test_accuracy_reads_pairs(tmp_path: Path) -> None:
     (tmp_path / "pairs").write_text("1 it rains\tit is wet\n0 dull\n")
     bundle = ModelBundle(tmp_path, Manifest("text-classification"), tmp_path)
     [item] = accuracy.prepare(bundle, tmp_path / "pairs", BenchOptions())
-    assert item == accuracy.Examples((1, 0), (("it rains", "it is wet"), "dull"))
+    assert item == Examples((1, 0), (("it rains", "it is wet"), "dull"))
 
 
 def test_accuracy_and_f1_are_those_of_scikit_learn() -> None:
     wanted, found = [0, 0, 1, 1, 2, 2, 2, 1], [0, 1, 1, 1, 2, 0, 2, 2]
-    item = accuracy.Examples(tuple(wanted), ("",) * 8, ("bad", "Good", "so so"))
+    item = Examples(tuple(wanted), ("",) * 8, ("bad", "Good", "so so"))
     names = ["bad", "good", "so so"]
     ours = np.array([(str(label), names[label]) for label in found])
     theirs = np.array([("7", names[label]) for label in [0, 0, 1, 1, 2, 2, 2, 1]])  # other numbers, same names
     figures = accuracy.figures(accuracy.compare(item, ours, theirs))
     # sklearn.metrics.f1_score(wanted, found, average="macro"): per label 1/2, 2/3, 2/3.
     assert figures == {"accuracy": 0.625, "f1": pytest.approx((1 / 2 + 2 / 3 + 2 / 3) / 3), "flipped_labels": 0.375}
+
+
+def test_what_is_missed_is_counted_at_the_threshold_of_the_costs() -> None:
+    item = false_negatives.Cases(Examples((1, 1, 1, 1, 0, 0, 2), ("",) * 7), 1, "fraud", 4.0)
+    scores = np.array([0.9, 0.2, 0.19, 0.1, 0.3, 0.05, 0.2])  # flagged from 1 / (1 + 4) on
+    rows = false_negatives.compare(item, scores, scores)
+    assert false_negatives.figures(rows) == {
+        "false_negative_rate": 2 / 4,
+        "false_positive_rate": pytest.approx(2 / 3),
+        "cost_per_case": pytest.approx((4 * 2 + 2) / 7),
+    }
+    only = false_negatives.figures(rows[:4])
+    assert (only["false_negative_rate"], only["false_positive_rate"]) == (0.5, None)
+    assert false_negatives.figures(rows[4:])["false_negative_rate"] is None
+
+
+def test_a_label_is_found_by_name_where_a_bundle_numbers_it_otherwise() -> None:
+    logits = np.array([[0.0, 2.0], [1.0, 0.0]], np.float32)
+    architecture = {"labels": ["Fraud", "genuine"], "problem_type": "single_label_classification"}
+    subject = SimpleNamespace(
+        bundle=SimpleNamespace(manifest=Manifest("text-classification", architecture=architecture)),
+        task=SimpleNamespace(classify=lambda *_: logits),
+        session=None,
+        encode=lambda texts: texts,
+    )
+    item = false_negatives.Cases(Examples((1, 0), ("a", "b")), 1, "fraud", 1.0)
+    np.testing.assert_allclose(false_negatives.answer(subject, item), [1 / (1 + np.exp(2)), 1 / (1 + np.exp(-1))])
 
 
 def test_recall_counts_the_documents_that_are_nearer() -> None:

@@ -17,8 +17,9 @@ from llmfast.bench.options import BenchOptions
 from llmfast.bench.stage import bench, print_document
 from llmfast.bench.subject import Subject, Trial
 from llmfast.bundle import Manifest, write_manifest
-from llmfast.errors import LlmfastError, UnsupportedError
+from llmfast.errors import InputError, LlmfastError, OptionError, UnsupportedError
 from llmfast.infer.rows import SlabRows
+from llmfast.verdict import Gate
 from tests.tiny_bench import QUICK, VOCAB, make_bundle, make_table, reference_figures, write_text, write_tokenizer
 
 
@@ -68,7 +69,7 @@ def test_real_decoders_in_real_processes(tmp_path: Path) -> None:
     base, ours = make_table(0), make_table(0) + make_table(1) / 4
     models = [write_bigram(tmp_path, "base", base), write_bigram(tmp_path, "ours", ours)]
     ids = write_text(tmp_path / "text")[: 3 * 6].reshape(3, 6)
-    document = bench(models, replace(QUICK, data=tmp_path / "text"))
+    document = bench(models, replace(QUICK, data=tmp_path / "text")).document()
     same, moved = document["rows"]
     expected = reference_figures(base, ours, ids)
     assert {key: moved[key] for key in expected} == pytest.approx(expected, rel=1e-6)
@@ -109,7 +110,7 @@ def test_real_embedders_in_real_processes(tmp_path: Path) -> None:
     words = [["\t".join(" ".join(f"w{word}" for word in text) for text in pair)] for pair in ids]
     data = tmp_path / "pairs.tsv"
     data.write_text("".join(f"{score}\t{pair[0]}\n" for score, pair in enumerate(words)))
-    document = bench(models, replace(QUICK, data=data, shapes="2x4,1x3"))
+    document = bench(models, replace(QUICK, data=data, shapes="2x4,1x3")).document()
     row = document["rows"][1]
     vectors = {name: table[ids].mean(axis=2).astype(np.float64) for name, table in (("a", base), ("b", ours))}
     unit = {name: value / np.linalg.norm(value, axis=-1, keepdims=True) for name, value in vectors.items()}
@@ -131,11 +132,51 @@ def test_real_classifiers_in_real_processes(tmp_path: Path) -> None:
     spelled = [str(label) if number % 2 else ["bad", "good"][label] for number, label in enumerate(labels)]
     lines = [f"{label} {' '.join(f'w{word}' for word in text)}" for label, text in zip(spelled, ids, strict=True)]
     data.write_text("\n".join(lines))
-    same, moved = bench(models, replace(QUICK, data=data, shapes="1x3"))["rows"]
+    gates = Gate("false_negative_rate", 0.9, "max"), Gate("false_negative_rate", 0.0, "max")
+    options = replace(QUICK, data=data, shapes="1x3", false_negative_cost="good=1.2", gates=gates)
+    document = bench(models, options).document()
+    jsonschema.validate(document, read_schema())
+    same, moved = document["rows"]
     theirs, mine = (table[ids].mean(axis=1).argmax(axis=1) for table in (base, ours))
     assert moved["accuracy"] == (mine == labels).mean()
     assert moved["flipped_labels"] == (mine != theirs).mean()
     assert same["flipped_labels"] == 0.0
+    rates = []
+    for table, row in ((base, same), (ours, moved)):
+        logits = table[ids].mean(axis=1).astype(np.float64)
+        flagged = 1 / (1 + np.exp(logits[:, 0] - logits[:, 1])) >= 1 / 2.2
+        missed, alarms = ~flagged[labels == 1], flagged[labels == 0]
+        assert row["false_negative_rate"] == pytest.approx(missed.mean())
+        assert row["false_positive_rate"] == pytest.approx(alarms.mean())
+        assert row["cost_per_case"] == pytest.approx((1.2 * missed.sum() + alarms.sum()) / 20)
+        rates.append(missed.mean())
+    assert 0 < rates[1] < 0.9
+    assert moved["false_negative_rate_change"] == pytest.approx(rates[1] - rates[0])
+    assert [entry["bundle"] for entry in document["verdict"]] == ["b", "b"]
+    assert document["verdict"][1]["verdict"] != "passed"
+
+
+@pytest.mark.parametrize(
+    ("task", "changed", "message"),
+    [
+        ("text-classification", {"false_negative_cost": "dubious=2"}, "no label `dubious`"),
+        ("text-classification", {"gates": (Gate("false_negative_rate", 0.1, "max"),)}, "needs --false-negative-cost"),
+        ("feature-extraction", {"false_negative_cost": "good=2"}, "--false-negative-cost is for"),
+    ],
+)
+def test_a_label_that_can_not_be_missed_is_named(
+    task: str, changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "data.txt").write_text("good w1\nbad w2\n")
+    model = write_encoder(tmp_path, "a", task, np.zeros((VOCAB, 2), np.float32))
+    with pytest.raises((OptionError, InputError), match=message):
+        bench([model], replace(QUICK, shapes="1x3", data=tmp_path / "data.txt", **changed))
+
+
+@pytest.mark.parametrize("cost", ["", "fraud", "fraud=", "=3", "fraud=0", "fraud=-1", "fraud=nan", "fraud=inf"])
+def test_a_cost_that_is_none_is_refused(cost: str) -> None:
+    with pytest.raises(OptionError, match="not LABEL=X"):
+        BenchOptions(false_negative_cost=cost)
 
 
 def test_a_malformed_graph_names_the_bundle(tmp_path: Path) -> None:
@@ -174,7 +215,7 @@ def test_decoders_in_batches_write_what_they_write_alone(fp32_bundle: Path, monk
 
 def test_a_sweep_of_batches_has_figures_of_each(fp32_bundle: Path, capsys: Any) -> None:
     options = BenchOptions(prompt_tokens=8, output_tokens=6, batch=(1, 4), rounds=3, threads=1)
-    document = bench([fp32_bundle], options)
+    document = bench([fp32_bundle], options).document()
     jsonschema.validate(document, read_schema())
     row = document["rows"][0]
     for batch, case in ((1, "1x8"), (4, "4x8")):

@@ -117,14 +117,14 @@ def test_rounds_go_on_until_ratios_are_known_or_time_is_up(stage: Stage, tmp_pat
 
     models = [make_bundle(tmp_path, name) for name in "ab"]
     adaptive = replace(QUICK, rounds=None, max_time=None)
-    document = bench(models, adaptive, clock=stage.clock)
+    document = bench(models, adaptive, clock=stage.clock).document()
     assert document["settings"]["rounds"] == 8  # no noise: the fewest suffice
     stage.fail = disturb
-    document = bench(models, replace(adaptive, max_time=1000.0), clock=stage.clock)
+    document = bench(models, replace(adaptive, max_time=1000.0), clock=stage.clock).document()
     assert 8 < document["settings"]["rounds"] <= 1000 / 10  # a round takes 10 s
     assert document["rows"][1]["verdict"]["decode_tokens_per_s"] == "inconclusive"
-    assert bench(models, replace(adaptive, max_time=0.0), clock=stage.clock)["settings"]["rounds"] == 8
-    assert bench(models, replace(QUICK, rounds=11), clock=stage.clock)["settings"]["rounds"] == 11
+    assert bench(models, replace(adaptive, max_time=0.0), clock=stage.clock).document()["settings"]["rounds"] == 8
+    assert bench(models, replace(QUICK, rounds=11), clock=stage.clock).document()["settings"]["rounds"] == 11
 
 
 def test_rounds_end(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_rounds_end(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         stage.engines["a"].decode_s *= 2 if method == "measure" else 1
 
     stage.fail = slow_down
-    document = bench([make_bundle(tmp_path, "a")], replace(QUICK, rounds=None), clock=lambda: 0.0)
+    document = bench([make_bundle(tmp_path, "a")], replace(QUICK, rounds=None), clock=lambda: 0.0).document()
     assert document["settings"]["rounds"] == 12
 
 
@@ -144,7 +144,7 @@ def test_verdicts_of_a_row(stage: Stage, tmp_path: Path) -> None:
     stage.add("fast", prefill_s=0.25, decode_s=0.5, table=make_table(0) + make_table(1))
     write_text(tmp_path / "text")
     models = [make_bundle(tmp_path, name) for name in ("base", "fast")]
-    base, fast = bench(models, replace(QUICK, rounds=8, data=tmp_path / "text"))["rows"]
+    base, fast = bench(models, replace(QUICK, rounds=8, data=tmp_path / "text")).document()["rows"]
     assert base["verdict"] == {}
     speeds = ("prefill_tokens_per_s", "ttft_s", "decode_tokens_per_s", "tpot_s")
     assert [fast["verdict"][key] for key in speeds] == ["better", "better", "worse", "worse"]
@@ -152,7 +152,7 @@ def test_verdicts_of_a_row(stage: Stage, tmp_path: Path) -> None:
     low, high = fast["perplexity_change_spread"]
     assert low <= fast["perplexity_change"] <= high
     assert fast["verdict"]["perplexity"] == ("worse" if low > 0 else "inconclusive")
-    same = bench([models[0], models[0]], replace(QUICK, rounds=8, data=tmp_path / "text"))["rows"][1]
+    same = bench([models[0], models[0]], replace(QUICK, rounds=8, data=tmp_path / "text")).document()["rows"][1]
     assert {same["verdict"][key] for key in (*speeds, "perplexity", "bits_per_byte")} == {"equal"}
 
 
@@ -182,19 +182,19 @@ def test_bad_numbers_are_refused(text: str) -> None:
 
 def test_a_sweep_has_figures_for_every_length(stage: Stage, tmp_path: Path) -> None:
     stage.add("a")
-    document = bench([make_bundle(tmp_path, "a")], replace(QUICK, prompt_tokens=(4, 8), gates=()))
+    document = bench([make_bundle(tmp_path, "a")], replace(QUICK, prompt_tokens=(4, 8), gates=())).document()
     row = document["rows"][0]
     assert (row["prefill_tokens_per_s_1x4"], row["prefill_tokens_per_s_1x8"]) == (8.0, 16.0)
     assert "prefill_tokens_per_s" not in row
     assert document["settings"]["prompt_tokens"] == [4, 8]
     gate = Gate("tpot_s_ratio", 0.5, "min")
-    document = bench([make_bundle(tmp_path / "x", "a")], replace(QUICK, prompt_tokens=(4, 8), gates=(gate,)))
+    document = bench([make_bundle(tmp_path / "x", "a")], replace(QUICK, prompt_tokens=(4, 8), gates=(gate,))).document()
     assert [entry["figure"] for entry in document["verdict"]] == ["tpot_s_1x4_ratio", "tpot_s_1x8_ratio"]
 
 
 def test_a_sweep_over_threads_has_a_row_for_each(stage: Stage, tmp_path: Path) -> None:
     stage.add("a")
-    document = bench([make_bundle(tmp_path, "a")], replace(QUICK, threads=(1, 2)))
+    document = bench([make_bundle(tmp_path, "a")], replace(QUICK, threads=(1, 2))).document()
     assert [(row["bundle"], row["threads"]) for row in document["rows"]] == [("a [1 threads]", 1), ("a [2 threads]", 2)]
     assert document["baseline"] == "a [1 threads]"
 
@@ -288,7 +288,7 @@ def test_all_gates_of_one_run(stage: Stage, tmp_path: Path) -> None:
     models = [make_bundle(tmp_path, name) for name in ("base", "x")]
     drops = ("perplexity=100", "top1_agreement=100")
     options = replace(QUICK, rounds=8, data=tmp_path / "text", gates=gates, max_drops=drops)
-    verdicts = {entry["figure"]: entry["verdict"] for entry in bench(models, options)["verdict"]}
+    verdicts = {entry["figure"]: entry["verdict"] for entry in bench(models, options).document()["verdict"]}
     assert verdicts == {
         "kld": "passed",
         "perplexity_ratio": "MISSED",
@@ -322,7 +322,7 @@ def test_the_others_go_on_without_a_candidate_that_crashes(
     stage.fail = _crash("b", method)
     write_text(tmp_path / "text")
     models = [make_bundle(tmp_path, name) for name in "abc"]
-    document = bench(models, replace(QUICK, data=tmp_path / "text", gates=(Gate("kld", 9, "max"),)))
+    document = bench(models, replace(QUICK, data=tmp_path / "text", gates=(Gate("kld", 9, "max"),))).document()
     _, broken, sound = document["rows"]
     assert broken["error"]["exit_code"] == 9
     assert "`b`: worker crashed with SIGSEGV" in broken["error"]["message"]
@@ -361,7 +361,7 @@ def test_bundles_are_opened_in_turn_when_memory_is_short(
     write_text(tmp_path / "text")
     models = [make_bundle(tmp_path, name) for name in "abc"]
     options = replace(QUICK, data=tmp_path / "text")
-    expected = bench(models, options)["rows"]
+    expected = bench(models, options).document()["rows"]
     monkeypatch.setattr(processes, "available_memory", lambda: 10)
     opened: set[str] = set()
     most = [0]
@@ -374,7 +374,7 @@ def test_bundles_are_opened_in_turn_when_memory_is_short(
 
     stage.closed.clear()
     stage.fail = follow
-    rows = bench(models, options)["rows"]
+    rows = bench(models, options).document()["rows"]
     assert most[0] <= 2  # the baseline and one candidate, while quality is measured
     assert "each is opened for its turn only" in capsys.readouterr().err
     for row, other in zip(rows, expected, strict=True):
@@ -408,7 +408,7 @@ def test_processes_begin_anew_when_rounds_are_worth_it(stage: Stage, tmp_path: P
         stage.clock.now += {"facts": 5.0, "measure": 1.0}.get(method, 0.0)
 
     stage.fail = take_time
-    document = bench(models, replace(QUICK, rounds=None, max_time=1e6), clock=stage.clock)
+    document = bench(models, replace(QUICK, rounds=None, max_time=1e6), clock=stage.clock).document()
     # Two bundles open in 10 s and warm up in 5: 30 s of rounds, six of them, are worth a launch.
     opened = [number for number, (name, method) in enumerate(stage.calls) if (name, method) == ("a", "facts")]
     assert len(opened) == 2
@@ -450,7 +450,7 @@ def test_models_of_different_tokenizers_compare_by_bits_per_byte(
     (models[1] / "tokenizer.json").write_text(json.dumps(tokenizer))
     manifest["files"]["tokenizer.json"]["bytes"] = (models[1] / "tokenizer.json").stat().st_size
     (models[1] / "llmfast.json").write_text(json.dumps(manifest))
-    theirs, ours = bench(models, replace(QUICK, data=tmp_path / "text"))["rows"]
+    theirs, ours = bench(models, replace(QUICK, data=tmp_path / "text")).document()["rows"]
     assert theirs["kld"] == 0.0
     assert [ours[key] for key in ("kld", "kld_p99", "top1_agreement", "perplexity_ratio", "same_answers")] == [None] * 5
     # Other words for the same ids: the same text is another path through the bigram model.

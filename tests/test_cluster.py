@@ -1,32 +1,52 @@
-"""Files of prompts over workers: each alone, then on a Ray cluster of two nodes, one of which dies."""
+"""Files of prompts and sweeps over workers: each alone, then on a Ray cluster of two nodes, one of which dies."""
 
 import contextlib
+import io
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from llmfast.bench import cluster as cluster_bench
+from llmfast.bench.cluster import bench_on_cluster
+from llmfast.bench.comparison import compare_documents
+from llmfast.bench.contestant import Contestant
+from llmfast.bench.document import read_schema
+from llmfast.bench.options import BenchOptions
+from llmfast.bench.result import Benchmark, make_row
+from llmfast.bench.stage import bench
+from llmfast.bench.table import print_document
 from llmfast.bundle import ModelBundle
-from llmfast.errors import InputError, OptionError, OutputExistsError, UnsupportedError
+from llmfast.cli import app
+from llmfast.errors import InputError, NativeCrashError, OptionError, OutputExistsError, UnsupportedError
 from llmfast.infer.cluster import pool as pool_module
 from llmfast.infer.cluster.parts import Part, PartFolder
 from llmfast.infer.cluster.pool import Plan, Pool, plan_workers
 from llmfast.infer.cluster.run import ClusterOptions, answer_folder
-from llmfast.infer.cluster.source import find_source
+from llmfast.infer.cluster.source import find_source, resolve
 from llmfast.infer.cluster.worker import LineWorker
 from llmfast.infer.jsonl import Line
 from llmfast.infer.many import answer_file, settings_digest
+from llmfast.quantize.options import QuantizeOptions
+from llmfast.quantize.stage import quantize
+from llmfast.verdict import Gate
+from tests.tiny_bench import QUICK
 
 TWO = ClusterOptions(workers=2, threads=1, part_lines=16)
 
@@ -199,6 +219,77 @@ def test_a_part_is_there_when_it_is_complete_and_goes_on(form: str, scheme: str,
     assert Part(PartFolder(output, form, False, True), 0, lines).missing == lines
 
 
+@pytest.fixture
+def store() -> str:
+    """Return the URI of an object store's bucket: fsspec's, in this process's memory, through Arrow as all are."""
+    pytest.importorskip("pyarrow", "22", reason="pyarrow is not installed, or has no way to fsspec yet")
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    return "fsspec+memory://bucket"
+
+
+def _put(uri: str, lines: list[dict[str, Any]]) -> None:
+    files, path = resolve(uri)
+    with files.open_output_stream(path) as out:
+        out.write("".join(f"{json.dumps(line)}\n" for line in lines).encode())
+
+
+def _get(uri: str) -> dict[str, bytes]:
+    fs = pytest.importorskip("pyarrow.fs")
+    files, path = resolve(uri)
+    found = files.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return {one.base_name: files.open_input_stream(one.path).read() for one in found}
+
+
+@pytest.mark.parametrize("pattern", ["", "/", "/*.jsonl", "/?.jsonl", "/a.jsonl"])
+def test_lines_of_an_object_store_are_numbered_through_its_files(pattern: str, store: str) -> None:
+    text = "x" * (3 << 20)  # longer than what is read at once
+    _put(f"{store}/in/b.jsonl", [{"prompt": "three"}])
+    _put(f"{store}/in/a.jsonl", [{"prompt": text}, {"prompt": "two"}])
+    _put(f"{store}/in/notes.md", [])
+    if "?" in pattern:  # which begins the query of a URI
+        with pytest.raises((InputError, UnsupportedError)):
+            find_source(f"{store}/in{pattern}")
+        return
+    lines = list(find_source(f"{store}/in{pattern}").read("prompt", (), "settings"))
+    expected = [text, "two", "three"][: 2 if "a" in pattern else 3]
+    assert [(line.number, line.fields["prompt"]) for line in lines] == list(enumerate(expected, start=1))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_parts_in_an_object_store_are_there_when_they_are_complete(form: str, store: str) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    lines, name = _lines(3), f"part-00000.{form}"
+    folder = PartFolder(f"{store}/out", form, False, False)
+    part = Part(folder, 0, lines)
+    part.settle(lines[1], {"answer": "b"})
+    part.close()
+    folder.close()
+    assert _get(f"{store}/out") == {}
+    folder = PartFolder(f"{store}/out", form, False, False)
+    part = Part(folder, 0, lines)
+    assert part.missing == lines  # files of a store can't grow: it is begun again
+    for line, answer in zip(reversed(lines), "cba", strict=True):
+        part.settle(line, {"answer": answer})
+    folder.close(1)
+    found = _get(f"{store}/out")
+    assert list(found) == [name]
+    rows = (
+        [json.loads(line) for line in found[name].splitlines()]
+        if form == "jsonl"
+        else parquet.read_table(io.BytesIO(found[name])).to_pylist()
+    )
+    assert [(row["id"], row["answer"]) for row in rows] == [("n1", "a"), ("n2", "b"), ("n3", "c")]
+    again = PartFolder(f"{store}/out", form, False, False)
+    assert Part(again, 0, lines).missing == []
+    with pytest.raises(OutputExistsError, match="other prompts"):
+        Part(again, 0, _lines(2))
+    again.close()
+    assert Part(PartFolder(f"{store}/out", form, False, True), 0, lines).missing == lines
+    assert _get(f"{store}/out") == {}
+
+
 def test_other_things_in_the_output_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
     for overwrite in (False, True):
@@ -267,6 +358,106 @@ def test_rows_of_parquet_go_through_a_cluster(cluster: Cluster, fp32_bundle: Pat
     assert _without_keys(rows) == _without_keys(_locally(fp32_bundle, asked, tmp_path, max_tokens=9))
     assert (summary.answered, summary.failed, summary.figures["exact"]) == (40, 0, True)
     assert summary.figures["generated_tokens"] == sum(row["generated_tokens"] for row in rows)
+
+
+def _bundles(fp32_bundle: Path, folder: Path) -> list[Path]:
+    small = QuantizeOptions("int8", measure=False)
+    return [fp32_bundle, *(quantize(fp32_bundle, folder / name, small).path for name in ("a", "b", "c"))]
+
+
+def test_a_sweep_is_measured_beside_its_baseline_on_each_node(
+    cluster: Cluster, fp32_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("The cat sat on the mat, and the dog lay beside it. " * 20)
+    models = _bundles(fp32_bundle, tmp_path)
+    options = replace(QUICK, shapes=None, data=tmp_path / "text.txt", gates=(Gate("kld", 1.0, "max"),))
+    document = bench_on_cluster(models, options, address=cluster.address).document()
+    jsonschema.validate(document, read_schema())
+    host = socket.gethostname()
+    assert [(row["bundle"], row["node"]) for row in document["rows"]] == [
+        (name, node) for node, names in ((host, ("fp32", "a", "c")), (f"{host} (2)", ("fp32", "b"))) for name in names
+    ]
+    assert list(document["nodes"]) == [host, f"{host} (2)"]
+    assert [(entry["bundle"], entry["passed"]) for entry in document["verdict"]] == [
+        ("a", True),
+        ("c", True),
+        ("b", True),
+    ]
+    baselines = {row["node"]: row["samples"] for row in document["rows"] if row["bundle"] == "fp32"}
+    key = "decode_tokens_per_s"
+    for row in document["rows"]:
+        assert row["processor"] == document["nodes"][row["node"]]["cpu"]
+        ratios = np.divide(row["samples"][key], baselines[row["node"]][key])
+        assert row[f"{key}_ratio"] == pytest.approx(np.median(ratios))
+    local = bench(models[:2], options).document()
+    assert [row["kld"] for row in document["rows"][:2]] == [row["kld"] for row in local["rows"]]
+    print_document(document)
+    shown = capsys.readouterr().out
+    assert re.search(rf"fp32 +{re.escape(host)} \(2\) ", shown)
+    assert f"{host} (2): {local['machine']['cpu']}" in shown
+    assert compare_documents(document, document, ("old", "new"))["rows"][0]["basis"] == "raw"
+    assert {row["ratio"] for row in compare_documents(document, document, ("x", "y"))["rows"]} <= {1.0, None}
+
+
+def _measure_or_die(models: dict[str, Path], options: BenchOptions) -> tuple[Benchmark, str]:
+    """Stand in for a run; the first one that has `b` dies."""
+    mark = models["fp32"].parent / "died"
+    if "b" in models and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    rows = [make_row(Contestant(name, path, ModelBundle.open(path))) for name, path in models.items()]
+    return Benchmark({"cpu": "x"}, {"rounds": len(models)}, ["busy"], "fp32", rows, []), "note: from there\n"
+
+
+def test_a_run_that_dies_is_done_on_another_node(
+    cluster: Cluster, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(cluster_bench, "measure", _measure_or_die)
+    shutil.copytree(fp32_bundle, tmp_path / "fp32")
+    models = [tmp_path / "fp32", *_bundles(fp32_bundle, tmp_path)[1:]]
+    document = bench_on_cluster(models, QUICK, address=cluster.address).document()
+    assert sorted(row["bundle"] for row in document["rows"]) == ["a", "b", "c", "fp32", "fp32"]
+    assert len(document["nodes"]) == 2
+    assert document["settings"]["rounds"] == 2
+    notes = capsys.readouterr().err
+    assert "died: another node measures fp32, b" in notes
+    assert ": note: from there" in notes
+    (tmp_path / "died").unlink()
+    with pytest.raises(NativeCrashError, match="no other node is left"):
+        bench_on_cluster(models[::2], QUICK, models[0], cluster.address, workers=1)
+
+
+def test_a_node_with_another_model_is_found(
+    cluster: Cluster, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_bench, "measure", _measure_or_die)
+    monkeypatch.setattr(cluster_bench, "hash_model", lambda bundle: {"model.onnx": "0" * 64})
+    with pytest.raises(InputError, match="`fp32` is another model on"):
+        bench_on_cluster([fp32_bundle], QUICK, address=cluster.address)
+
+
+def test_a_sweep_without_ray_says_what_to_install(fp32_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UnsupportedError, match="`ray`") as refusal:
+        bench_on_cluster([fp32_bundle], QUICK)
+    assert refusal.value.hint == "pip install 'llmfast[ray]'"
+
+
+def test_a_cluster_answers_what_lies_in_an_object_store(
+    cluster: Cluster, fp32_bundle: Path, tmp_path: Path, store: str
+) -> None:
+    lines = _prompts(40)
+    for name, start, end in (("a", 0, 15), ("b", 15, 40)):
+        _put(f"{store}/in/{name}.jsonl", lines[start:end])
+    options = {"cluster": _two(cluster), "max_tokens": 9}
+    summary = answer_folder(fp32_bundle, f"{store}/in/*.jsonl", f"{store}/out", **options)
+    assert (summary.answered, summary.failed) == (40, 0)
+    parts = _get(f"{store}/out")
+    assert sorted(parts) == ["part-00000.jsonl", "part-00001.jsonl", "part-00002.jsonl"]
+    records = [json.loads(line) for name in sorted(parts) for line in parts[name].splitlines()]
+    assert _without_keys(records) == _without_keys(_locally(fp32_bundle, lines, tmp_path, max_tokens=9))
+    again = answer_folder(fp32_bundle, f"{store}/in/*.jsonl", f"{store}/out", **options)
+    assert (again.answered, again.answered_before) == (0, 40)
 
 
 class _Mortal:
@@ -388,12 +579,24 @@ def test_when_a_node_dies_its_rows_are_answered_once_elsewhere(
 def test_options_of_the_other_engine_are_refused(
     arguments: list[str], message: str, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from typer.testing import CliRunner
-
-    from llmfast.cli import app
-
     monkeypatch.chdir(tmp_path)
     _write(tmp_path / "x.jsonl", _prompts(1))
     result = CliRunner().invoke(app, ["infer", str(fp32_bundle), *arguments])
+    assert result.exit_code == OptionError.exit_code
+    assert message in result.output + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine", "spark"], "choose from: local, ray"),
+        (["--workers", "2"], "--workers is for --engine ray"),
+        (["--engine", "ray", "--workers", "0"], "--workers 0: must be at least 1"),
+        (["--engine", "ray", "--compare"], "--engine ray does not go with --compare"),
+        (["--engine", "ray", "--tune-session"], "--engine ray does not go with --tune-session"),
+    ],
+)
+def test_bench_refuses_options_of_the_other_engine(arguments: list[str], message: str, fp32_bundle: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", str(fp32_bundle), *arguments])
     assert result.exit_code == OptionError.exit_code
     assert message in result.output + result.stderr

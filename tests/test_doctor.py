@@ -81,13 +81,8 @@ def test_wheels_that_overwrite_each_other_are_named() -> None:
 def test_extras_are_read_from_the_requirements() -> None:
     requirements = ["numpy>=1", 'onnx>=1; extra == "quick"', 'never-made==1; extra == "quick"', "rich; extra == 'dev'"]
     quick, dev = stage.list_extras(requirements)
-    assert quick == {
-        "name": "quick",
-        "installed": False,
-        "missing": ["never-made"],
-        "remedy": "pip install 'llmfast[quick]'",
-    }
-    assert dev == {"name": "dev", "installed": True, "missing": [], "remedy": ""}
+    assert quick == stage.Extra("quick", False, ["never-made"], "pip install 'llmfast[quick]'")
+    assert dev == stage.Extra("dev", True, [], "")
 
 
 def test_every_provider_says_what_it_is_and_how_to_get_it() -> None:

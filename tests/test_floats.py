@@ -94,13 +94,13 @@ def test_a_table_may_stay_float_beside_its_head(fp32_bundle: Path, tmp_path: Pat
 @pytest.mark.parametrize("scheme", FORMATS)
 def test_inspect_shows_the_format(scheme: str, fp32_bundle: Path, tmp_path: Path) -> None:
     bundle = quantize(fp32_bundle, tmp_path / "out", QuantizeOptions(scheme))
-    document = inspect(bundle.path)
+    document = inspect(bundle.path).document()
     rows = {row["role"]: row for row in document["graphs"][0]["layers"]}
     for role in ("embedding", "qkv_proj", "down_proj"):
         assert (rows[role]["weights"], rows[role]["bits"]) == (FORMATS[scheme], 16)
         assert rows[role]["activations"] == "float32"
     assert rows["norm"]["weights"] == "float32"
-    assert document["num_parameters"] == inspect(fp32_bundle)["num_parameters"]
+    assert document["num_parameters"] == inspect(fp32_bundle).document()["num_parameters"]
     assert "half-on-cpu" not in [finding["rule"] for finding in document["graphs"][0]["findings"]]
 
 
@@ -210,9 +210,9 @@ def test_products_in_float16_but_where_values_leave_its_range(
     assert note.count("model.layers") == 1
     assert f"{DOWN} (outputs: values up to " in note
     assert f"{DOWN}.weight.float16" in _weights(bundle.path)  # the weight itself fits
-    activations = {row["role"]: row["activations"] for row in inspect(bundle.path)["graphs"][0]["layers"]}
+    activations = {row["role"]: row["activations"] for row in inspect(bundle.path).document()["graphs"][0]["layers"]}
     assert activations["qkv_proj"] == activations["gate_proj"] == "float16"
-    assert inspect(bundle.path)["graphs"][0]["findings"] == []
+    assert inspect(bundle.path).document()["graphs"][0]["findings"] == []
     graph = OnnxModel.load(bundle.model).proto.graph
     casts = [node for node in graph.node if node.op_type == "Cast" and node.output[0].endswith("product.float16")]
     assert [node.input[0] for node in casts] == ["model.layers.0.mlp.product"]

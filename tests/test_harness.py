@@ -116,7 +116,7 @@ def reference(checkpoints: Any) -> Any:
 
 def _run(bundles: list[Path], folder: Path, *names: str, **changed: Any) -> dict[str, Any]:
     settings = {"prompt_tokens": 8, "output_tokens": 4, "rounds": 1, "warmup": 0, "threads": 1, "tasks_dir": folder}
-    return bench(bundles, BenchOptions(tasks=names, **(settings | changed)))
+    return bench(bundles, BenchOptions(tasks=names, **(settings | changed))).document()
 
 
 def test_scores_are_those_of_pytorch_whatever_the_cache_holds(fp32_bundle: Path, reference: Any) -> None:

@@ -139,7 +139,7 @@ def test_the_manifest_says_what_became_of_both_graphs(hybrid: ModelBundle) -> No
     assert all(row["bits"] == 4 for row in measured["layers"] if row["role"] != "embedding")
     ours, theirs = (row["kld"] for row in measured["graphs"])
     assert theirs < ours == measured["kld"]
-    assert [graph["role"] for graph in inspect(hybrid.path)["graphs"]] == ["model", PREFILL]
+    assert [graph["role"] for graph in inspect(hybrid.path).document()["graphs"]] == ["model", PREFILL]
 
 
 def test_only_the_session_that_decodes_keeps_spinning(hybrid: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:

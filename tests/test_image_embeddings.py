@@ -209,7 +209,7 @@ def test_quantized_clip_is_measured(
     int8 = quantize(fp32.path, tmp_path / "int8", QuantizeOptions("int8"))
     assert "compared on random inputs" in capsys.readouterr().err
     assert int8.manifest.measured["quantize"]["relative_error"] < 0.2
-    first, second = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0))["rows"]
+    first, second = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0)).document()["rows"]
     assert first["forward_s"] > 0
     assert first["output_error"] == 0 < second["output_error"] < 0.2
     ours, theirs = (zero_shot_image_classification.answer(one, images, label=LABELS) for one in (int8, fp32))

@@ -306,7 +306,7 @@ def test_quantized_bundle_is_measured_on_random_images(
     named = {one["label"]: one["score"] for one in theirs["labels"]}
     assert ours["labels"] != theirs["labels"]
     assert all(abs(one["score"] - named[one["label"]]) < 0.1 for one in ours["labels"])
-    document = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0))
+    document = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0)).document()
     first, second = document["rows"]
     assert "accuracy" not in first
     answers = image_classification.answer(fp32, [str(path) for path in images[:3]])
@@ -315,7 +315,7 @@ def test_quantized_bundle_is_measured_on_random_images(
     data = images[0].parent / "labels.txt"
     names = [images[0].name, str(images[1]), images[2].name]  # beside the file, or absolute
     data.write_text("".join(f"{label}\t{name}\n" for label, name in zip(labels, names, strict=True)))
-    judged, other = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0, data=data))["rows"]
+    judged, other = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0, data=data)).document()["rows"]
     np.testing.assert_allclose(judged["accuracy"], right / 3)
     assert judged["flipped_labels"] == 0 <= other["flipped_labels"]
     for line, message in (("cat none.png", "malformed"), ("cat\tnone.png", "not found"), ("cow\twide.png", "no label")):

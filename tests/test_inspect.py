@@ -39,7 +39,7 @@ def rows_of(document: dict) -> dict[str, dict]:
 
 
 def test_float_bundle_is_counted_exactly(fp32_bundle: Path) -> None:
-    document = inspect(fp32_bundle)
+    document = inspect(fp32_bundle).document()
     manifest = ModelBundle.open(fp32_bundle).manifest
     proto = onnx.load(fp32_bundle / "model.onnx")
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
@@ -70,7 +70,7 @@ def test_float_bundle_is_counted_exactly(fp32_bundle: Path) -> None:
 
 
 def test_number_formats_of_a_quantized_bundle(int4: Path) -> None:
-    document = inspect(int4)
+    document = inspect(int4).document()
     rows = rows_of(document)
     formats = ("weights", "bits", "block_size", "symmetric", "activations")
     assert [rows["down_proj"][key] for key in formats] == ["4 bit", 4, 16, True, "8 bit, in the kernel"]
@@ -87,7 +87,7 @@ def test_number_formats_of_a_quantized_bundle(int4: Path) -> None:
 
 def inspect_parameters(path: Path) -> int:
     """Count from the graph alone, as for a model without a manifest."""
-    document = inspect(ModelBundle.open(path).model)
+    document = inspect(ModelBundle.open(path).model).document()
     assert document["lineage"] == []
     return document["num_parameters"]
 
@@ -97,7 +97,7 @@ def test_bundle_of_several_graphs(fp32_bundle: Path, tmp_path: Path) -> None:
         shutil.copyfile(fp32_bundle / "model.onnx", tmp_path / f"{role}.onnx")
     graphs = {role: {"file": f"{role}.onnx", "inputs": [], "outputs": []} for role in ("encoder", "decoder")}
     write_manifest(tmp_path, Manifest("unknown", graphs=graphs))
-    document = inspect(tmp_path)
+    document = inspect(tmp_path).document()
     assert [(graph["role"], graph["file"]) for graph in document["graphs"]] == [
         ("encoder", "encoder.onnx"),
         ("decoder", "decoder.onnx"),
@@ -107,7 +107,7 @@ def test_bundle_of_several_graphs(fp32_bundle: Path, tmp_path: Path) -> None:
 
 def test_int8_is_said_to_be_per_token(fp32_bundle: Path, tmp_path: Path) -> None:
     quantize(fp32_bundle, tmp_path / "int8", QuantizeOptions("int8"))
-    row = rows_of(inspect(tmp_path / "int8"))["qkv_proj"]
+    row = rows_of(inspect(tmp_path / "int8").document())["qkv_proj"]
     assert (row["weights"], row["block_size"], row["symmetric"]) == ("8 bit", 0, True)
     assert row["activations"] == "8 bit, per token"
 
@@ -147,7 +147,7 @@ def test_graphs_of_other_makers(tmp_path: Path, opset: int) -> None:
             domain="com.microsoft",
         ),
     ]
-    document = inspect(save(tmp_path, nodes, arrays, opset))
+    document = inspect(save(tmp_path, nodes, arrays, opset)).document()
     rows = rows_of(document)
     assert set(rows) == {"dense", "codes"}
     assert (rows["dense"]["weights"], rows["dense"]["bytes"]) == ("float32", 64 * 32 * 4)
@@ -174,7 +174,7 @@ def test_table_of_codes_that_is_also_the_head(tmp_path: Path) -> None:
         helper.make_node("DequantizeLinear", ["turned", "s", "z"], ["w"]),
         helper.make_node("MatMul", ["x", "w"], ["y"], name="head"),
     ]
-    document = inspect(save(tmp_path, nodes, arrays, 21))
+    document = inspect(save(tmp_path, nodes, arrays, 21)).document()
     (row,) = document["graphs"][0]["layers"]
     assert [row[key] for key in ("role", "layers", "num_parameters", "bytes")] == ["embedding", 1, 512, 512 + 4 + 1]
     assert [row[key] for key in ("weights", "symmetric")] == ["8 bit", False]
@@ -199,7 +199,7 @@ def test_names_of_layers(weight: str, node: str, name: str) -> None:
 
 def test_formats(int4: Path) -> None:
     document = json.loads(run(int4, "--format", "json").stdout)
-    assert document == inspect(int4)
+    assert document == inspect(int4).document()
     assert document["schema_version"] == 1
     rows = list(csv.DictReader(io.StringIO(run(int4, "--format", "csv").stdout)))
     assert [row["role"] for row in rows] == list(rows_of(document))

@@ -101,7 +101,7 @@ def test_a_pruned_decoder_is_a_plain_checkpoint(
         with pytest.raises(UnsupportedError, match="norms follow its layers"):
             prune(str(source), tmp_path / "pruned", options)
         return
-    measured = prune(str(source), tmp_path / "pruned", options)
+    measured = prune(str(source), tmp_path / "pruned", options).document()
     before, after = measured["rows"]
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", output_loading_info=True)
     assert not info["missing_keys"]
@@ -139,7 +139,7 @@ def test_a_pruned_encoder_is_a_plain_checkpoint(method: str, tmp_path: Path) -> 
         settings = {"n_layers": 2, "n_heads": 4, "dim": 32, "hidden_dim": 48} if model_type == "distilbert" else {}
         save_encoder(source, model_type, **(settings or {"num_hidden_layers": 2}))
         output = tmp_path / f"{model_type}-pruned"
-        measured = prune(str(source), output, _options(method, ratios={"": 0.5}))
+        measured = prune(str(source), output, _options(method, ratios={"": 0.5})).document()
         model, info = AutoModel.from_pretrained(output, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
@@ -149,7 +149,7 @@ def test_a_pruned_encoder_is_a_plain_checkpoint(method: str, tmp_path: Path) -> 
 
 def test_a_pruned_classifier_exports_and_keeps_its_labels(tmp_path: Path) -> None:
     save_encoder(tmp_path / "bert", auto_model="AutoModelForSequenceClassification", num_labels=3)
-    measured = prune(str(tmp_path / "bert"), tmp_path / "pruned", _options("width,ffn", ratios={"": 0.5}))
+    measured = prune(str(tmp_path / "bert"), tmp_path / "pruned", _options("width,ffn", ratios={"": 0.5})).document()
     assert 0 <= measured["rows"][1]["flipped_labels"] <= 1
     bundle = export(str(tmp_path / "pruned"), tmp_path / "fp32")
     assert len(bundle.manifest.architecture["labels"]) == 3
@@ -207,7 +207,9 @@ def test_heads_are_the_original_with_the_groups_masked(
 @pytest.mark.parametrize("score", ["loss", "influence", "angular"])
 def test_layers_are_the_original_with_blocks_skipped(score: str, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", "llama", {"num_hidden_layers": 5, "initializer_range": 0.1})
-    measured = prune(str(source), tmp_path / "pruned", _options("layers", ratios={"": 0.4}, settings={"score": score}))
+    measured = prune(
+        str(source), tmp_path / "pruned", _options("layers", ratios={"": 0.4}, settings={"score": score})
+    ).document()
     dropped = measured["removed"]["layers"]["dropped"]
     assert len(dropped) == 2
     assert score != "angular" or dropped[1] == dropped[0] + 1
@@ -311,7 +313,7 @@ def test_channels_keep_a_shared_head_shared(checkpoints: Callable[[str], Path], 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "vocabulary"])
 def test_no_share_is_the_same_model(method: str, checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     source = checkpoints("llama-tied")
-    measured = prune(str(source), tmp_path / "same", _options(method, ratios={"": 0.0}))
+    measured = prune(str(source), tmp_path / "same", _options(method, ratios={"": 0.0})).document()
     before, after = _load(source).state_dict(), _load(tmp_path / "same").state_dict()
     assert before.keys() == after.keys()
     assert all(before[name].equal(after[name]) for name in before)
@@ -342,7 +344,7 @@ def test_weights_are_stored_in_the_type_they_had(checkpoints: Callable[[str], Pa
 
 def test_a_target_is_met_by_the_least_that_does(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     source = str(checkpoints("llama-tied"))
-    measured = prune(source, tmp_path / "pruned", _options("heads,ffn", target_params=0.7))
+    measured = prune(source, tmp_path / "pruned", _options("heads,ffn", target_params=0.7)).document()
     before, after = (row["num_parameters"] for row in measured["rows"])
     channel_step = 8 * 3 * 64 * 2
     assert 0.7 * before - channel_step < after <= 0.7 * before
@@ -354,7 +356,7 @@ def test_a_target_is_divided_by_what_is_lost(
     checkpoints: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = _options("heads,ffn", target_params=0.75, allocation="sensitivity")
-    measured = prune(str(checkpoints("llama-tied")), tmp_path / "pruned", options)
+    measured = prune(str(checkpoints("llama-tied")), tmp_path / "pruned", options).document()
     lines = [line for line in capsys.readouterr().err.splitlines() if "parameters, loss " in line]
     losses = {line.partition(":")[0]: float(line.rpartition(" ")[2]) for line in lines}
     assert len(losses) >= 2
@@ -388,7 +390,7 @@ def test_a_speed_is_reached_by_measuring(
     monkeypatch.setattr(speedup, "SpeedTest", _FakeTimes)
     monkeypatch.setattr("llmfast.prune.checkpoint.stage.SpeedTest", _FakeTimes)
     source = str(checkpoints("llama-tied"))
-    measured = prune_to_speed(source, tmp_path / "fast", _options("layers,ffn"), 1.15)
+    measured = prune_to_speed(source, tmp_path / "fast", _options("layers,ffn"), 1.15).document()
     speed = measured["rows"][1]["prefill_tokens_per_s_ratio"]
     assert speed >= 1.15
     assert speed == pytest.approx(_FakeTimes(Path(source)).measure(tmp_path / "fast")["prefill_tokens_per_s_ratio"])

@@ -148,7 +148,7 @@ def test_wanda_weighs_by_the_norms_that_pytorch_sees(
 def test_a_pruned_bundle_is_the_pytorch_model_with_those_weights_zero(
     checkpoints: Callable[[str], Path], fp32_bundle: Path, tmp_path: Path
 ) -> None:
-    measured = prune(str(fp32_bundle), tmp_path / "half", _options("magnitude", ratios={"": 0.5}))
+    measured = prune(str(fp32_bundle), tmp_path / "half", _options("magnitude", ratios={"": 0.5})).document()
     matrices = _matrices(tmp_path / "half")
     model = AutoModelForCausalLM.from_pretrained(checkpoints("llama-tied"), attn_implementation="eager").eval()
     with torch.no_grad():
@@ -174,7 +174,9 @@ def test_a_pruned_bundle_is_the_pytorch_model_with_those_weights_zero(
 
 
 def test_size_and_zipped_size_are_those_of_the_files(fp32_bundle: Path, tmp_path: Path) -> None:
-    measured = prune(str(fp32_bundle), tmp_path / "most", _options("magnitude", ratios={"": 0.9}, measure=False))
+    measured = prune(
+        str(fp32_bundle), tmp_path / "most", _options("magnitude", ratios={"": 0.9}, measure=False)
+    ).document()
     for folder, row in zip((fp32_bundle, tmp_path / "most"), measured["rows"], strict=True):
         data = (folder / "model.onnx").read_bytes()
         assert row["size_bytes"] == len(data)
@@ -194,7 +196,7 @@ def test_the_same_options_give_the_same_bytes(fp32_bundle: Path, tmp_path: Path)
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_shares_by_sensitivity_keep_the_average(method: str, fp32_bundle: Path, tmp_path: Path) -> None:
     options = _options(method, ratios={"": 0.6}, allocation="sensitivity", measure=False)
-    measured = prune(str(fp32_bundle), tmp_path / "out", options)
+    measured = prune(str(fp32_bundle), tmp_path / "out", options).document()
     layers = measured["layers"]
     zeros, parameters = (sum(row[key] for row in layers) for key in ("zeros", "num_parameters"))
     assert zeros / parameters == pytest.approx(0.6, abs=0.01)
@@ -241,7 +243,7 @@ def test_weights_behind_a_transpose_and_shared_ones(tmp_path: Path) -> None:
     )
     opsets = [onnx.helper.make_opsetid("", 21)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "m.onnx")
-    measured = prune(str(tmp_path / "m.onnx"), tmp_path / "out", _options("magnitude", ratios={"": 0.5}))
+    measured = prune(str(tmp_path / "m.onnx"), tmp_path / "out", _options("magnitude", ratios={"": 0.5})).document()
     model = OnnxModel.load(tmp_path / "out" / "model.onnx")
     pruned = model.read(model.initializers["w"])
     assert (pruned == 0).sum() == 32

@@ -52,7 +52,7 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def _quality(baseline: Path, candidate: Path, data: Path, **options: int) -> dict:
     settings = BenchOptions(prompt_tokens=8, output_tokens=2, rounds=1, warmup=0, shapes="1x8", data=data, **options)
-    return bench([baseline, candidate], settings)["rows"][1]
+    return bench([baseline, candidate], settings).document()["rows"][1]
 
 
 def test_smollm2_is_exported_exactly_and_answers(bundle_of: Callable[..., Path]) -> None:
@@ -69,7 +69,7 @@ def test_wanda_keeps_smollm2_nearer_than_magnitude(bundle_of: Callable[..., Path
     ratios = {}
     for method in ("magnitude", "wanda"):
         options = PruneOptions(method, {"": 0.5}, calibration=Calibration(num_samples=16, seq_len=128))
-        row = prune(str(bundle_of(SMOLLM2)), tmp_path / method, options)["rows"][1]
+        row = prune(str(bundle_of(SMOLLM2)), tmp_path / method, options).document()["rows"][1]
         assert row["sparsity"] > 0.39
         ratios[method] = row["perplexity_ratio"]
     assert ratios["wanda"] < 0.7 * ratios["magnitude"]
@@ -78,7 +78,7 @@ def test_wanda_keeps_smollm2_nearer_than_magnitude(bundle_of: Callable[..., Path
 def test_minilm_stays_near_without_a_quarter_of_its_channels(bundle_of: Callable[..., Path], tmp_path: Path) -> None:
     if not MINILM.exists():
         pytest.skip(f"{MINILM} is absent: run scripts/fetch_models.sh")
-    row = prune(str(MINILM), tmp_path / "pruned", PruneOptions("ffn", {"": 0.25}))["rows"][1]
+    row = prune(str(MINILM), tmp_path / "pruned", PruneOptions("ffn", {"": 0.25})).document()["rows"][1]
     assert row["cosine"] > 0.93
     bundle = export(str(tmp_path / "pruned"), tmp_path / "fp32")
     assert bundle.manifest.measured["export"]["parity"]["max_abs_diff"] < 1e-3

@@ -240,7 +240,9 @@ def test_a_client_that_leaves_frees_its_row(server: Server) -> None:
             next(answer.iter_lines())
     server.wait_for("llmfast_requests_active", 0)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/completions", json={**body, "stream": False}, timeout=0.05)
+        httpx.post(
+            f"{server.url}/v1/completions", json={**body, "stream": False}, timeout=httpx.Timeout(60, read=0.005)
+        )
     server.wait_for("llmfast_requests_active", 0)
 
 
@@ -385,8 +387,17 @@ class _Failing:
 
     def __init__(self, failures: "list[Exception]") -> None:
         self._failures = failures
+        self._sent: list[Any] = []
 
     def call(self, method: str, *arguments: Any) -> Any:
+        self.send(method, *arguments)
+        return self.receive()
+
+    def send(self, *call: Any) -> None:
+        self._sent.append(call)
+
+    def receive(self) -> Any:
+        method, *arguments = self._sent.pop(0)
         if method == "describe":
             return Facts("fake", "text-generation", 2, 10, "")
         if self._failures:

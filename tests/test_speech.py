@@ -197,6 +197,6 @@ def test_quantized_bundle_is_measured_on_random_sound(
     assert 0 < int8.manifest.measured["quantize"]["kld"] < 0.05
     [answer] = speech.answer(int8, [str(write_wav(tmp_path / "a.wav", make_sound(4000)))])
     assert answer["text"]
-    first, second = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0))["rows"]
+    first, second = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0)).document()["rows"]
     assert first["forward_s"] > 0
     assert first["output_error"] == 0 < second["output_error"] < 0.2

@@ -78,5 +78,5 @@ def test_bench_counts_right_pairs(nli: Nli, tmp_path: Path) -> None:
     labels = [answers[0]["label"], answers[1]["label"], wrong]
     data = tmp_path / "pairs.txt"
     data.write_text("".join(f"{label} {one}\t{two}\n" for label, (one, two) in zip(labels, PAIRS[:3], strict=True)))
-    [row] = bench([nli.bundle.path], BenchOptions(rounds=1, warmup=0, shapes="1x8", data=data))["rows"]
+    [row] = bench([nli.bundle.path], BenchOptions(rounds=1, warmup=0, shapes="1x8", data=data)).document()["rows"]
     np.testing.assert_allclose(row["accuracy"], 2 / 3)

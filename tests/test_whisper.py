@@ -229,6 +229,6 @@ def test_quantized_whisper_is_measured(exported: Callable[..., Exported], sounds
     assert all(one["text"] for one in speech.answer(int8, sounds, max_tokens=5))
     with pytest.raises(UnsupportedError, match="llmfast ships no recordings"):
         quantize(fp32.path, tmp_path / "gptq", QuantizeOptions("int8", "gptq"))
-    first, second = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0))["rows"]
+    first, second = bench([fp32.path, int8.path], BenchOptions(rounds=1, warmup=0)).document()["rows"]
     assert first["forward_s"] > 0
     assert first["output_error"] == 0 < second["output_error"] < 0.2

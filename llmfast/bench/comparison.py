@@ -75,18 +75,17 @@ def compare_documents(
         ours, theirs = new["settings"].get(key), old["settings"].get(key)
         if ours != theirs:
             raise InputError(f"`{names[0]}` and `{names[1]}` measured different work: {key} {theirs} and {ours}")
-    before = {row["bundle"]: row for row in old["rows"]}
-    shared = [row for row in new["rows"] if row["bundle"] in before]
-    if not shared:
-        have = ", ".join(f"`{name}`" for name in before)
+    pairs = [(before, row) for row in new["rows"] if (before := _counterpart(row, old)) is not None]
+    if not pairs:
+        have = ", ".join(dict.fromkeys(f"`{row['bundle']}`" for row in old["rows"]))
         raise InputError(f"no bundle of `{names[1]}` is in `{names[0]}`", f"the older one has {have}")
-    figures = [figure for row in shared for figure in _compare_row(before[row["bundle"]], row, old, new)]
-    failed = [{"bundle": row["bundle"], "error": row["error"]} for row in shared if "error" in row]
+    figures = [figure for before, row in pairs for figure in _compare_row(before, row, old, new)]
+    failed = [{"bundle": row["bundle"], "error": row["error"]} for _, row in pairs if "error" in row]
     return {
         "schema_version": new["schema_version"],
         "old": names[0],
         "new": names[1],
-        "warnings": _warn(old, new, before, shared),
+        "warnings": _warn(old, new, pairs),
         "rows": [*figures, *failed],
         "verdict": judge(_judged(figures), "", _resolve(gates, max_drops, figures, new["settings"]), inconclusive),
     }
@@ -157,7 +156,7 @@ def _compare_speed(
 ) -> dict[str, Any]:
     ours, theirs = after["samples"].get(key, []), before["samples"].get(key, [])
     basis = "raw"
-    references = [_baseline(document) for document in (old, new)]
+    references = [_baseline(document, row) for document, row in ((old, before), (new, after))]
     if _is_same_model(*references) and after["bundle"] != new["baseline"]:
         baselines = [reference["samples"].get(key, []) for reference in references]
         if len(baselines[0]) == len(theirs) > 0 and len(baselines[1]) == len(ours) > 0:
@@ -216,8 +215,16 @@ def _figures(task: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str,
         yield "task", figure["key"], figure["higher_is_better"]
 
 
-def _baseline(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    return next(row for row in document["rows"] if row["bundle"] == document["baseline"])
+def _counterpart(row: Mapping[str, Any], document: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the row of a bundle in another document; of a baseline that several nodes measured the same node's."""
+    found = [one for one in document["rows"] if one["bundle"] == row["bundle"]]
+    return next((one for one in found if len(found) == 1 or one.get("node") == row.get("node")), None)
+
+
+def _baseline(document: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the row of the baseline that another row of a document was measured beside."""
+    found = (one for one in document["rows"] if one["bundle"] == document["baseline"])
+    return next(one for one in found if one.get("node") == row.get("node"))
 
 
 def _is_same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -225,19 +232,20 @@ def _is_same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _warn(
-    old: Mapping[str, Any], new: Mapping[str, Any], before: Mapping[str, Any], shared: Sequence[Mapping[str, Any]]
+    old: Mapping[str, Any], new: Mapping[str, Any], pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 ) -> list[str]:
     warnings = [
         f"another machine or software: {key} was {old['machine'].get(key)}, is {new['machine'].get(key)}"
         for key in _MACHINE
         if old["machine"].get(key) != new["machine"].get(key)
     ]
-    for row in shared:
-        for key in ("provider", "threads"):
-            if row[key] != before[row["bundle"]][key]:
-                was = before[row["bundle"]][key]
-                warnings.append(f"`{row['bundle']}` ran on another {key}: {was}, now {row[key]}")
-    if not _is_same_model(_baseline(old), _baseline(new)) or all(row["bundle"] == new["baseline"] for row in shared):
+    for before, row in pairs:
+        for key in ("provider", "threads", "processor"):
+            if row.get(key) != before.get(key):
+                warnings.append(f"`{row['bundle']}` ran on another {key}: {before.get(key)}, now {row.get(key)}")
+    before, after = pairs[0]
+    is_alone = all(row["bundle"] == new["baseline"] for _, row in pairs)
+    if is_alone or not _is_same_model(_baseline(old, before), _baseline(new, after)):
         warnings.append("speeds are of two moments of the machine: no baseline in common says how they differ")
     if (old["settings"].get("data") or {}).get("sha256") != (new["settings"].get("data") or {}).get("sha256"):
         warnings.append("quality was measured on different data, and is not compared")

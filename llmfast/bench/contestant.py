@@ -1,7 +1,7 @@
 """The bundles of one run: their names, their worker processes, and what was measured of each."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
@@ -148,7 +148,7 @@ class Contestant:
 
 
 def line_up(
-    models: Sequence[Path], baseline: Path | None, options: BenchOptions
+    models: Sequence[Path] | Mapping[str, Path], baseline: Path | None, options: BenchOptions
 ) -> tuple[list[Contestant], Contestant]:
     """Open the manifests of all bundles and find the baseline, the first one when none is named.
 
@@ -158,12 +158,8 @@ def line_up(
         OptionError: no model at all.
         InputError: a bundle that is missing or malformed, or bundles of different tasks.
     """
-    paths = list(models)
-    if baseline is not None and baseline.resolve() not in [path.resolve() for path in paths]:
-        paths.insert(0, baseline)
-    if not paths:
-        raise OptionError("no model to bench", "llmfast bench MODEL...")
-    bundles = [ModelBundle.open(path) for path in paths]
+    named = models if isinstance(models, Mapping) else name_models(models, baseline)
+    bundles = [ModelBundle.open(path) for path in named.values()]
     ways = list(product(options.providers, numbers(options.threads) or (None,)))
     contestants = [
         Contestant(
@@ -173,17 +169,33 @@ def line_up(
             provider,
             resolve_threads(settings_for(bundle, provider, count).threads),
         )
-        for label, path, bundle in zip(_labels(paths, bundles), paths, bundles, strict=True)
+        for label, path, bundle in zip(named, named.values(), bundles, strict=True)
         for provider, count in ways
     ]
     tasks = {one.task: one for one in contestants if one.task != UNKNOWN_TASK}
     if len(tasks) > 1:
         spelled = ", ".join(f"`{one.label}` is {task}" for task, one in tasks.items())
         raise InputError(f"models of different tasks: {spelled}", "bench them in separate runs")
-    first = baseline or paths[0]
+    first = baseline or next(iter(named.values()))
     reference = next(one for one in contestants if one.path.resolve() == first.resolve())
     reference.is_baseline = True
     return contestants, reference
+
+
+def name_models(models: Sequence[Path], baseline: Path | None) -> dict[str, Path]:
+    """Return the models of a run by their names in its document, the baseline among them.
+
+    Raises:
+        OptionError: there is none.
+        InputError: a bundle that is missing or malformed.
+    """
+    paths = list(models)
+    if baseline is not None and baseline.resolve() not in [path.resolve() for path in paths]:
+        paths.insert(0, baseline)
+    if not paths:
+        raise OptionError("no model to bench", "llmfast bench MODEL...")
+    labels = _labels(paths, [ModelBundle.open(path) for path in paths])
+    return dict(zip(labels, paths, strict=True))
 
 
 def note_lacks(metric: ModuleType, name: str, contestants: Sequence[Contestant]) -> list[Contestant]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from llmfast import registry
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.workload import Workload, per_case
 from llmfast.errors import OptionError
@@ -46,6 +47,9 @@ def _resolve(
     figure = gate.figure.removesuffix("_change")
     found = [figure] if figure in kinds else [key for key in _cases(figure, workload) if key in kinds]
     if not found:
+        asked_by = _option_of(figure)
+        if asked_by is not None and getattr(options, asked_by) is None:
+            raise OptionError(f"gate on `{gate.figure}` needs --{asked_by.replace('_', '-')}")
         raise OptionError(f"gate on `{gate.figure}`: this run does not measure it")
     needy = {key for one in metrics.values() if one.KIND == "quality" and one.DATA for key in one.HIGHER_IS_BETTER}
     if figure in needy and options.data is None:
@@ -58,6 +62,12 @@ def of_every_task(text: str, figures: Mapping[str, bool]) -> list[str]:
     metric, *rest = text.split("=", 1)
     named = [figure for figure in figures if figure.partition(".")[2] == metric.replace("-", "_")]
     return ["=".join([figure, *rest]) for figure in named] or [text]
+
+
+def _option_of(figure: str) -> str | None:
+    """Return the option without which no run measures a figure, None where there is none."""
+    plugins = [registry.load("bench.metrics", name) for name in registry.names("bench.metrics")]
+    return next((getattr(one, "OPTION", None) for one in plugins if figure in one.HIGHER_IS_BETTER), None)
 
 
 def _cases(figure: str, workload: Workload) -> list[str]:

@@ -60,6 +60,22 @@ def parse_shapes(text: str) -> dict[str, tuple[int, int]]:
     return sizes
 
 
+def parse_cost(text: str) -> tuple[str, float]:
+    """Return label and cost of `LABEL=X`: missing a case of the label costs X times what a false alarm does.
+
+    Raises:
+        OptionError: not of that form, or X is no number above 0.
+    """
+    label, mark, number = text.rpartition("=")
+    try:
+        cost = float(number)
+    except ValueError:
+        cost = 0.0
+    if not mark or not label or not 0 < cost < float("inf"):
+        raise OptionError(f"--false-negative-cost `{text}`: not LABEL=X with X above 0", "for example fraud=10")
+    return label, cost
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """Settings of one benchmark run. None takes a default that fits the models, see `workload.plan`.
@@ -78,6 +94,7 @@ class BenchOptions:
         num_samples: windows of text that the divergence of text generation is measured on, at most.
         seq_len: tokens per window.
         context_tokens: tokens of each window that are given and not scored.
+        false_negative_cost: `LABEL=X`, see `parse_cost`; the threshold of a classifier follows from it.
         provider: names in `llmfast.providers`, a comma list.
         allow_fallback: go on with the CPU where a provider is missing or took nothing.
         threads: intra-op threads; None takes the cores this process may use.
@@ -110,6 +127,7 @@ class BenchOptions:
     num_samples: int = 20
     seq_len: int | None = None
     context_tokens: int = 1
+    false_negative_cost: str | None = None
     provider: str = "cpu"
     allow_fallback: bool = False
     threads: Numbers = None
@@ -159,6 +177,8 @@ class BenchOptions:
                     raise OptionError(f"--{flag} is for tasks of lm-eval", "name some with --tasks")
         if self.shapes is not None:
             parse_shapes(self.shapes)
+        if self.false_negative_cost is not None:
+            parse_cost(self.false_negative_cost)
 
     @property
     def fewest_rounds(self) -> int:

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from llmfast import registry, report
 from llmfast.bench.contestant import Contestant, line_up, note_lacks
-from llmfast.bench.document import SCHEMA_VERSION, hash_model
 from llmfast.bench.gating import resolve_gates
 from llmfast.bench.harness.run import measure_tasks, metrics_of
-from llmfast.bench.layers import describe_layers
 from llmfast.bench.machine import describe_machine
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.processes import Processes
 from llmfast.bench.profile import profile_all
 from llmfast.bench.quality import measure_quality
+from llmfast.bench.result import Benchmark, make_row
 from llmfast.bench.roofline import file_rooflines
 from llmfast.bench.rounds import Rounds
 from llmfast.bench.statistics import coverage, relative_spread
@@ -26,7 +25,7 @@ from llmfast.bench.workload import Workload, per_case, plan
 from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle, sha256
 from llmfast.errors import InputError, OptionError
 from llmfast.runtime import resolve_threads
-from llmfast.verdict import Gate, judge
+from llmfast.verdict import Gate, Judgement, judge
 
 if TYPE_CHECKING:
     from llmfast.bench.harness.tasks import Tasks
@@ -42,31 +41,28 @@ Metrics = dict[str, Any]
 
 
 def bench(
-    models: Sequence[Path],
+    models: Sequence[Path] | Mapping[str, Path],
     options: BenchOptions,
     baseline: Path | None = None,
     clock: Callable[[], float] = time.monotonic,
-) -> dict[str, Any]:
+) -> Benchmark:
     """Measure bundles and compare them with the baseline.
 
     Every bundle runs in a process of its own. All are open at once, or where memory does not hold them each is
     opened for its turns.
 
     Args:
-        models: bundle directories or .onnx files.
+        models: bundle directories or .onnx files; or these by the names that the document shall have.
         options: what to measure, and how often.
         baseline: the bundle the others are compared with; None takes the first model.
         clock: monotonic seconds, for `max_time`.
 
     Returns:
-        A document that JSON can hold, as `document.schema.json` beside this file says. For speed a row has `<name>`
-        (median over the rounds), `<name>_spread` ([low, high], 95 % bootstrap interval, None with one round),
-        `<name>_ratio` (above 1 is better than the baseline) and its spread, which knows of luck that stays with a
-        process, see `statistics.launch_interval`; for quality `<name>` (over all data),
-        `<name>_spread` and, where a figure means something alone, `<name>_change` against the baseline.
-        `verdict` of a row says of every figure compared whether it is better, worse, equal or inconclusive. The
-        figures of single rounds and units are under `samples`. Size, memory and loading are one observation each.
-        What can't be measured is None. A bundle that failed has `error` and no figures.
+        For speed a row's figures have `<name>` (median over the rounds; its interval is a 95 % bootstrap, None with
+        one round) and `<name>_ratio`, whose interval knows of luck that stays with a process, see
+        `statistics.launch_interval`; for quality `<name>` (over all data) and, where a figure means something alone,
+        `<name>_change` against the baseline. Size, memory and loading are one observation each. A bundle that failed
+        has `error` and no figures.
 
     Raises:
         OptionError: an option that does not fit a bundle.
@@ -79,7 +75,7 @@ def bench(
     task = next((one.task for one in contestants if one.task != UNKNOWN_TASK), UNKNOWN_TASK)
     contexts = [(one.label, one.bundle.manifest.architecture.get("context_length")) for one in contestants]
     workload = plan(task, options, contexts)
-    metrics = _metrics_for(task)
+    metrics = _metrics_for(task, options)
     tasks = _load_tasks(task, contestants, options)
     of_tasks = {} if tasks is None else metrics_of(tasks)
     gates = resolve_gates(metrics | of_tasks, options, workload)
@@ -130,16 +126,11 @@ def bench(
     for warning in warnings:
         report.note(f"note: {warning}")
     _note_placement(contestants)
-    rows = [_row(one) for one in contestants]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "machine": machine,
-        "settings": _settings(options, workload, counted, units) | {"tasks": asked},
-        "warnings": warnings,
-        "baseline": reference.label,
-        "rows": rows,
-        "verdict": judge(rows, reference.label, gates, options.inconclusive),
-    }
+    rows = [make_row(one) for one in contestants]
+    verdict = judge([row.document() for row in rows], reference.label, gates, options.inconclusive)
+    settings = _settings(options, workload, counted, units) | {"tasks": asked}
+    judged = [Judgement(**entry) for entry in verdict]
+    return Benchmark(machine, settings, warnings, reference.label, rows, judged)
 
 
 def gates_of_run(bundle: ModelBundle, options: BenchOptions) -> tuple[Gate, ...]:
@@ -163,10 +154,22 @@ def _load_tasks(task: str, contestants: Sequence[Contestant], options: BenchOpti
     return load_tasks(options)
 
 
-def _metrics_for(task: str) -> Metrics:
-    """Return the metrics of a task in table order."""
+def _metrics_for(task: str, options: BenchOptions) -> Metrics:
+    """Return the metrics of a task that these options ask for, in table order.
+
+    Raises:
+        OptionError: an option of a metric that the task does not have.
+    """
     plugins = {name: registry.load("bench.metrics", name) for name in registry.names("bench.metrics")}
     fitting = {name: plugin for name, plugin in plugins.items() if not plugin.TASKS or task in plugin.TASKS}
+    for name, plugin in plugins.items():
+        option = getattr(plugin, "OPTION", None)
+        if option is None:
+            continue
+        if getattr(options, option) is None:
+            fitting.pop(name, None)
+        elif name not in fitting:
+            raise OptionError(f"--{option.replace('_', '-')} is for {', '.join(plugin.TASKS)}", "leave it out")
     return dict(sorted(fitting.items(), key=lambda pair: pair[1].ORDER))
 
 
@@ -251,26 +254,6 @@ def _settings(options: BenchOptions, workload: Workload, rounds: int, units: dic
 
 def _as_list(threads: int | tuple[int, ...] | None) -> Sequence[int | None]:
     return threads if isinstance(threads, tuple) else (threads,)
-
-
-def _row(one: Contestant) -> dict[str, Any]:
-    figures = {key: list(value) if isinstance(value, tuple) else value for key, value in one.figures.items()}
-    facts: dict[str, Any] = {
-        "bundle": one.label,
-        "task": one.task,
-        "provider": one.provider,
-        "threads": one.threads,
-        "placement": one.placement,
-        "energy_source": one.energy_source or None,
-        "model_sha256": hash_model(one.bundle),
-        "layers": describe_layers(one.bundle),
-    }
-    if one.failure is not None:
-        error = {"kind": type(one.failure).__name__, "message": one.failure.message, "hint": one.failure.hint}
-        facts["error"] = error | {"exit_code": one.failure.exit_code}
-    if one.profile:
-        facts["profile"] = one.profile
-    return facts | figures | {"verdict": one.verdict, "samples": one.samples, "latencies": one.latencies}
 
 
 def _noise(metrics: Metrics, contestants: Sequence[Contestant], workload: Workload, rounds: int) -> list[str]:

@@ -11,7 +11,7 @@ from llmfast.errors import OptionError
 from llmfast.report import Column
 from llmfast.verdict import INCONCLUSIVE, PASSED, is_share, spell
 
-_NAME = Column("bundle", "bundle", align_right=False)
+_NAMES = (Column("bundle", "bundle", align_right=False), Column("node", "node", align_right=False))
 # Before a ratio: what its verdict is when it is neither better nor worse.
 _MARKS = {"inconclusive": "~", "equal": "="}
 _LEGEND = {
@@ -92,7 +92,7 @@ def make_columns(document: Mapping[str, Any]) -> list[Column]:
     """Return the columns of all metrics that this run measured, in the metrics' order."""
     metrics = [registry.load("bench.metrics", name) for name in registry.names("bench.metrics")]
     shapes = document["settings"]["shapes"]
-    columns = [_NAME]
+    columns = [*_NAMES]
     groups = [metric.COLUMNS for metric in sorted(metrics, key=lambda metric: int(metric.ORDER))]
     for group in [*groups, _ROOFLINE]:
         is_per_case = any("{shape}" in column.key or "{case}" in column.key for column in group)
@@ -133,13 +133,10 @@ def spell_row(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, st
 def make_footer(document: Mapping[str, Any]) -> list[str]:
     """Return the lines without which the figures mean little."""
     machine, settings, rows = document["machine"], document["settings"], document["rows"]
-    isa = f" ({' '.join(machine['isa'])})" if machine["isa"] else ""
-    load = "" if machine["load_average"] is None else f", load average {machine['load_average']:.1f}"
     threads = ", ".join(map(str, settings["threads"]))
-    lines = [
-        f"{report.printable(machine['cpu'])}{isa}, {machine['cores']} cores{load}",
-        f"onnxruntime {machine['onnxruntime']}, {', '.join(settings['provider'])}, {threads} threads",
-    ]
+    lines = [f"{name}: {_spell_machine(node)}" for name, node in document.get("nodes", {}).items()]
+    lines = lines or [_spell_machine(machine)]
+    lines.append(f"onnxruntime {machine['onnxruntime']}, {', '.join(settings['provider'])}, {threads} threads")
     work = []
     if any(key.startswith("ttft_s") for row in rows for key in row):
         lengths = ", ".join(map(str, settings["prompt_tokens"]))
@@ -163,6 +160,12 @@ def make_footer(document: Mapping[str, Any]) -> list[str]:
     lines += [line.format(precision=settings["precision"] * 100) for word, line in _LEGEND.items() if word in words]
     lines += [f"`{row['bundle']}` failed: {row['error']['message']}" for row in rows if "error" in row]
     return [report.printable(line) for line in lines]
+
+
+def _spell_machine(machine: Mapping[str, Any]) -> str:
+    isa = f" ({' '.join(machine['isa'])})" if machine["isa"] else ""
+    load = "" if machine["load_average"] is None else f", load average {machine['load_average']:.1f}"
+    return f"{machine['cpu']}{isa}, {machine['cores']} cores{load}"
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

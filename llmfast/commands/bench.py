@@ -68,6 +68,12 @@ def bench(
     download: Annotated[
         bool, typer.Option("--download", help="Fetch the data of tasks from the Hugging Face hub where it is missing.")
     ] = False,
+    false_negative_cost: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABEL=X", help="Of a classifier: missing a LABEL costs X false alarms; sets the threshold."
+        ),
+    ] = None,
     provider: Annotated[
         str, typer.Option(help=f"Execution provider, or a list: {', '.join(registry.names('providers'))}.")
     ] = "cpu",
@@ -94,6 +100,9 @@ def bench(
         list[str] | None,
         typer.Option(metavar="METRIC=X", help="Gate: worse than the baseline by X at most; shares in points."),
     ] = None,
+    max_false_negative_rate: Annotated[
+        float | None, typer.Option(help="Gate: per cent of that label's cases that are missed.")
+    ] = None,
     max_size: Annotated[str | None, typer.Option(help="Gate: size, in MB or like 1.5GB.")] = None,
     max_rss: Annotated[str | None, typer.Option(help="Gate: peak memory, in MB or like 1.5GB.")] = None,
     max_energy: Annotated[float | None, typer.Option(help="Gate: joules per token.")] = None,
@@ -101,6 +110,11 @@ def bench(
         list[str] | None,
         typer.Option(metavar="METRIC=X", help="Gate: at least X times the baseline's speed; may be repeated."),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: each node of a cluster measures a share, beside the baseline.")
+    ] = "local",
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use; the default is RAY_ADDRESS.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Nodes of it that take part, at most.")] = None,
     verify: Verify = False,
     inconclusive: Annotated[
         str, typer.Option(help="Whether gates pass or fail whose interval includes the limit.")
@@ -137,6 +151,7 @@ def bench(
     limits = {
         "kld": max_kld,
         "perplexity_ratio": max_perplexity_ratio,
+        "false_negative_rate": None if max_false_negative_rate is None else max_false_negative_rate / 100,
         "size_bytes": _bytes("--max-size", max_size),
         "peak_rss_bytes": _bytes("--max-rss", max_rss),
         "joules_per_token": max_energy,
@@ -144,6 +159,13 @@ def bench(
     gates = [Gate(figure, limit, "max") for figure, limit in limits.items() if limit is not None]
     gates += [parse_speedup(text) for text in min_speedup or []]
     judging = {"gates": tuple(gates), "max_drops": tuple(max_drop or []), "inconclusive": inconclusive}
+    cluster = given({"address": address, "workers": workers})
+    if engine not in ("local", "ray"):
+        raise OptionError(f"unknown --engine `{engine}`", "choose from: local, ray")
+    if cluster and engine != "ray":
+        raise OptionError(f"--{next(iter(cluster))} is for --engine ray")
+    if engine == "ray" and (compare or tune):
+        raise OptionError(f"--engine ray does not go with {'--compare' if compare else '--tune-session'}")
     if compare:
         document, show = _compare(models or [], judging)
     else:
@@ -160,6 +182,7 @@ def bench(
             "num_samples": num_samples,
             "seq_len": seq_len,
             "context_tokens": context_tokens,
+            "false_negative_cost": false_negative_cost,
             "tasks": _names(tasks),
             "tasks_dir": tasks_dir,
             "limit": limit,
@@ -181,7 +204,8 @@ def bench(
             _tune(models or [], settings, output_format)
             return
         with ignoring_tuned(no_tuned):
-            document, show = _run(models or [], settings | judging, baseline)
+            on = cluster if engine == "ray" else None
+            document, show = _run(models or [], settings | judging, baseline, on)
     if save is not None:
         from llmfast.bench.document import save_document
 
@@ -199,12 +223,19 @@ def bench(
         enforce(document["verdict"])
 
 
-def _run(models: list[Path], settings: dict[str, Any], baseline: Path | None) -> tuple[Mapping[str, Any], Any]:
+def _run(
+    models: list[Path], settings: dict[str, Any], baseline: Path | None, cluster: dict[str, Any] | None
+) -> tuple[Mapping[str, Any], Any]:
     from llmfast.bench.options import BenchOptions
     from llmfast.bench.stage import bench as run
     from llmfast.bench.table import print_document
 
-    return run(models, BenchOptions(**given(settings)), baseline), print_document
+    options = BenchOptions(**given(settings))
+    if cluster is None:
+        return run(models, options, baseline).document(), print_document
+    from llmfast.bench.cluster import bench_on_cluster
+
+    return bench_on_cluster(models, options, baseline, **cluster).document(), print_document
 
 
 def _check_tuning(settings: dict[str, Any], judging: dict[str, Any]) -> None:

@@ -14,4 +14,4 @@ def doctor(output_format: Format = "table") -> None:
     from llmfast.doctor.stage import doctor as run
     from llmfast.doctor.table import print_document
 
-    print_document(run(), output_format)
+    print_document(run().document(), output_format)

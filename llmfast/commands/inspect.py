@@ -24,4 +24,4 @@ def inspect(
     from llmfast.inspect.stage import inspect as run
     from llmfast.inspect.table import print_document
 
-    print_document(run(model), output_format)
+    print_document(run(model).document(), output_format)

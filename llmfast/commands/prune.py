@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,9 @@ from llmfast.commands._options import (
     parse_settings,
 )
 from llmfast.errors import OptionError
+
+if TYPE_CHECKING:
+    from llmfast.prune.result import Pruned
 
 SUMMARY = "A checkpoint with fewer blocks, channels or heads."
 _STRUCTURED, _MASKS = registry.names("prune.structured"), registry.names("prune.masks")
@@ -142,27 +145,26 @@ def prune(
             raise OptionError("--target-speedup is found by measuring, which --dry-run does not", "leave one out")
         from llmfast.prune.speedup import prune_to_speed
 
-        _print(prune_to_speed(source, output, options, factor), output, output_format)
+        _print(prune_to_speed(source, output, options, factor), output_format)
     elif dry_run:
         rows = plan(source, output, options)
         columns = PLAN_COLUMNS if "method" in rows[0] else LAYER_COLUMNS[:-1]
         report.print_rows(rows, columns, output_format)
     else:
-        _print(run(source, output, options), output, output_format)
+        _print(run(source, output, options), output_format)
 
 
-def _print(measured: dict[str, Any], output: Path, output_format: str) -> None:
+def _print(pruned: "Pruned", output_format: str) -> None:
     from llmfast.prune.summary import LAYER_COLUMNS, NO_SPEEDUP, columns_of
 
-    rows = measured["rows"]
+    rows = [pruned.before, pruned.after]
     if output_format == "json":
-        report.out(report.to_json({"output": str(output), **measured}))
+        report.out(report.to_json({"output": str(pruned.path), **pruned.document()}))
         return
-    is_graph = "layers" in measured
-    if is_graph and output_format != "csv":  # which holds one table
-        report.print_rows(measured["layers"], LAYER_COLUMNS, output_format)
+    if pruned.layers is not None and output_format != "csv":  # which holds one table
+        report.print_rows(pruned.layers, LAYER_COLUMNS, output_format)
     report.print_rows(rows, columns_of(rows), output_format)
-    if is_graph:
+    if pruned.layers is not None:
         report.note(NO_SPEEDUP)
     else:
-        report.note(f"Next: llmfast export {shlex.quote(str(output))} -o fp32")
+        report.note(f"Next: llmfast export {shlex.quote(str(pruned.path))} -o fp32")

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,27 +38,65 @@ _READS = 5
 _MEMINFO = Path("/proc/meminfo")
 
 
-def doctor() -> dict[str, Any]:
-    """Return what this machine has, a document that JSON can hold.
+@dataclass(frozen=True)
+class ProviderCheck:
+    """Whether a provider works here.
 
-    Returns:
-        `schema_version`, `machine` (as bench's, with `available_bytes` and `read_bytes_per_s`), `wheels` (installed
-        ones that contain ONNX Runtime), `clash` (None, or what to do), `providers` (each `name`, `works`, `detail`,
-        `remedy`) and `extras` (each `name`, `installed`, `missing`, `remedy`).
+    Attributes:
+        name: in `llmfast.providers`.
+        works: a small graph ran on it.
+        detail: where its nodes ran, or what is missing.
+        remedy: what to do, empty where nothing is.
     """
+
+    name: str
+    works: bool
+    detail: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Whether what an extra of llmfast needs is installed; `missing` says what is not, `remedy` what to do."""
+
+    name: str
+    installed: bool
+    missing: list[str]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What this machine has.
+
+    Attributes:
+        machine: as in a document of `bench`, with `all_cores`, `available_bytes` and `read_bytes_per_s`.
+        wheels: those installed that contain ONNX Runtime, with their versions.
+        clash: what to do where several do, None otherwise.
+        providers: each tried.
+        extras: each looked for.
+    """
+
+    machine: dict[str, Any]
+    wheels: dict[str, str]
+    clash: str | None
+    providers: list[ProviderCheck]
+    extras: list[Extra]
+
+    def document(self) -> dict[str, Any]:
+        """Return what JSON can hold: `schema_version`, and the attributes of this and what it holds by their names."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+
+def doctor() -> Diagnosis:
+    """Find out what this machine has and can run."""
     machine = describe_machine()
     machine["all_cores"] = os.cpu_count()
     machine["available_bytes"] = _available_bytes()
     machine["read_bytes_per_s"] = measure_read_bandwidth(usable_cores())
     wheels = installed(WHEELS)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "machine": machine,
-        "wheels": wheels,
-        "clash": describe_clash(list(wheels)),
-        "providers": try_providers(),
-        "extras": list_extras(metadata.requires("llmfast") or []),
-    }
+    extras = list_extras(metadata.requires("llmfast") or [])
+    return Diagnosis(machine, wheels, describe_clash(list(wheels)), try_providers(), extras)
 
 
 def measure_read_bandwidth(threads: int) -> float:
@@ -96,23 +135,21 @@ def describe_clash(wheels: Sequence[str]) -> str | None:
     return f"pip uninstall -y {' '.join(wheels)}, then pip install {kept}"
 
 
-def try_providers() -> list[dict[str, Any]]:
+def try_providers() -> list[ProviderCheck]:
     """Run a small product on every provider, and say which ran it or what is missing."""
     found = []
     with TemporaryDirectory() as folder:
         path = Path(folder) / "probe.onnx"
         onnx.save(_probe(), path)
         for name in registry.names("providers"):
-            entry = {"name": name, "works": True, "detail": "", "remedy": ""}
             try:
-                entry["detail"] = _run_probe(path, name)
+                found.append(ProviderCheck(name, True, _run_probe(path, name), ""))
             except LlmfastError as error:
-                entry |= {"works": False, "detail": error.message.replace(f" `{path}`", ""), "remedy": error.hint}
-            found.append(entry)
+                found.append(ProviderCheck(name, False, error.message.replace(f" `{path}`", ""), error.hint or ""))
     return found
 
 
-def list_extras(requirements: Sequence[str]) -> list[dict[str, Any]]:
+def list_extras(requirements: Sequence[str]) -> list[Extra]:
     """Say of each extra of llmfast whether what it needs is installed.
 
     Args:
@@ -128,7 +165,7 @@ def list_extras(requirements: Sequence[str]) -> list[dict[str, Any]]:
         remedy = f"pip install 'llmfast[{extra}]'" if missing else ""
         if extra == "cuda" and missing and installed(["onnxruntime"]):
             remedy = f"pip uninstall onnxruntime, then {remedy}"
-        found.append({"name": extra, "installed": not missing, "missing": missing, "remedy": remedy})
+        found.append(Extra(extra, not missing, missing, remedy))
     return found
 
 

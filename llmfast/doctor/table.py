@@ -20,7 +20,7 @@ _EXTRAS = (
 
 
 def print_document(document: dict[str, Any], output_format: str) -> None:
-    """Print the document on stdout."""
+    """Print the document of a `Diagnosis` on stdout."""
     if output_format == "json":
         out(to_json(document))
         return

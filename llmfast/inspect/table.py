@@ -30,7 +30,7 @@ _FILES = (
 
 
 def print_document(document: Mapping[str, Any], output_format: str) -> None:
-    """Print a document made by `inspect` on stdout, in one of `report.FORMATS`."""
+    """Print the document of an `Inspection` on stdout, in one of `report.FORMATS`."""
     if output_format == "json":
         report.out(report.to_json(document))
     elif output_format == "csv":

@@ -18,6 +18,7 @@ from llmfast.prune.checkpoint.stage import open_source, prune_checkpoint
 from llmfast.prune.checkpoint.workpiece import Workpiece, build_model, tensors_of
 from llmfast.prune.methods import STRUCTURED, choose_methods
 from llmfast.prune.options import PruneOptions
+from llmfast.prune.result import Pruned
 from llmfast.report import note
 from llmfast.verdict import Gate
 
@@ -27,7 +28,7 @@ _LARGEST_RATIO = 0.9
 _CLOSE = 1.04
 
 
-def prune_to_speed(source: str, output: Path, options: PruneOptions, factor: float) -> dict[str, Any]:
+def prune_to_speed(source: str, output: Path, options: PruneOptions, factor: float) -> Pruned:
     """Prune a checkpoint by as little as makes every speed `factor` times the original's.
 
     Returns:

@@ -7,12 +7,13 @@ from llmfast.bundle import FOREIGN_MODELS, MANIFEST, check_output
 from llmfast.errors import OptionError
 from llmfast.prune.methods import MASKS, STRUCTURED, choose_methods
 from llmfast.prune.options import PruneOptions
+from llmfast.prune.result import Pruned
 from llmfast.quantize.plan import Choice
 from llmfast.report import note
 from llmfast.text import read_text
 
 
-def prune(source: str, output: Path, options: PruneOptions) -> dict[str, Any]:
+def prune(source: str, output: Path, options: PruneOptions) -> Pruned:
     """Prune a model and compare it with what it was.
 
     Args:
@@ -20,10 +21,6 @@ def prune(source: str, output: Path, options: PruneOptions) -> dict[str, Any]:
             prune/masks.
         output: the new checkpoint's or bundle's directory.
         options: see `PruneOptions`.
-
-    Returns:
-        `rows`: the model before and after, with the figures of the comparison; `gates`; of a checkpoint `ratios` and
-        `removed`, of a graph `layers`.
 
     Raises:
         OptionError: an unknown method or setting, or a share that leaves nothing.

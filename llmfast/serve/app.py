@@ -149,7 +149,9 @@ async def _complete(request: Request, is_chat: bool) -> Response:
     scheduler: Scheduler = state.scheduler
     body = await _read_body(request, scheduler, TEXT_GENERATION)
     ask = read_ask(body, is_chat, min(state.limits.max_tokens, scheduler.facts.capacity))
-    answer = _Answer(request, scheduler, scheduler.submit(ask.fields), state.limits.timeout_s, state.figures)
+    answer = _Answer(
+        request, scheduler, scheduler.submit(ask.fields, ask.stream), state.limits.timeout_s, state.figures
+    )
     spelling = Spelling(scheduler.facts.name, ask, next(state.numbers))
     # The status is decided by the first token: a request that is refused has none.
     event = await answer.next()
@@ -174,20 +176,25 @@ async def _embeddings(request: Request) -> Response:
 
 
 class _Answer:
-    """The events of a request, until it is answered, takes too long, or nobody listens; then its row is free."""
+    """The events of a request, until it is answered, takes too long, or nobody listens; then its row is free.
+
+    What ends it comes through the ticket's queue as events do: a token costs one wake-up, and no task or timer.
+    """
 
     def __init__(
         self, request: Request, scheduler: Scheduler, ticket: Ticket, timeout_s: float, figures: Figures
     ) -> None:
         self._scheduler, self._ticket, self._figures = scheduler, ticket, figures
-        self._deadline = ticket.submitted + timeout_s
         self._gone = asyncio.ensure_future(_disconnected(request))
+        self._gone.add_done_callback(self._leave)
+        late = RefusedError(504, "the answer took too long", kind="server_error")
+        self._late = asyncio.get_running_loop().call_later(timeout_s, ticket.events.put_nowait, late)
         self._first_s = 0.0
 
     async def next(self) -> Event:
         """Return the next event; after the last one there is none."""
         try:
-            found = await _wait(self._ticket.next(), self._gone, self._deadline)
+            found = await self._ticket.next()
         except BaseException:
             self.close()
             raise
@@ -200,7 +207,13 @@ class _Answer:
     def close(self) -> None:
         """Wait no longer."""
         self._scheduler.cancel(self._ticket)
+        self._late.cancel()
         self._gone.cancel()
+
+    def _leave(self, gone: "asyncio.Future[None]") -> None:
+        if not gone.cancelled():
+            self._scheduler.cancel(self._ticket)
+            self._ticket.events.put_nowait(ClientDisconnect())
 
 
 class _Stream(StreamingResponse):  # type: ignore[misc]

@@ -2,6 +2,10 @@
 
 Everything but the model's turns runs on the event loop; a turn runs in a thread that waits for the child. Requests wait
 here until a row is free, so that a crash of the child takes only those with it that it was answering.
+
+Between two turns the child waits for the event loop. That is little beside a step of many rows, but much beside a step
+of one; so while a single request is answered its next turn is sent before the last one's answer is read, and the child
+goes from one to the other. With several rows a request that came meanwhile would find a row a step later.
 """
 
 import asyncio
@@ -11,16 +15,19 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from llmfast.errors import LlmfastError, NativeCrashError, ResourceError
 from llmfast.infer.batch import Event
 from llmfast.report import note
-from llmfast.serve.model import Facts
+from llmfast.serve.model import Facts, Submitted
 from llmfast.worker import Worker
 
 _MOST_RESTARTS, _RESTART_WINDOW_S = 3, 60.0
 _BACKOFF_S = 0.5
+
+Made = TypeVar("Made")
 
 
 class BusyError(Exception):
@@ -43,12 +50,16 @@ class Ticket:
         id: unique.
         fields: as `RequestReader` takes them.
         submitted: monotonic seconds.
+        in_pieces: it wants an event for each token, not the first and the last only.
+        has_begun: there has been a first event.
         events: what happens to it; an exception is the last.
     """
 
     id: int
     fields: Mapping[str, Any]
     submitted: float
+    in_pieces: bool = True
+    has_begun: bool = False
     events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
 
     async def next(self) -> Event:
@@ -96,6 +107,7 @@ class Scheduler:
         self._cancelled: list[int] = []
         self._wake = asyncio.Event()
         self._closed = False
+        self._is_ahead = False  # a turn has been sent whose answer nobody has read yet
         self._embedding = 0
         self._turn = asyncio.Lock()  # of embeddings: the next one waits until a crashed model is there again
 
@@ -109,15 +121,19 @@ class Scheduler:
         """Requests that are being answered."""
         return len(self._active) + self._embedding
 
-    def submit(self, fields: Mapping[str, Any]) -> Ticket:
+    def submit(self, fields: Mapping[str, Any], in_pieces: bool = True) -> Ticket:
         """Queue a request.
+
+        Args:
+            fields: as `RequestReader` takes them.
+            in_pieces: make an event for each token, not for the first and the last only.
 
         Raises:
             BusyError: too many wait.
             ClosedError: no more are taken.
         """
         self._check_open(len(self._waiting) - max(0, self.facts.rows - len(self._active)))
-        ticket = Ticket(next(self._ids), fields, time.monotonic())
+        ticket = Ticket(next(self._ids), fields, time.monotonic(), in_pieces)
         self._waiting.append(ticket)
         self._wake.set()
         return ticket
@@ -151,7 +167,7 @@ class Scheduler:
         except asyncio.CancelledError:
             self._embedding -= 1
             raise
-        call = asyncio.ensure_future(self._call("embed", texts))
+        call = asyncio.ensure_future(self._call(lambda: self._embed(texts)))
         call.add_done_callback(self._embedded)
         found: tuple[list[list[float]], int] = await asyncio.shield(call)
         return found
@@ -159,14 +175,14 @@ class Scheduler:
     async def run(self) -> None:
         """Serve until cancelled, or until the model can't be run any more."""
         while not self._closed:
-            if not (self._active or self._waiting or self._cancelled):
+            if not (self._active or self._waiting or self._cancelled or self._is_ahead):
                 self._wake.clear()
                 await self._wake.wait()
             self._expire()
             messages = [(ticket.id, ticket.fields) for ticket in self._admit()]
             cancelled, self._cancelled = self._cancelled, []
             try:
-                events = await self._call("turn", messages, cancelled)
+                events = await self._call(partial(self._take_turn, messages, cancelled))
             except (NativeCrashError, ResourceError):
                 continue
             for event in events:
@@ -206,15 +222,36 @@ class Scheduler:
         ticket = self._active.get(event.id)  # type: ignore[call-overload]
         if ticket is None:
             return  # cancelled meanwhile
-        if event.error is not None or event.generation is not None:
+        is_last = event.error is not None or event.generation is not None
+        if is_last:
             del self._active[ticket.id]
-        ticket.events.put_nowait(event)
+        if is_last or ticket.in_pieces or not ticket.has_begun:
+            ticket.has_begun = True
+            ticket.events.put_nowait(event)
 
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        """Call the model; after a crash it is there again when this raises, or the scheduler has ended."""
+    def _take_turn(self, submitted: Sequence[Submitted], cancelled: Sequence[int]) -> list[Event]:
+        """Let the model take a turn, and perhaps begin another one; return what is known to have happened."""
+        was_ahead, self._is_ahead = self._is_ahead, False
+        is_alone = len(self._active) == 1
+        if was_ahead and (submitted or not is_alone):
+            events: list[Event] = self._worker.receive()
+            if submitted or cancelled or self._active:
+                events += self._worker.call("turn", submitted, cancelled)
+            return events
+        if not was_ahead:
+            self._worker.send("turn", submitted, cancelled)
+            cancelled = []
+        if is_alone:
+            self._worker.send("turn", [], cancelled)
+            self._is_ahead = True
+        answered: list[Event] = self._worker.receive()
+        return answered
+
+    async def _call(self, work: Callable[[], Made]) -> Made:
+        """Call the model in its thread; after a crash it is there again when this raises, or all has ended."""
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._thread, lambda: self._worker.call(method, *arguments))
+            return await loop.run_in_executor(self._thread, work)
         except RuntimeError as error:  # of ONNX Runtime, or a bug: a request may do it again, others have no part in it
             reason = str(error).strip().rpartition("\n")[2]
             failure: LlmfastError = NativeCrashError(f"the model failed: {reason}")
@@ -237,6 +274,7 @@ class Scheduler:
         active, self._active = list(self._active.values()), {}
         self._fail(active, error)
         self._cancelled.clear()
+        self._is_ahead = False
         now = time.monotonic()
         self.restarts = [*(then for then in self.restarts if then > now - _RESTART_WINDOW_S), now]
         if is_crash and len(self.restarts) > _MOST_RESTARTS:
@@ -244,6 +282,10 @@ class Scheduler:
         await asyncio.sleep(_BACKOFF_S * 2 ** min(len(self.restarts) - 1, _MOST_RESTARTS))
         self._worker.close()
         self._worker = await asyncio.get_running_loop().run_in_executor(self._thread, self._open_worker)
+
+    def _embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
+        found: tuple[list[list[float]], int] = self._worker.call("embed", texts)
+        return found
 
     def _embedded(self, call: "asyncio.Future[Any]") -> None:
         self._embedding -= 1

@@ -2,7 +2,8 @@
 
 Every file defines `ORDER` (place in the table), `TASKS` (none means all), `NEEDS` (of `tokenizer`,
 `vocab_size`, `example_inputs`), `HIGHER_IS_BETTER` (key -> bool; a key may name the shape of the input: always with
-`{shape}`, only where there are several with `{case}`), `COLUMNS`, and a `KIND`:
+`{shape}`, only where there are several with `{case}`), `COLUMNS`, and a `KIND`; with `OPTION` it is measured only where
+that option of `BenchOptions` is given. The kinds:
 
 - `static`: `measure(subject) -> figures`, once, after the speed rounds.
 - `speed`: `measure(subject, trial) -> figures`, once per round.

@@ -7,7 +7,6 @@ line is lost, and none is answered twice.
 """
 
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmfast.errors import LlmfastError, NativeCrashError, OptionError, UnsupportedError
-from llmfast.files import ALLOW_HARDLINKS
+from llmfast.cluster import connect, inherited, living_nodes, processors
+from llmfast.errors import LlmfastError, NativeCrashError, OptionError
 from llmfast.infer.cluster.parts import Part
-from llmfast.infer.cluster.source import need_ray
 from llmfast.infer.cluster.worker import LineWorker, Outcome
 from llmfast.infer.jsonl import Line
 from llmfast.report import note
-from llmfast.resources import FORCE
 
 # A chunk whose workers died so often is given up; before the last time it goes alone, so that its neighbours are not
 # given up with it.
@@ -126,12 +123,12 @@ class Pool:
     """
 
     def __init__(self, address: str | None, workers: int | None, threads: int | None) -> None:
-        self._ray = _start(address)
+        self._ray = connect(address)
         self.deaths = 0
         try:
-            nodes = [node for node in self._ray.nodes() if node["Alive"]]
-            self.plan = plan_workers([int(node["Resources"].get("CPU", 0)) for node in nodes], workers, threads)
-            room = sum(int(node["Resources"].get("CPU", 0)) // self.plan.threads for node in nodes)
+            cpus = [processors(node) for node in living_nodes(self._ray)]
+            self.plan = plan_workers(cpus, workers, threads)
+            room = sum(count // self.plan.threads for count in cpus)
             if address is None and room < self.plan.workers:
                 raise OptionError(
                     f"{self.plan.workers} workers of {self.plan.threads} threads do not fit this machine",
@@ -172,11 +169,9 @@ class Pool:
         self.chunk_lines = max(1, window // _PER_WINDOW)
         # Enough to fill the rows, and two chunks for those that fall free meanwhile.
         self._depth = -(-window // self.chunk_lines) + 2
-        settings: dict[str, Any] = {"num_cpus": self.plan.threads, "max_concurrency": self._depth + 1}
+        settings = {"num_cpus": self.plan.threads, "max_concurrency": self._depth + 1} | inherited()
         if provider in _ON_GPU:
             settings["num_gpus"] = 1
-        if given := {name: os.environ[name] for name in (FORCE, ALLOW_HARDLINKS) if name in os.environ}:
-            settings["runtime_env"] = {"env_vars": given}
         actor = self._ray.remote(Actor).options(scheduling_strategy="SPREAD", max_restarts=0, **settings)
         arguments = model, digest, provider, self.plan.threads, batch_size, self.plan.neighbours, dict(options)
         self._make = lambda: actor.remote(*arguments)
@@ -282,25 +277,3 @@ class Pool:
                 self._again.append(chunk)
         self._start_worker()
         return given_up
-
-
-def _start(address: str | None) -> Any:
-    """Connect with a cluster, or start one; return Ray. It reports nothing to its makers."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    try:
-        import ray
-    except ImportError as error:
-        raise need_ray(error) from error
-    import logging
-    import signal
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    own: dict[str, Any] = {"include_dashboard": False} if address is None else {}
-    try:
-        ray.init(address or "local", logging_level=logging.ERROR, log_to_driver=False, **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UnsupportedError(f"no Ray cluster at `{address or 'local'}`: {error}") from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return ray

@@ -1,6 +1,5 @@
 """Files of prompts or texts to a folder of answers, by the workers of a cluster."""
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfast.bundle import ModelBundle
+from llmfast.cluster import SHUTDOWN_S, find_cluster
 from llmfast.errors import InputError, LlmfastError, OptionError
 from llmfast.infer.cluster.parts import Part, PartFolder
 from llmfast.infer.cluster.pool import Chunk, Pool
@@ -19,7 +19,6 @@ from llmfast.report import note, progress
 from llmfast.supervisor import GRACE_S, ask_for_grace
 
 PART_LINES = 10_000
-_SHUTDOWN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ def answer_folder(
     form = cluster.parts or ("parquet" if source.is_parquet else "jsonl")
     folder = PartFolder(output, form, source.has_whole_ids(), overwrite)
     summary = Summary(input_files, output, bundle.manifest.task)
-    ask_for_grace(_SHUTDOWN_S + GRACE_S)
-    pool = Pool(cluster.address or os.environ.get("RAY_ADDRESS"), cluster.workers, cluster.threads)
+    ask_for_grace(SHUTDOWN_S + GRACE_S)
+    pool = Pool(find_cluster(cluster.address), cluster.workers, cluster.threads)
     run = _Run(source, folder, summary, cluster.part_lines)
     try:
         pool.open(bundle.path.resolve(), digest, provider, batch_size, work.window, options)

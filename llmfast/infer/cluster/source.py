@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmfast.errors import InputError, LlmfastError, UnsupportedError
+from llmfast.cluster import need_ray
+from llmfast.errors import InputError, UnsupportedError
 from llmfast.infer.jsonl import Line, is_jsonl, key_of, parse_lines
 from llmfast.report import to_json
 
@@ -208,8 +209,3 @@ def import_arrow(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise need_ray(error) from error
-
-
-def need_ray(error: ImportError) -> LlmfastError:
-    """Return what to say where the extra is not installed."""
-    return UnsupportedError(f"--engine ray needs `{error.name}`, which is not installed", "pip install 'llmfast[ray]'")

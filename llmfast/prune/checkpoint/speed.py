@@ -42,8 +42,8 @@ class SpeedTest:
         """Export a checkpoint, and return each speed as a ratio to the original's."""
         self._count += 1
         after = export(str(checkpoint), self._place / f"after{self._count}", self._options)
-        document = bench([self._before.path, after.path], self._settings(self._before))
-        return {key: float(value) for key, value in document["rows"][1].items() if SPEED_RATIO.fullmatch(key) and value}
+        _, row = bench([self._before.path, after.path], self._settings(self._before)).rows
+        return {key: value for key, value in row.figures.items() if SPEED_RATIO.fullmatch(key) and value}
 
     def _settings(self, bundle: ModelBundle) -> BenchOptions:
         room = int(bundle.manifest.architecture.get("context_length", _PROMPT_TOKENS + _OUTPUT_TOKENS))

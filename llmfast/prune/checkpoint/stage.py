@@ -22,10 +22,11 @@ from llmfast.prune.checkpoint.speed import SpeedTest
 from llmfast.prune.checkpoint.workpiece import Workpiece, as_bundle
 from llmfast.prune.methods import resolved
 from llmfast.prune.options import PruneOptions
+from llmfast.prune.result import Pruned
 from llmfast.quantize.comparison import damage_of
 from llmfast.quantize.plan import Choice
 from llmfast.report import note
-from llmfast.verdict import enforce, judge
+from llmfast.verdict import Judgement, enforce, judge
 
 _VERSIONED = ("numpy", "torch", "transformers")
 # Of the calibration text, when several divisions of a target are tried.
@@ -79,7 +80,7 @@ def list_sizes(source: str, choices: Sequence[Choice], options: PruneOptions) ->
     return [*rows, {"method": "all", "of": "parameters", **counts}]
 
 
-def prune_checkpoint(source: str, output: Path, choices: Sequence[Choice], options: PruneOptions) -> dict[str, Any]:
+def prune_checkpoint(source: str, output: Path, choices: Sequence[Choice], options: PruneOptions) -> Pruned:
     """Prune a checkpoint and compare it with the original.
 
     Args:
@@ -87,9 +88,6 @@ def prune_checkpoint(source: str, output: Path, choices: Sequence[Choice], optio
         output: the new checkpoint's folder.
         choices: methods in order.
         options: see `PruneOptions`.
-
-    Returns:
-        `rows`, before and after; `ratios`, `removed`, `gates`, `text`.
 
     Raises:
         GateError: a gate was missed; nothing is left at `output`.
@@ -126,13 +124,11 @@ def prune_checkpoint(source: str, output: Path, choices: Sequence[Choice], optio
         )
         verdict = judge([{"bundle": output.name, **rows[1]}], "", options.gates)
         enforce(verdict, "nothing was written; choose another share, or loosen the gate")
-        measured = {
-            **{"rows": rows, "ratios": dict(shares.ratios), "removed": removed},
-            **{"gates": verdict, "text": text if figures else None},
-        }
+        gates = [Judgement(**entry) for entry in verdict]
+        pruned = Pruned(output, rows[0], rows[1], gates, text if figures else None, dict(shares.ratios), removed)
         step = _step(choices, options, shares, removed)
-        write_lineage(staged, (*read_lineage(checkpoint.path), step), {"prune": measured})
-    return measured
+        write_lineage(staged, (*read_lineage(checkpoint.path), step), {"prune": pruned.document()})
+    return pruned
 
 
 def _prune(

@@ -32,6 +32,7 @@ from llmfast.prune.graph.allocate import Losses, allocate
 from llmfast.prune.graph.inputs import Inputs, Share
 from llmfast.prune.methods import ratio_of, resolved
 from llmfast.prune.options import PruneOptions
+from llmfast.prune.result import Pruned
 from llmfast.quantize.corpus import Corpus
 from llmfast.quantize.measure import ProofText, worst
 from llmfast.quantize.pair_proof import make_proof
@@ -39,7 +40,7 @@ from llmfast.quantize.plan import HEAD_ROLE, Choice, refuse_quantized
 from llmfast.quantize.replay import Replay
 from llmfast.report import note, progress
 from llmfast.thirdparty import adopt, can_adopt
-from llmfast.verdict import enforce, judge
+from llmfast.verdict import Judgement, enforce, judge
 
 _BLOCK_BYTES = 1 << 20
 
@@ -70,7 +71,7 @@ def open_graphs(
     return bundle, found
 
 
-def prune_graph(source: Path, output: Path, choice: Choice, options: PruneOptions) -> dict[str, Any]:
+def prune_graph(source: Path, output: Path, choice: Choice, options: PruneOptions) -> Pruned:
     """Put zeros into a model's weights and compare it with what it was.
 
     Args:
@@ -78,9 +79,6 @@ def prune_graph(source: Path, output: Path, choice: Choice, options: PruneOption
         output: the new bundle's directory.
         choice: the method.
         options: see `PruneOptions`.
-
-    Returns:
-        `rows`, before and after; `layers`, one row per role; `gates`, `text`.
 
     Raises:
         GateError: a gate was missed; nothing is left at `output`.
@@ -111,7 +109,8 @@ def prune_graph(source: Path, output: Path, choice: Choice, options: PruneOption
                 shutil.copyfile(companion, staged / name)
         text = proof.text if proof else None
         by_role = _by_role(list(layers.values()))
-        measured = {"rows": rows, "layers": by_role, "gates": verdict, "text": text}
+        gates = [Judgement(**entry) for entry in verdict]
+        pruned = Pruned(output, rows[0], rows[1], gates, text, layers=by_role)
         manifest = bundle.manifest
         write_manifest(
             staged,
@@ -122,10 +121,10 @@ def prune_graph(source: Path, output: Path, choice: Choice, options: PruneOption
                 graphs={role: _describe(model) for role, model in after.items()},
                 sparsity=rows[1]["sparsity"],
                 lineage=(*manifest.lineage, _step(choice, options)),
-                measured={**manifest.measured, "prune": measured},
+                measured={**manifest.measured, "prune": pruned.document()},
             ),
         )
-    return measured
+    return pruned
 
 
 class _Writer:
