@@ -140,7 +140,7 @@ def gates_of_run(bundle: ModelBundle, options: BenchOptions) -> tuple[Gate, ...]
         OptionError: a gate on what this run will not measure, or a length that the bundle does not hold.
     """
     task, context = bundle.manifest.task, bundle.manifest.architecture.get("context_length")
-    return resolve_gates(_metrics_for(task), options, plan(task, options, [(bundle.name, context)]))
+    return resolve_gates(_metrics_for(task, options), options, plan(task, options, [(bundle.name, context)]))
 
 
 def _load_tasks(task: str, contestants: Sequence[Contestant], options: BenchOptions) -> "Tasks | None":
