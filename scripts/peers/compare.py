@@ -1,18 +1,20 @@
 """Bundles of llmfast against other engines on the same checkpoint: prompt and decode speed in interleaved rounds.
 
-    python scripts/peers/compare.py --checkpoint smollm2 --gguf smollm2.gguf --ours int8 int4 --install
+    python scripts/peers/compare.py --checkpoint smollm2 --gguf smollm2.gguf --ours int8 int4 --data text.txt --install
 
 Each peer runs in an environment of its own, which --install makes (gigabytes, and minutes) and --peer names; each
 format of a peer and each bundle is a process that lives through the run. In a round each takes its turn at every
 workload, in an order that rotates, with the same random tokens, new ones each time. Decoding is greedy; its speed does
-not count the prompt. A peer that does not install, convert or run gets a row that says why, and the run goes on.
-Prints Markdown: medians of tokens per second, and how many times as fast as each peer llmfast is, formed within rounds.
+not count the prompt. With --data, how close each one's predictions on a text stay to the checkpoint's in float32, by
+PyTorch, is measured first. A peer that does not install, convert or run gets a row that says why, and the run goes on.
+Prints Markdown: quality, megabytes of weights, medians of tokens per second, and how many times as fast as each peer
+llmfast is, formed within rounds.
 """
 
 import argparse
-import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -20,105 +22,19 @@ import random
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 # Not the folder of this file: in it are scripts with the names of the peers' packages.
-SCRIPTS = Path(__file__).resolve().parent.parent
-sys.path[0] = str(SCRIPTS)
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from peers.contestant import Contestant, Workload  # noqa: E402
 
 PEERS = ("onnxruntime_genai", "openvino_genai", "llama_cpp", "ctranslate2", "torch_eager")
-OPEN_LIMIT, TURN_LIMIT = 1800, 600  # seconds: to convert and open a model, and to answer once
+REFERENCE = "torch_eager"  # of quality
 PAUSE = 0.2  # seconds between turns: threads of some peers spin for a while, and would take the next one's cores
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Read a prompt of random tokens, then take so many steps: these are timed if there are any, else the prompt is."""
-
-    name: str
-    prompt: int
-    steps: int
-
-    def speed(self, seconds: list[float]) -> float:
-        """Return tokens per second."""
-        return self.steps / sum(seconds[1:]) if self.steps else self.prompt / seconds[0]
-
-
-@dataclass
-class Contestant:
-    """A peer with one format, or a bundle of llmfast.
-
-    Attributes:
-        name: as the tables print it.
-        command: starts its script; empty when there is none to start.
-        log: what it prints on standard error.
-        ours: it is a bundle of llmfast.
-        failure: why it does not run (any more).
-        hello: what its script said first.
-        speeds: workload -> tokens per second of each round.
-    """
-
-    name: str
-    command: list[str]
-    log: Path
-    ours: bool = False
-    failure: str | None = None
-    hello: dict[str, Any] = field(default_factory=dict)
-    speeds: dict[str, list[float]] = field(default_factory=dict)
-    process: subprocess.Popen[str] | None = None
-
-    def open(self, threads: int) -> None:
-        """Start the script, which converts the model the first time, and wait until it is ready."""
-        settings = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=SCRIPTS,
-                env={**os.environ, **settings},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        self.hello = self._read(OPEN_LIMIT) or {}
-
-    def run(self, workload: Workload, ids: list[int], is_warmup: bool) -> None:
-        """Take a turn; a contestant that fails keeps the reason and takes no more."""
-        assert self.process is not None
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is gone, which reading tells
-            print(json.dumps({"ids": ids, "tokens": workload.steps + 1}), file=self.process.stdin, flush=True)
-        reply = self._read(TURN_LIMIT)
-        if reply is not None and not is_warmup:
-            self.speeds.setdefault(workload.name, []).append(workload.speed(reply["seconds"]))
-
-    def close(self) -> None:
-        """End the process."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-
-    def _read(self, limit: float) -> dict[str, Any] | None:
-        """Return the next reply; None, and a failure, when the process ended or took too long."""
-        assert self.process is not None
-        assert self.process.stdout is not None
-        late = threading.Event()
-        timer = threading.Timer(limit, lambda: (late.set(), self.close()))
-        timer.start()
-        line = self.process.stdout.readline()
-        timer.cancel()
-        if line:
-            return dict(json.loads(line))
-        self.process.wait()
-        said = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        reason = said[-1] if said else f"ended with {self.process.returncode}"
-        self.failure = f"no answer in {limit:.0f} s" if late.is_set() else f"{reason} ({self.log})"
-        return None
 
 
 def main() -> int:
@@ -128,15 +44,23 @@ def main() -> int:
         Workload(f"decode {options.decode} after {length}", max(length, 1), options.decode)
         for length in (0, *options.after)
     ]
-    context = max(one.prompt + one.steps + 1 for one in workloads)
+    windows = windows_of(options)
+    context = max(*(one.prompt + one.steps + 1 for one in workloads), *map(len, windows))
     vocab_size = json.loads((options.checkpoint / "config.json").read_text())["vocab_size"]
-    contestants = list(enter(options, context))
+    peers = {name: list(enter_peer(name, options, context)) for name in options.only}
+    contestants = [*itertools.chain(*peers.values()), *(enter_bundle(path, options, context) for path in options.ours)]
+    reference = None
+    if windows:
+        (reference,) = peers.get(REFERENCE) or enter_peer(REFERENCE, options, context)
+        if reference.failure is not None:
+            note(f"error: --data needs {REFERENCE} to compare with: {reference.failure}")
+            return 2
     load = os.getloadavg()[0]
     try:
         for one in contestants:
-            if one.failure is None:
-                note(f"opening {one.name}")
-                one.open(options.threads)
+            open_contestant(one, options.threads)
+        if reference is not None:
+            score(contestants, reference, windows, options.threads)
         measure(contestants, workloads, options.rounds, random.Random(options.seed), vocab_size)
     except KeyboardInterrupt:
         return 130
@@ -144,14 +68,23 @@ def main() -> int:
         for one in contestants:
             one.close()
     machine = {**describe_machine(), "threads": options.threads, "load_average_before": load}
-    print(render(contestants, workloads, machine, options.rounds))
+    data = {"file": options.data.name, "windows": len(windows), "window_length": len(windows[0])} if windows else None
+    print(render(contestants, workloads, machine, options.rounds, data))
     if options.json:
         rows = [
-            {"name": c.name, "ours": c.ours, "failure": c.failure, **c.hello, "speeds": c.speeds} for c in contestants
+            {
+                "name": c.name,
+                "ours": c.ours,
+                "failure": c.failure,
+                **c.hello,
+                "quality": c.quality or None,
+                "unscored": c.unscored,
+                "speeds": c.speeds,
+            }
+            for c in contestants
         ]
-        options.json.write_text(
-            json.dumps({"machine": machine, "rounds": options.rounds, "contestants": rows}, indent=1)
-        )
+        document = {"machine": machine, "rounds": options.rounds, "data": data, "contestants": rows}
+        options.json.write_text(json.dumps(document, indent=1))
     return 0 if any(one.speeds for one in contestants) else 1
 
 
@@ -173,6 +106,9 @@ def parse() -> argparse.Namespace:
     )
     add("--install", action="store_true", help="make the environments that are missing, below --work")
     add("--work", type=Path, default=Path(".peers"), help="environments, converted models and logs (default: .peers)")
+    add("--data", type=Path, metavar="FILE", help="a text to measure quality on, against the checkpoint in float32")
+    add("--windows", type=int, default=8, help="how many windows of the text, from its beginning (default: 8)")
+    add("--window-length", type=int, default=512, help="tokens of each window (default: 512)")
     add("--prompt", type=int, nargs="+", default=[512], help="lengths of prompts (default: 512)")
     add("--decode", type=int, default=128, help="steps of decoding (default: 128)")
     add("--after", type=int, nargs="*", default=[512], help="decode after so many tokens too (default: 512)")
@@ -187,36 +123,61 @@ def parse() -> argparse.Namespace:
     options.pythons = {name: Path(os.path.abspath(path)) for name, path in pythons.items()}  # links are kept: venvs
     if not (options.checkpoint / "config.json").is_file():
         parser.error(f"--checkpoint {options.checkpoint}: there is no config.json in it")
-    for path in filter(None, (options.gguf, *options.ours)):
+    for path in filter(None, (options.gguf, options.data, *options.ours)):
         if not path.exists():
             parser.error(f"{path} does not exist")
-    if min(options.rounds, options.decode, options.threads, *options.prompt, *options.after) < 1:
-        parser.error("lengths, rounds and threads must be at least 1")
+    if min(options.rounds, options.decode, options.threads, options.windows, *options.prompt, *options.after) < 1:
+        parser.error("lengths, rounds, windows and threads must be at least 1")
+    if options.window_length < 2:
+        parser.error(
+            "--window-length must be at least 2: the last token of a window is predicted, and predicts nothing"
+        )
     options.work = options.work.resolve()
     return options
 
 
-def enter(options: argparse.Namespace, context: int) -> Any:
-    """Yield the contestants, not yet opened; environments are made here."""
+def windows_of(options: argparse.Namespace) -> list[Any]:
+    """Return what quality is measured on, int64 [length] each; nothing without --data."""
+    if options.data is None:
+        return []
+    from peers.quality import read_windows
+
+    from llmfast.errors import LlmfastError
+
+    try:
+        return read_windows(options.checkpoint, options.data, options.windows, options.window_length)
+    except LlmfastError as error:
+        note(f"error: {error}")
+        sys.exit(error.exit_code)
+
+
+def enter_peer(name: str, options: argparse.Namespace, context: int) -> Iterator[Contestant]:
+    """Yield a peer in each of its formats, not yet opened; its environment is made here."""
+    module = importlib.import_module(f"peers.{name}")
+    python, failure = environment(name, module, options)
+    if failure is None and name == "llama_cpp" and options.gguf is None:
+        failure = "needs the checkpoint as a GGUF file (--gguf)"
+    source = options.gguf if name == "llama_cpp" and options.gguf else options.checkpoint
+    models = options.work / "models" / fingerprint(source.resolve())
+    for form in module.FORMATS:
+        model = models / f"{name}-{form.partition(' ')[0]}"  # the rest is how it is run
+        command = [str(python), "-m", f"peers.{name}", "--model", str(model), "--format", form]
+        log = options.work / "logs" / f"{name}-{form.replace(' ', '-')}.log"
+        yield Contestant(f"{name} {form}", [*command, *model_arguments(options, context)], log, failure=failure)
+
+
+def enter_bundle(path: Path, options: argparse.Namespace, context: int) -> Contestant:
+    """Return a bundle of llmfast, not yet opened."""
+    command = [sys.executable, "-m", "peers.llmfast_bundle", "--model", str(path.resolve()), "--format", path.name]
+    log = options.work / "logs" / f"llmfast-{path.name}.log"
+    return Contestant(f"llmfast {path.name}", [*command, *model_arguments(options, context)], log, ours=True)
+
+
+def model_arguments(options: argparse.Namespace, context: int) -> list[str]:
+    """Return what every script is told."""
     arguments = ["--checkpoint", str(options.checkpoint.resolve())]
     arguments += ["--gguf", str(options.gguf.resolve())] if options.gguf else []
-    arguments += ["--threads", str(options.threads), "--context", str(context)]
-    for name in options.only:
-        module = importlib.import_module(f"peers.{name}")
-        python, failure = environment(name, module, options)
-        if failure is None and name == "llama_cpp" and options.gguf is None:
-            failure = "needs the checkpoint as a GGUF file (--gguf)"
-        source = options.gguf if name == "llama_cpp" and options.gguf else options.checkpoint
-        models = options.work / "models" / fingerprint(source.resolve())
-        for form in module.FORMATS:
-            model = models / f"{name}-{form.partition(' ')[0]}"  # the rest is how it is run
-            command = [str(python), "-m", f"peers.{name}", "--model", str(model), "--format", form]
-            log = options.work / "logs" / f"{name}-{form.replace(' ', '-')}.log"
-            yield Contestant(f"{name} {form}", [*command, *arguments], log, failure=failure)
-    for path in options.ours:
-        command = [sys.executable, "-m", "peers.llmfast_bundle", "--model", str(path.resolve()), "--format", path.name]
-        log = options.work / "logs" / f"llmfast-{path.name}.log"
-        yield Contestant(f"llmfast {path.name}", [*command, *arguments], log, ours=True)
+    return [*arguments, "--threads", str(options.threads), "--context", str(context)]
 
 
 def fingerprint(path: Path) -> str:
@@ -253,6 +214,26 @@ def environment(name: str, module: Any, options: argparse.Namespace) -> tuple[Pa
     return python, None
 
 
+def open_contestant(one: Contestant, threads: int) -> None:
+    if one.failure is None:
+        note(f"opening {one.name}")
+        one.open(threads)
+
+
+def score(contestants: list[Contestant], reference: Contestant, windows: list[Any], threads: int) -> None:
+    """Measure the quality of all; a reference that takes part in nothing else lives no longer than this."""
+    from peers.quality import measure_quality
+
+    if reference in contestants:
+        measure_quality(contestants, reference, windows, note)
+        return
+    try:
+        open_contestant(reference, threads)
+        measure_quality(contestants, reference, windows, note)
+    finally:
+        reference.close()
+
+
 def measure(
     contestants: list[Contestant], workloads: list[Workload], rounds: int, rng: random.Random, vocab_size: int
 ) -> None:
@@ -268,16 +249,28 @@ def measure(
                     one.run(workload, ids, is_warmup=number == 0)
 
 
-def render(contestants: list[Contestant], workloads: list[Workload], machine: dict[str, Any], rounds: int) -> str:
-    """Return two tables: speeds, and how many times as fast as each peer llmfast is."""
+def render(
+    contestants: list[Contestant],
+    workloads: list[Workload],
+    machine: dict[str, Any],
+    rounds: int,
+    data: dict[str, Any] | None,
+) -> str:
+    """Return two tables: quality, size and speeds, and how many times as fast as each peer llmfast is."""
     names = [workload.name for workload in workloads]
-    lines = [", ".join(f"{key} {value}" for key, value in machine.items()) + f", rounds {rounds}", ""]
-    lines += row("tokens/s", "MB", *names, "versions") + row(*["---"], *["--:"] * (len(names) + 1), "---")
+    title = ", ".join(f"{key} {value}" for key, value in machine.items()) + f", rounds {rounds}"
+    if data:
+        title += f", quality on {data['windows']} x {data['window_length']} tokens of {data['file']}"
+    columns = [*(("KLD", "top-1 %") if data else ()), "MB", *names]
+    lines = [title, "", *row("tokens/s", *columns, "versions"), *row("---", *["--:"] * len(columns), "---")]
     for one in contestants:
+        quality = qualities(one) if data else []
         speeds = [f"{statistics.median(one.speeds[name]):.1f}" if name in one.speeds else "" for name in names]
         size = f"{one.hello['bytes'] / 1e6:.0f}" if one.hello else ""
-        versions = " ".join(f"{name} {version}" for name, version in one.hello.get("versions", {}).items())
-        lines += row(one.name, size, *speeds, f"failed: {one.failure}" if one.failure else versions)
+        remarks = [" ".join(f"{name} {version}" for name, version in one.hello.get("versions", {}).items())]
+        remarks += [f"no quality: {one.unscored}"] if one.unscored else []
+        remarks = [f"failed: {one.failure}"] if one.failure else remarks
+        lines += row(one.name, *quality, size, *speeds, "; ".join(remarks))
     ours = [one for one in contestants if one.ours]
     peers = [one for one in contestants if not one.ours and one.speeds]
     for bundle in ours if peers else ():
@@ -285,7 +278,22 @@ def render(contestants: list[Contestant], workloads: list[Workload], machine: di
         for peer in peers:
             lines += row(peer.name, *(ratio(bundle, peer, name) for name in names))
         lines += row("**the fastest**", *(f"**{ratio(bundle, fastest(peers, name), name)}**" for name in names))
+        if close := [peer for peer in peers if is_as_close(peer, bundle)]:
+            cells = (f"**{ratio(bundle, fastest(close, name), name)}**" for name in names)
+            lines += row("**the fastest of no larger KLD**", *cells)
     return "\n".join(lines)
+
+
+def qualities(one: Contestant) -> list[str]:
+    """Return the cells of divergence and agreement."""
+    if not one.quality:
+        return ["-", "-"]
+    return [f"{one.quality['kld']:.4f}", f"{one.quality['top1_agreement'] * 100:.1f}"]
+
+
+def is_as_close(peer: Contestant, bundle: Contestant) -> bool:
+    """Tell whether a peer stays as close to the checkpoint as a bundle does, where both are known."""
+    return bool(peer.quality and bundle.quality) and peer.quality["kld"] <= bundle.quality["kld"]
 
 
 def row(*cells: str) -> list[str]:

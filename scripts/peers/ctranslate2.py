@@ -4,8 +4,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peers.protocol import Source, run, serve
+
+if TYPE_CHECKING:
+    import numpy as np
 
 REQUIREMENTS = ("ctranslate2>=4.8", "torch>=2.10,<2.14", "transformers>=5")
 FORMATS = ("int8",)
@@ -32,6 +36,11 @@ class Model:
             include_prompt_in_result=False,
             callback=lambda step: emit(step.token_id) and False,
         )
+
+    def score(self, ids: list[int]) -> "np.ndarray":
+        import numpy as np
+
+        return np.array(self._model.forward_batch([ids]))[0]
 
 
 if __name__ == "__main__":

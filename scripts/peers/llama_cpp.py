@@ -2,8 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peers.protocol import Source, serve
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # From source, for this machine's instructions: what is built for any machine is slower. It takes about ten minutes.
 REQUIREMENTS = ("--no-cache-dir", "--no-binary=llama-cpp-python", "llama-cpp-python>=0.3.30")
@@ -42,7 +46,7 @@ class Model:
     def generate(self, ids: list[int], count: int, emit: Callable[[int], object]) -> None:
         import numpy as np
 
-        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+        self._forget()
         for _ in range(count):
             tokens = (self._api.llama_token * len(ids))(*ids)
             if self._api.llama_decode(self._context, self._api.llama_batch_get_one(tokens, len(ids))):
@@ -50,6 +54,25 @@ class Model:
             logits = np.ctypeslib.as_array(self._api.llama_get_logits_ith(self._context, -1), (self._vocab_size,))
             ids = [int(logits.argmax())]
             emit(ids[0])
+
+    def score(self, ids: list[int]) -> "np.ndarray":
+        import numpy as np
+
+        self._forget()
+        batch = self._api.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for place, token in enumerate(ids):
+            batch.token[place], batch.pos[place] = token, place
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+            batch.logits[place] = True
+        status = self._api.llama_decode(self._context, batch)
+        self._api.llama_batch_free(batch)
+        if status:
+            raise RuntimeError("llama_decode failed")
+        return np.ctypeslib.as_array(self._api.llama_get_logits(self._context), (len(ids), self._vocab_size))
+
+    def _forget(self) -> None:
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
 
 
 if __name__ == "__main__":

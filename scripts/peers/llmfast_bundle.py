@@ -1,9 +1,16 @@
-"""A bundle of llmfast, opened as `llmfast infer` does, without speculation. `compare.py` compares the peers with it."""
+"""A bundle of llmfast, opened as `llmfast infer` does, without speculation. `compare.py` compares the peers with it.
+
+Of a bundle with two graphs the one that decodes is scored, as `llmfast bench` does.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peers.protocol import serve
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Model:
@@ -23,6 +30,11 @@ class Model:
             emit(token)
             if number + 1 < count:
                 logits = self._engine.decode(token)
+
+    def score(self, ids: list[int]) -> "np.ndarray":
+        import numpy as np
+
+        return self._engine.score(np.array(ids, np.int64))
 
 
 if __name__ == "__main__":

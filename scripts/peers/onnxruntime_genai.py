@@ -4,8 +4,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peers.protocol import Source, run, serve
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnxruntime_genai
 
 REQUIREMENTS = ("onnxruntime-genai>=0.18", "onnx>=1.20", "onnx-ir", "torch>=2.10,<2.14", "transformers>=5")
 FORMATS = ("int4",)
@@ -26,14 +31,20 @@ class Model:
         self._model = onnxruntime_genai.Model(config)
 
     def generate(self, ids: list[int], count: int, emit: Callable[[int], object]) -> None:
-        params = self._api.GeneratorParams(self._model)
-        length = len(ids) + count
-        params.set_search_options(do_sample=False, min_length=length, max_length=length)
-        generator = self._api.Generator(self._model, params)
-        generator.append_tokens(ids)
+        generator = self._read(ids, len(ids) + count)
         for _ in range(count):
             generator.generate_next_token()
             emit(int(generator.get_next_tokens()[0]))
+
+    def score(self, ids: list[int]) -> "np.ndarray":
+        return self._read(ids, len(ids) + 1).get_output("logits")[0]
+
+    def _read(self, ids: list[int], length: int) -> "onnxruntime_genai.Generator":
+        params = self._api.GeneratorParams(self._model)
+        params.set_search_options(do_sample=False, min_length=length, max_length=length)
+        generator = self._api.Generator(self._model, params)
+        generator.append_tokens(ids)
+        return generator
 
 
 if __name__ == "__main__":

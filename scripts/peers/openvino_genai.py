@@ -3,12 +3,18 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peers.protocol import Source, run, serve
+
+if TYPE_CHECKING:
+    import numpy as np
+    import openvino
 
 REQUIREMENTS = ("openvino-genai>=2026.0", "nncf>=3.0", "optimum-intel>=1.27", "torch>=2.10,<2.14")
 # Paged attention is the default; which of the two is faster depends on lengths and machine.
 FORMATS = ("int8", "int8 SDPA", "int4", "int4 SDPA")
+_BLOCK = 32  # positions in a block of the paged cache on CPUs
 
 
 def convert(source: Source, folder: Path, form: str) -> None:
@@ -25,20 +31,60 @@ class Model:
         import openvino_genai
 
         self._api = openvino_genai
-        attention = "SDPA" if form.endswith(" SDPA") else "PA"
-        settings = {"ATTENTION_BACKEND": attention, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        self._pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", **settings)
+        self._folder = folder
+        self._is_paged = not form.endswith(" SDPA")
+        self._settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        backend = "PA" if self._is_paged else "SDPA"
+        self._pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", ATTENTION_BACKEND=backend, **self._settings)
+        self._scorer: openvino.CompiledModel | None = None
 
     def generate(self, ids: list[int], count: int, emit: Callable[[int], object]) -> None:
         import numpy as np
         import openvino
 
+        self._scorer = None  # it takes memory
         prompt = np.array([ids], np.int64)
         inputs = self._api.TokenizedInputs(openvino.Tensor(prompt), openvino.Tensor(np.ones_like(prompt)))
         config = self._api.GenerationConfig(
             max_new_tokens=count, ignore_eos=True, do_sample=False, apply_chat_template=False
         )
         self._pipeline.generate(inputs, config, self._streamer(emit))
+
+    def score(self, ids: list[int]) -> "np.ndarray":
+        """The pipeline gives no logits: its graph is run by OpenVINO's own interface, compiled as the pipeline does."""
+        import numpy as np
+        import openvino
+
+        if self._scorer is None:
+            core = openvino.Core()
+            graph = core.read_model(self._folder / "openvino_model.xml")
+            if self._is_paged:
+                from openvino._offline_transformations import paged_attention_transformation
+
+                paged_attention_transformation(graph)
+            self._scorer = core.compile_model(graph, "CPU", self._settings)
+        request = self._scorer.create_infer_request()
+        count = len(ids)
+        tokens, positions = np.array(ids, np.int64), np.arange(count)
+        if not self._is_paged:
+            ones = np.ones((1, count), np.int64)
+            inputs = {"input_ids": tokens[None], "attention_mask": ones, "position_ids": positions[None]}
+            return request.infer({**inputs, "beam_idx": np.zeros(1, np.int32)})["logits"][0]
+        blocks = -(-count // _BLOCK)
+        numbers = {
+            "max_context_len": count,
+            "past_lens": [0],
+            "subsequence_begins": [0, count],
+            "block_indices": range(blocks),
+            "block_indices_begins": [0, blocks],
+        }
+        inputs = {name: openvino.Tensor(np.array(value, np.int32)) for name, value in numbers.items()}
+        inputs |= {"input_ids": openvino.Tensor(tokens), "position_ids": openvino.Tensor(positions)}
+        for port in self._scorer.inputs:
+            if "_cache." in port.any_name:
+                shape = [blocks if size.is_dynamic else size.get_length() for size in port.partial_shape]
+                inputs[port.any_name] = openvino.Tensor(port.element_type, openvino.Shape(shape))
+        return request.infer(inputs)["logits"].reshape(count, -1)
 
     def _streamer(self, emit: Callable[[int], object]) -> object:
         api = self._api

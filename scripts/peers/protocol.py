@@ -3,7 +3,9 @@
 Runs in the peer's environment, so it needs nothing but the standard library. The first line that a script writes says
 what runs, as JSON: `versions` of its packages and the `bytes` of the model. Then each line it reads,
 `{"ids": [1, 2], "tokens": 3}`, is a prompt and how many tokens to generate greedily; it answers with the `tokens` and
-the `seconds` each took. The first of these is the prompt's time, one choice of a token included.
+the `seconds` each took. The first of these is the prompt's time, one choice of a token included. A line
+`{"ids": [1, 2], "logits": "FILE.npy"}` asks what the model predicts after each token: it saves them to that file, and
+answers `{}`, or the `reason` why it can't.
 """
 
 import argparse
@@ -15,10 +17,14 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,12 @@ class Model(Protocol):
         """Forget what was before, read a prompt and give `emit` each of `count` tokens at once when it is known.
 
         Decoding is greedy and does not end at an end token.
+        """
+
+    def score(self, ids: list[int]) -> "np.ndarray":
+        """Forget what was before, and return what the model predicts after each token: float32 [n, vocabulary].
+
+        These are logits, or logits plus a number per row, such as log probabilities.
         """
 
 
@@ -70,18 +82,33 @@ def serve(
     print(json.dumps(hello), file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        tokens: list[int] = []
-        times = [time.perf_counter()]
+        answer = _save_scores if "logits" in request else _generate
+        print(json.dumps(answer(model, **request)), file=replies, flush=True)
 
-        def emit(token: int, tokens: list[int] = tokens, times: list[float] = times) -> None:
-            times.append(time.perf_counter())
-            tokens.append(token)
 
-        model.generate(request["ids"], request["tokens"], emit)
-        if len(tokens) != request["tokens"]:
-            raise RuntimeError(f"generated {len(tokens)} tokens, not {request['tokens']}")
-        seconds = [after - before for before, after in itertools.pairwise(times)]
-        print(json.dumps({"tokens": tokens, "seconds": seconds}), file=replies, flush=True)
+def _generate(model: Model, ids: list[int], tokens: int) -> dict[str, Any]:
+    chosen: list[int] = []
+    times = [time.perf_counter()]
+
+    def emit(token: int) -> None:
+        times.append(time.perf_counter())
+        chosen.append(token)
+
+    model.generate(ids, tokens, emit)
+    if len(chosen) != tokens:
+        raise RuntimeError(f"generated {len(chosen)} tokens, not {tokens}")
+    return {"tokens": chosen, "seconds": [after - before for before, after in itertools.pairwise(times)]}
+
+
+def _save_scores(model: Model, ids: list[int], logits: str) -> dict[str, Any]:
+    import numpy as np
+
+    try:
+        np.save(logits, np.asarray(model.score(ids), np.float32))
+    except Exception as error:  # whatever it is: the model still generates, and its speed is measured
+        traceback.print_exc()
+        return {"reason": str(error).strip().rpartition("\n")[2] or type(error).__name__}
+    return {}
 
 
 def run(*command: str | Path) -> None:

@@ -1,9 +1,13 @@
-"""PyTorch through transformers, eager, fp32, its growing cache. A peer of `compare.py`."""
+"""PyTorch through transformers, eager, fp32, its growing cache. A peer of `compare.py`, and its reference."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peers.protocol import Source, serve
+
+if TYPE_CHECKING:
+    import numpy as np
 
 REQUIREMENTS = ("torch>=2.10,<2.14", "transformers>=5.10")
 FORMATS = ("fp32",)
@@ -33,6 +37,12 @@ class Model:
                 cache = step.past_key_values
                 ids = [int(step.logits[0, -1].argmax())]
                 emit(ids[0])
+
+    def score(self, ids: list[int]) -> "np.ndarray":
+        import torch
+
+        with torch.inference_mode():
+            return self._model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
 
 
 if __name__ == "__main__":
