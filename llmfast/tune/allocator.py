@@ -1,8 +1,8 @@
 """Memory that a training step frees is kept for the next one.
 
 glibc gives every large array back to the system when it is freed, and the system clears each page that it hands out
-again. A decoder's logits are hundreds of megabytes, several times per step: SmolLM2 is distilled 1.65 times as fast
-without. Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
+again: a good part of a step, for a decoder whose logits are hundreds of megabytes.
+Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
 """
 
 import ctypes
