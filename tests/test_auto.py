@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from llmfast import auto
 from llmfast.auto import AutoOptions, Candidate, candidates, quantize_best
+from llmfast.bench.result import Benchmark, Row
 from llmfast.bundle import ModelBundle
 from llmfast.cli import app
 from llmfast.errors import GateError, OutputExistsError, UnsupportedError
@@ -24,19 +25,23 @@ def _options(*gates: Gate) -> AutoOptions:
     return AutoOptions(QuantizeOptions("int4", calibration=Calibration(num_samples=2, seq_len=64)), gates)
 
 
+def _row(bundle: str, figures: dict[str, float]) -> Row:
+    return Row(bundle, "text-generation", "cpu", 1, {}, None, {}, [], figures, {}, {}, {}, {})
+
+
 @pytest.fixture
 def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, float]]:
     """Prefill and decode ratios by candidate, in place of a benchmark: what is fast here is not for a test to say."""
     ratios: dict[str, tuple[float, float]] = {}
 
-    def bench(models: list[Path], options: Any) -> dict[str, Any]:
-        rows = [{"bundle": "fp32", "size_bytes": 1}]
+    def bench(models: list[Path], options: Any) -> Benchmark:
+        rows = [_row("fp32", {"size_bytes": 1})]
         for model in models[1:]:
             bundle = ModelBundle.open(model)  # whole, with a manifest
             prefill, decode = ratios[bundle.name]
             figures = {"prefill_tokens_per_s_ratio": prefill, "decode_tokens_per_s_ratio": decode, "tpot_s_ratio": 9.0}
-            rows.append({"bundle": bundle.name, "size_bytes": bundle.size_bytes, **figures})
-        return {"rows": rows}
+            rows.append(_row(bundle.name, {"size_bytes": bundle.size_bytes, **figures}))
+        return Benchmark({}, {}, [], "fp32", rows, [])
 
     monkeypatch.setattr(auto, "bench", bench)
     monkeypatch.setattr(auto, "describe_machine", lambda: {"cpu": "a", "cores": 2, "isa": ["avx512_vnni"]})

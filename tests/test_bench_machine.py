@@ -9,9 +9,8 @@ import jsonschema
 import numpy as np
 import pytest
 
-from llmfast.bench import stage as bench_stage
 from llmfast.bench import watch
-from llmfast.bench.document import read_schema
+from llmfast.bench.document import SCHEMA_VERSION, read_schema
 from llmfast.bench.energy import open_meter
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.profile import summarize_events
@@ -126,4 +125,4 @@ def test_a_real_model_is_profiled_and_slowness_is_found(fp32_bundle: Path, tmp_p
     assert "decode, by layer role" in printed
     assert "no copies between devices" in printed
     assert "MB are read for a token" in printed
-    assert document["schema_version"] == bench_stage.SCHEMA_VERSION
+    assert document["schema_version"] == SCHEMA_VERSION
