@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tests.ray_cluster import Cluster
+
 # Where scripts/fetch_models.sh puts the real models that slow tests use.
 REAL_MODELS = Path(os.environ.get("LLMFAST_MODELS", Path(__file__).parent.parent / ".models"))
 
@@ -196,3 +198,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     started = webdriver.Chrome(options, webdriver.ChromeService(driver))
     yield started
     started.quit()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'llmfast[ray]'")
+    made = Cluster()
+    yield made
+    made.close()

@@ -1,40 +1,27 @@
-"""Files of prompts and sweeps over workers: each alone, then on a Ray cluster of two nodes, one of which dies."""
+"""Files of prompts over workers: each alone, then on a Ray cluster of two nodes, one of which dies."""
 
 import contextlib
 import io
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from llmfast.bench import cluster as cluster_bench
-from llmfast.bench.cluster import bench_on_cluster
-from llmfast.bench.comparison import compare_documents
-from llmfast.bench.contestant import Contestant
-from llmfast.bench.document import read_schema
-from llmfast.bench.options import BenchOptions
-from llmfast.bench.result import Benchmark, make_row
-from llmfast.bench.stage import bench
-from llmfast.bench.table import print_document
 from llmfast.bundle import ModelBundle
 from llmfast.cli import app
-from llmfast.errors import InputError, NativeCrashError, OptionError, OutputExistsError, UnsupportedError
+from llmfast.errors import InputError, OptionError, OutputExistsError, UnsupportedError
 from llmfast.infer.cluster import pool as pool_module
 from llmfast.infer.cluster.parts import Part, PartFolder
 from llmfast.infer.cluster.pool import Plan, Pool, plan_workers
@@ -43,10 +30,7 @@ from llmfast.infer.cluster.source import find_source, resolve
 from llmfast.infer.cluster.worker import LineWorker
 from llmfast.infer.jsonl import Line
 from llmfast.infer.many import answer_file, settings_digest
-from llmfast.quantize.options import QuantizeOptions
-from llmfast.quantize.stage import quantize
-from llmfast.verdict import Gate
-from tests.tiny_bench import QUICK
+from tests.ray_cluster import Cluster
 
 TWO = ClusterOptions(workers=2, threads=1, part_lines=16)
 
@@ -307,40 +291,6 @@ def test_other_things_in_the_output_are_left_alone(tmp_path: Path) -> None:
 # On a cluster
 
 
-class Cluster:
-    """Two nodes of one processor each, on this machine."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster as RayCluster
-
-        node = {"num_cpus": 1, "object_store_memory": 1 << 27}
-        self._cluster = RayCluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-        self._second = self._cluster.add_node(**node)
-        self.address = self._cluster.address
-
-    def kill_second(self) -> None:
-        """Kill a node as a machine dies, with all its processes: workers would see only after a second."""
-        raylet = self._second.all_processes["raylet"][0].process.pid
-        threads = Path(f"/proc/{raylet}/task").iterdir()
-        workers = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
-        self._cluster.remove_node(self._second, allow_graceful=False)
-        for worker in workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker, signal.SIGKILL)
-
-    def close(self) -> None:
-        self._cluster.shutdown()
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    pytest.importorskip("ray", reason="ray is not installed: pip install 'llmfast[ray]'")
-    made = Cluster()
-    yield made
-    made.close()
-
-
 def _two(cluster: Cluster, **changes: Any) -> ClusterOptions:
     return ClusterOptions(**{**TWO.__dict__, "address": cluster.address, **changes})
 
@@ -358,89 +308,6 @@ def test_rows_of_parquet_go_through_a_cluster(cluster: Cluster, fp32_bundle: Pat
     assert _without_keys(rows) == _without_keys(_locally(fp32_bundle, asked, tmp_path, max_tokens=9))
     assert (summary.answered, summary.failed, summary.figures["exact"]) == (40, 0, True)
     assert summary.figures["generated_tokens"] == sum(row["generated_tokens"] for row in rows)
-
-
-def _bundles(fp32_bundle: Path, folder: Path) -> list[Path]:
-    small = QuantizeOptions("int8", measure=False)
-    return [fp32_bundle, *(quantize(fp32_bundle, folder / name, small).path for name in ("a", "b", "c"))]
-
-
-def test_a_sweep_is_measured_beside_its_baseline_on_each_node(
-    cluster: Cluster, fp32_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "text.txt").write_text("The cat sat on the mat, and the dog lay beside it. " * 20)
-    models = _bundles(fp32_bundle, tmp_path)
-    options = replace(QUICK, shapes=None, data=tmp_path / "text.txt", gates=(Gate("kld", 1.0, "max"),))
-    document = bench_on_cluster(models, options, address=cluster.address).document()
-    jsonschema.validate(document, read_schema())
-    host = socket.gethostname()
-    assert [(row["bundle"], row["node"]) for row in document["rows"]] == [
-        (name, node) for node, names in ((host, ("fp32", "a", "c")), (f"{host} (2)", ("fp32", "b"))) for name in names
-    ]
-    assert list(document["nodes"]) == [host, f"{host} (2)"]
-    assert [(entry["bundle"], entry["passed"]) for entry in document["verdict"]] == [
-        ("a", True),
-        ("c", True),
-        ("b", True),
-    ]
-    baselines = {row["node"]: row["samples"] for row in document["rows"] if row["bundle"] == "fp32"}
-    key = "decode_tokens_per_s"
-    for row in document["rows"]:
-        assert row["processor"] == document["nodes"][row["node"]]["cpu"]
-        ratios = np.divide(row["samples"][key], baselines[row["node"]][key])
-        assert row[f"{key}_ratio"] == pytest.approx(np.median(ratios))
-    local = bench(models[:2], options).document()
-    assert [row["kld"] for row in document["rows"][:2]] == [row["kld"] for row in local["rows"]]
-    print_document(document)
-    shown = capsys.readouterr().out
-    assert re.search(rf"fp32 +{re.escape(host)} \(2\) ", shown)
-    assert f"{host} (2): {local['machine']['cpu']}" in shown
-    assert compare_documents(document, document, ("old", "new"))["rows"][0]["basis"] == "raw"
-    assert {row["ratio"] for row in compare_documents(document, document, ("x", "y"))["rows"]} <= {1.0, None}
-
-
-def _measure_or_die(models: dict[str, Path], options: BenchOptions) -> tuple[Benchmark, str]:
-    """Stand in for a run; the first one that has `b` dies."""
-    mark = models["fp32"].parent / "died"
-    if "b" in models and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    rows = [make_row(Contestant(name, path, ModelBundle.open(path))) for name, path in models.items()]
-    return Benchmark({"cpu": "x"}, {"rounds": len(models)}, ["busy"], "fp32", rows, []), "note: from there\n"
-
-
-def test_a_run_that_dies_is_done_on_another_node(
-    cluster: Cluster, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(cluster_bench, "measure", _measure_or_die)
-    shutil.copytree(fp32_bundle, tmp_path / "fp32")
-    models = [tmp_path / "fp32", *_bundles(fp32_bundle, tmp_path)[1:]]
-    document = bench_on_cluster(models, QUICK, address=cluster.address).document()
-    assert sorted(row["bundle"] for row in document["rows"]) == ["a", "b", "c", "fp32", "fp32"]
-    assert len(document["nodes"]) == 2
-    assert document["settings"]["rounds"] == 2
-    notes = capsys.readouterr().err
-    assert "died: another node measures fp32, b" in notes
-    assert ": note: from there" in notes
-    (tmp_path / "died").unlink()
-    with pytest.raises(NativeCrashError, match="no other node is left"):
-        bench_on_cluster(models[::2], QUICK, models[0], cluster.address, workers=1)
-
-
-def test_a_node_with_another_model_is_found(
-    cluster: Cluster, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cluster_bench, "measure", _measure_or_die)
-    monkeypatch.setattr(cluster_bench, "hash_model", lambda bundle: {"model.onnx": "0" * 64})
-    with pytest.raises(InputError, match="`fp32` is another model on"):
-        bench_on_cluster([fp32_bundle], QUICK, address=cluster.address)
-
-
-def test_a_sweep_without_ray_says_what_to_install(fp32_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UnsupportedError, match="`ray`") as refusal:
-        bench_on_cluster([fp32_bundle], QUICK)
-    assert refusal.value.hint == "pip install 'llmfast[ray]'"
 
 
 def test_a_cluster_answers_what_lies_in_an_object_store(
@@ -582,21 +449,5 @@ def test_options_of_the_other_engine_are_refused(
     monkeypatch.chdir(tmp_path)
     _write(tmp_path / "x.jsonl", _prompts(1))
     result = CliRunner().invoke(app, ["infer", str(fp32_bundle), *arguments])
-    assert result.exit_code == OptionError.exit_code
-    assert message in result.output + result.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--engine", "spark"], "choose from: local, ray"),
-        (["--workers", "2"], "--workers is for --engine ray"),
-        (["--engine", "ray", "--workers", "0"], "--workers 0: must be at least 1"),
-        (["--engine", "ray", "--compare"], "--engine ray does not go with --compare"),
-        (["--engine", "ray", "--tune-session"], "--engine ray does not go with --tune-session"),
-    ],
-)
-def test_bench_refuses_options_of_the_other_engine(arguments: list[str], message: str, fp32_bundle: Path) -> None:
-    result = CliRunner().invoke(app, ["bench", str(fp32_bundle), *arguments])
     assert result.exit_code == OptionError.exit_code
     assert message in result.output + result.stderr

@@ -72,6 +72,19 @@ def check_format(name: str) -> None:
         raise OptionError(f"unknown format `{name}`", f"choose from: {', '.join(report.FORMATS)}")
 
 
+def check_engine(engine: str, cluster: dict[str, Any]) -> None:
+    """Refuse an engine that there is not, and options of a cluster where there is none.
+
+    Args:
+        engine: as typed.
+        cluster: the options that were typed, by their names in Python.
+    """
+    if engine not in ("local", "ray"):
+        raise OptionError(f"unknown --engine `{engine}`", "choose from: local, ray")
+    if cluster and engine != "ray":
+        raise OptionError(f"--{next(iter(cluster)).replace('_', '-')} is for --engine ray")
+
+
 def list_plugins(output_format: str, *folders: str) -> None:
     """Print the plug-ins of some folders with their options."""
     if output_format == "table":

@@ -12,6 +12,7 @@ from llmfast.commands._options import (
     Format,
     NoTuned,
     Verify,
+    check_engine,
     check_format,
     check_threads,
     given,
@@ -160,10 +161,7 @@ def bench(
     gates += [parse_speedup(text) for text in min_speedup or []]
     judging = {"gates": tuple(gates), "max_drops": tuple(max_drop or []), "inconclusive": inconclusive}
     cluster = given({"address": address, "workers": workers})
-    if engine not in ("local", "ray"):
-        raise OptionError(f"unknown --engine `{engine}`", "choose from: local, ray")
-    if cluster and engine != "ray":
-        raise OptionError(f"--{next(iter(cluster))} is for --engine ray")
+    check_engine(engine, cluster)
     if engine == "ray" and (compare or tune):
         raise OptionError(f"--engine ray does not go with {'--compare' if compare else '--tune-session'}")
     if compare:

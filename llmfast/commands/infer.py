@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmfast import registry, report
-from llmfast.commands._options import AllowFallback, NoTuned, Provider, Threads, Verify, given
+from llmfast.commands._options import AllowFallback, NoTuned, Provider, Threads, Verify, check_engine, given
 from llmfast.errors import OptionError
 
 SUMMARY = "A prompt to an answer; a text to its labels, vector, entities or rank; an image to labels, speech to text."
@@ -193,6 +193,7 @@ def infer(
         verify_hashes(model)
     with ignoring_tuned(no_tuned):
         cluster = given({"address": address, "workers": workers, "parts": parts, "part_lines": part_lines})
+        check_engine(engine, cluster)
         if engine == "ray":
             if given_texts:
                 raise OptionError(f"--{next(iter(given_texts))} is for --engine local", "give --input FILES")
@@ -202,10 +203,6 @@ def infer(
             cluster["threads"] = threads
             _answer_folder(model, input_files, output, output_format, cluster, **common, **options)
             return
-        if engine != "local":
-            raise OptionError(f"unknown --engine `{engine}`", "choose from: local, ray")
-        if cluster:
-            raise OptionError(f"--{next(iter(cluster)).replace('_', '-')} is for --engine ray")
         input_file, output_file = (None if name is None else Path(name) for name in (input_files, output))
         if input_file is not None and (is_jsonl(input_file) or (output_file is not None and is_jsonl(output_file))):
             if given_texts:
