@@ -28,6 +28,11 @@ def staging_path(output: Path) -> Path:
     return output.with_name(f"{_prefix(output)}{os.getpid()}-{secrets.token_hex(4)}")
 
 
+def is_staged(name: str) -> bool:
+    """Say whether `staging_path` gave this name; a run that is there writes the file, or one that died left it."""
+    return re.fullmatch(r"\..+\.llmfast-\d+-[0-9a-f]{8}", name) is not None
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -169,6 +169,19 @@ def _lines(count: int) -> list[Line]:
     return [Line(number, 1000 - number, {"id": f"n{number}"}) for number in range(1, count + 1)]
 
 
+def test_a_part_that_a_killed_run_was_sorting_is_no_strange_file(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / f"..part-00000.jsonl.llmfast-{dead.pid}-0123abcd"
+    left.write_text("half")
+    os.utime(left, (0, 0))
+    lines = _lines(2)
+    part = Part(PartFolder(str(tmp_path), "jsonl", False, False), 0, lines)
+    for line in reversed(lines):
+        part.settle(line, {"answer": "x"})
+    assert [path.name for path in tmp_path.iterdir()] == ["part-00000.jsonl"]
+
+
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_part_is_there_when_it_is_complete_and_goes_on(form: str, scheme: str, tmp_path: Path) -> None:

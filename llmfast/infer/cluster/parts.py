@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from llmfast.bundle import stage_file
+from llmfast.commit import is_staged
 from llmfast.errors import OptionError, OutputExistsError, ResourceError
 from llmfast.infer.cluster.source import import_arrow, resolve
 from llmfast.infer.jsonl import AnswerFile, Line, read_keys
@@ -170,7 +171,7 @@ class PartFolder:
 
     def _check(self, overwrite: bool) -> None:
         """Note which parts are there; what is no part stays, and is refused."""
-        found = list(self._names())
+        found = [name for name in self._names() if not is_staged(name)]
         strange = [name for name in found if not _NAME.fullmatch(name)]
         other = [name for name in found if not name.endswith(f".{self._form}") and not name.startswith(".")]
         if strange or (other and not overwrite):
