@@ -23,6 +23,7 @@ from llmfast.tune.precision import Precision
 from llmfast.tune.rows import epoch_batches, in_order_of_length
 from llmfast.tune.snapshots import Snapshots
 
+_SEEN_ROWS = 64  # whose activations tell how weights are rounded at the start
 _SAVING_S = 300.0  # for the step under way and its checkpoint, when a signal ends the run
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Trainer:
         self.total = options.max_steps or options.epochs * self._epoch_steps
         self.progress = Progress()
         self._best: dict[str, Any] = {}
+        self._best_grids: list[Any] = []
         self._log = Log(snapshots.log if parallel.is_main else None)
 
     def run(self) -> None:
@@ -106,6 +108,8 @@ class Trainer:
         with progress("tuning", self.total) as advance, _deferred_signals() as received:
             advance(self.progress.step)
             is_interrupted = False
+            if self._quantizer and not self.progress.step:
+                self._quantizer.start(self._see_rows)
             self._evaluate_when_due()
             started, tokens = time.perf_counter(), 0
             for rows in self._batches():
@@ -149,6 +153,8 @@ class Trainer:
             self._average.adopt()
         if self._best:
             self._restore_best()
+        if self._quantizer:
+            self._quantizer.settle()
 
     def resume(self) -> None:
         """Take over the last checkpoint: from here on everything is as if there had been no interruption."""
@@ -158,7 +164,7 @@ class Trainer:
         write_state(self._objective.model, self._optimizer, state["weights"], state["optimizer"])
         self._precision.load(state["precision"])
         self.progress = Progress(**state["progress"])
-        self._best = state["best"]
+        self._best, self._best_grids = state["best"], state["best_grids"]
         if self._quantizer and state["grids"]:
             self._quantizer.load(state["grids"])
         if self._average:
@@ -184,6 +190,15 @@ class Trainer:
             order = epoch_batches(self._lengths, self._batch_size, self._options.seed, epoch)
             for indices in order[position:]:
                 yield [self._objective.train[index] for index in indices]
+
+    def _see_rows(self) -> None:
+        """Let the model compute some of the first rows."""
+        rows = self._objective.train[:_SEEN_ROWS]
+        size = max(1, self._batch_size // self._options.accumulate)
+        self._model.eval()
+        for start in range(0, len(rows), size):
+            with self._precision.autocast():
+                self._objective.loss(self._model, rows[start : start + size])
 
     def _step(self, rows: Sequence[Row]) -> tuple[float, float, bool]:
         """Take one step; return mean loss, length of the gradient, and whether it was taken."""
@@ -250,6 +265,7 @@ class Trainer:
         if loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
             self._best = read_weights(objective.model)
+            self._best_grids = self._quantizer.state() if self._quantizer else []
 
     def evaluate(self) -> tuple[float, float | None]:
         """Return the mean loss per item and the metric of the validation rows, every process computing its share."""
@@ -262,7 +278,7 @@ class Trainer:
         company = [0] * (-(-len(batches) // parallel.world) - len(own))  # with fsdp all compute together
         found = {}
         self._model.eval()
-        with torch.no_grad(), self._quantizer.rounded(search=True) if self._quantizer else nullcontext():
+        with torch.no_grad(), self._quantizer.rounded(follow=False) if self._quantizer else nullcontext():
             for number in (*own, *company):
                 with self._precision.autocast():
                     loss, predictions = self._objective.loss(self._model, [rows[index] for index in batches[number]])
@@ -290,6 +306,7 @@ class Trainer:
                 "precision": self._precision.state(),
                 "progress": asdict(self.progress),
                 "best": self._best,
+                "best_grids": self._best_grids,
                 "grids": self._quantizer.state() if self._quantizer else None,
                 "average": self._average.state() if self._average else None,
                 "random": [one for one, _ in random],
@@ -309,6 +326,8 @@ class Trainer:
             best = next(one for one in self._parallel.gather(self._best) if one)
             _, state = read_state(self._objective.model, self._optimizer)
             write_state(self._objective.model, self._optimizer, best, self._parallel.gather(state)[0])
+            if self._quantizer:
+                self._quantizer.load(self._best_grids)
             note(f"note: the weights are those of step {self.progress.best_step}, which validated best")
 
     def _interrupt(self, received: list[int]) -> None:

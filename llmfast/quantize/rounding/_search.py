@@ -2,6 +2,7 @@
 
 For each block: w ~ (clip(round(w / s) + z) - z) * s, over a line of candidate ranges; the best one's
 scale is then the least-squares fit to its codes. Errors may be weighted per input feature.
+Weights that lie on such a grid already, which may reach beyond the values it was used for, keep their values.
 """
 
 import numpy as np
@@ -43,13 +44,31 @@ def search_blocks(weight: np.ndarray, grid: Grid, steps: int, floor: float, impo
     return by_rows(to_blocks(weight, grid), lambda blocks: _search(blocks, grid, shares, weights))
 
 
+def _grid_shares(blocks: np.ndarray, grid: Grid) -> list[np.ndarray]:
+    """Return the ranges, as shares [N, blocks], under which blocks that lie on a grid already stay as they are.
+
+    The step of such a block is the smallest distance of two values, of which one may be 0, or a whole part of it.
+    Weights that were never rounded are known by values that differ from each other, and have none.
+    """
+    first = np.sort(blocks[0], -1)
+    if not (first[:, 1:] == first[:, :-1]).any():
+        return []
+    values = np.sort(np.concatenate([blocks, np.zeros((*blocks.shape[:2], 1), np.float32)], -1), -1)
+    gaps = np.diff(values)
+    step = np.where(gaps > 0, gaps, np.inf).min(-1)
+    low, high = range_of(blocks)
+    reach = np.maximum(-low, high) / (grid.middle - 1) if grid.symmetric else (high - low) / grid.largest
+    shares = np.where(np.isfinite(step) & (reach > 0), step / np.where(reach > 0, reach, 1), 1).astype(np.float32)
+    return [shares / np.float32(part) for part in (1, 2, 3)]
+
+
 def _search(blocks: np.ndarray, grid: Grid, shares: np.ndarray, weights: np.ndarray | None) -> Found:
     ends = range_of(blocks)
     best_error = np.full(blocks.shape[:2], np.inf, np.float32)
     best_shares = np.ones(blocks.shape[:2], np.float32)
     best_scales = np.zeros(blocks.shape[:2], np.float32)
     steps, moved, weighted = np.empty_like(blocks), np.empty_like(blocks), np.empty_like(blocks)
-    for share in shares:
+    for share in (*_grid_shares(blocks, grid), *shares):
         candidate, zeros = cover(*ends, grid, share)
         round_steps(blocks, candidate, zeros, grid, steps)
         fitted = fit_scales(blocks, steps, _weigh(steps, weights, weighted), candidate)
@@ -59,7 +78,7 @@ def _search(blocks: np.ndarray, grid: Grid, shares: np.ndarray, weights: np.ndar
         better = error < best_error
         best_error[better] = error[better]
         best_scales[better] = scales[better]
-        best_shares[better] = share
+        best_shares[better] = share[better] if isinstance(share, np.ndarray) else share
     candidate, zeros = cover(*ends, grid, best_shares)
     codes = round_steps(blocks, candidate, zeros, grid, steps)
     codes += zeros[..., None]
