@@ -121,7 +121,7 @@ def note(message: str) -> None:
 
 @contextmanager
 def without_notes() -> Iterator[None]:
-    """Print no notes while the body runs: those of a stage that is a means to another one's end."""
+    """Print no notes while the body of `with` runs: those of a stage that is a means to another one's end."""
     before = _is_quiet.set(True)
     try:
         yield

@@ -23,13 +23,13 @@ PART_LINES = 10_000
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """How lines are divided.
+    """How lines are divided among the workers of a cluster.
 
     Attributes:
         address: of a Ray cluster; None starts one on this machine, unless RAY_ADDRESS says otherwise.
         workers: processes with a model each; None is one for each machine.
-        threads: of a worker; None divides the processors.
-        parts: `jsonl` or `parquet`; None is the form of the input.
+        threads: intra-op threads of a worker; None divides the processors.
+        parts: the form of the output, `jsonl` or `parquet`; None is the form of the input.
         part_lines: lines of the input that a part of the output answers.
     """
 
@@ -58,7 +58,7 @@ def answer_folder(
         input_files: a file, a directory or a pattern, of JSON lines, lines of text, or Parquet; or a URI of these.
         output: folder or URI that gets the parts. What an earlier run of the same model, options and lines left is
             kept.
-        cluster: how the lines are divided.
+        cluster: see `ClusterOptions`.
         overwrite: start over instead.
         batch_size: prompts at once in a worker, of a text-generation model; None chooses by the memory.
         provider: a name in `llmfast.providers`.
