@@ -53,6 +53,9 @@ class _Group(TyperGroup):
 def _misused(error: Any, command: str) -> OptionError:
     """Return what is wrong with a command line, as all errors are spelled; `command` is used where it names none."""
     message = re.sub(r"'([^']*)'", r"`\1`", error.format_message()).rstrip(".")
+    # As pydantic, which newer versions of Typer read numbers with, and as Click spell these two.
+    message = re.sub(r"Input should be ([^,]*).*", r"must be \1", message)
+    message = re.sub(r"Got unexpected extra argument(?:s|\(s\))? \((.*)\)", r"unexpected argument: \1", message)
     named = error.ctx.command_path if error.ctx is not None else command
     return OptionError(message[:1].lower() + message[1:], f"{named} --help")
 

@@ -68,17 +68,23 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
-    """Print a table on stdout, plain when stdout is not a terminal, on its side when a terminal is too narrow."""
-    from rich.console import Console
+    """Print a table on stdout, plain when stdout is not a terminal.
+
+    On a terminal that is too narrow it lies on its side; where it does not fit so either, its rows stand one below
+    another, with a line for each cell.
+    """
+    from rich.console import Console, Group
 
     titles = [column.title for column in columns]
     cells = [_cells(row, columns) for row in rows]
     table = _make_table(titles, cells, [column.align_right for column in columns])
     if sys.stdout.isatty():
         console = Console()
-        if console.measure(table, options=console.options.update(width=_WIDE)).maximum > console.width:
+        if not _fits(table, console):
             first, *others = zip(titles, *cells, strict=True)
-            table = _make_table(list(first), [list(line) for line in others], [False] + [True] * len(cells))
+            table = _make_table(first, others, [False] + [True] * len(cells))
+            if not _fits(table, console):
+                table = Group(*[_make_record(titles, row) for row in cells])
         console.print(table)
         return
     console = Console(width=_WIDE, color_system=None)  # a pipe has no edge to wrap at
@@ -101,6 +107,24 @@ def _make_table(titles: Sequence[str], cells: Sequence[Sequence[str]], align_rig
     return table
 
 
+def _fits(table: Any, console: Any) -> bool:
+    return bool(console.measure(table, options=console.options.update(width=_WIDE)).maximum <= console.width)
+
+
+def _make_record(titles: Sequence[str], row: Sequence[str]) -> Any:
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    record = Table.grid(padding=(0, 2))
+    record.add_column(no_wrap=True, style="bold")
+    record.add_column(overflow="fold")
+    for title, cell in zip(titles, row, strict=True):
+        if cell:
+            record.add_row(Text(title), Text(cell))
+    return Padding(record, (0, 0, 1, 2))
+
+
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], output_format: str) -> None:
     """Print rows on stdout in one of `FORMATS`."""
     if output_format == "json":
@@ -121,7 +145,7 @@ def note(message: str) -> None:
 
 @contextmanager
 def without_notes() -> Iterator[None]:
-    """Print no notes while the body runs: those of a stage that is a means to another one's end."""
+    """Print no notes while the body of `with` runs: those of a stage that is a means to another one's end."""
     before = _is_quiet.set(True)
     try:
         yield

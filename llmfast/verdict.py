@@ -66,7 +66,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What became of a gate on a bundle: an entry of what `judge` returns.
+    """What became of a gate on a bundle.
 
     Attributes:
         bundle: its name.

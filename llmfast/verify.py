@@ -58,6 +58,9 @@ def require_ok(bundle: Path, rows: Sequence[dict[str, Any]]) -> None:
 def verify_hashes(bundle: Path) -> None:
     """Refuse a bundle whose files are not as its manifest says.
 
+    Args:
+        bundle: its directory.
+
     Raises:
         InputError: the message names each file.
         UnsafeInputError: a file that is a link out of the bundle, or no regular file.

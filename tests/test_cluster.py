@@ -1,7 +1,6 @@
 """Files of prompts over workers: each alone, then on a Ray cluster of two nodes, one of which dies."""
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from llmfast.infer.cluster import pool as pool_module
 from llmfast.infer.cluster.parts import Part, PartFolder
 from llmfast.infer.cluster.pool import Plan, Pool, plan_workers
 from llmfast.infer.cluster.run import ClusterOptions, answer_folder
-from llmfast.infer.cluster.source import find_source, resolve
+from llmfast.infer.cluster.source import find_source
 from llmfast.infer.cluster.worker import LineWorker
 from llmfast.infer.jsonl import Line
 from llmfast.infer.many import answer_file, settings_digest
@@ -59,9 +58,6 @@ def _locally(bundle: Path, lines: list[dict[str, Any]], folder: Path, **options:
     output = folder / "local.jsonl"
     answer_file(bundle, _write(folder / "all.jsonl", lines), output, threads=1, overwrite=True, **options)
     return [json.loads(line) for line in output.open(encoding="utf-8")]
-
-
-# Workers, without Ray
 
 
 def _worker(bundle: Path, **options: Any) -> LineWorker:
@@ -131,9 +127,6 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UnsupportedError, match="`ray`") as refusal:
         Pool(None, 1, 1)
     assert refusal.value.hint == "pip install 'llmfast[ray]'"
-
-
-# Input and output
 
 
 def test_lines_are_numbered_through_the_files(tmp_path: Path) -> None:
@@ -216,77 +209,6 @@ def test_a_part_is_there_when_it_is_complete_and_goes_on(form: str, scheme: str,
     assert Part(PartFolder(output, form, False, True), 0, lines).missing == lines
 
 
-@pytest.fixture
-def store() -> str:
-    """Return the URI of an object store's bucket: fsspec's, in this process's memory, through Arrow as all are."""
-    pytest.importorskip("pyarrow", "22", reason="pyarrow is not installed, or has no way to fsspec yet")
-    fsspec = pytest.importorskip("fsspec")
-    memory = fsspec.filesystem("memory")
-    memory.store.clear()
-    return "fsspec+memory://bucket"
-
-
-def _put(uri: str, lines: list[dict[str, Any]]) -> None:
-    files, path = resolve(uri)
-    with files.open_output_stream(path) as out:
-        out.write("".join(f"{json.dumps(line)}\n" for line in lines).encode())
-
-
-def _get(uri: str) -> dict[str, bytes]:
-    fs = pytest.importorskip("pyarrow.fs")
-    files, path = resolve(uri)
-    found = files.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return {one.base_name: files.open_input_stream(one.path).read() for one in found}
-
-
-@pytest.mark.parametrize("pattern", ["", "/", "/*.jsonl", "/?.jsonl", "/a.jsonl"])
-def test_lines_of_an_object_store_are_numbered_through_its_files(pattern: str, store: str) -> None:
-    text = "x" * (3 << 20)  # longer than what is read at once
-    _put(f"{store}/in/b.jsonl", [{"prompt": "three"}])
-    _put(f"{store}/in/a.jsonl", [{"prompt": text}, {"prompt": "two"}])
-    _put(f"{store}/in/notes.md", [])
-    if "?" in pattern:  # which begins the query of a URI
-        with pytest.raises((InputError, UnsupportedError)):
-            find_source(f"{store}/in{pattern}")
-        return
-    lines = list(find_source(f"{store}/in{pattern}").read("prompt", (), "settings"))
-    expected = [text, "two", "three"][: 2 if "a" in pattern else 3]
-    assert [(line.number, line.fields["prompt"]) for line in lines] == list(enumerate(expected, start=1))
-
-
-@pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_parts_in_an_object_store_are_there_when_they_are_complete(form: str, store: str) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    lines, name = _lines(3), f"part-00000.{form}"
-    folder = PartFolder(f"{store}/out", form, False, False)
-    part = Part(folder, 0, lines)
-    part.settle(lines[1], {"answer": "b"})
-    part.close()
-    folder.close()
-    assert _get(f"{store}/out") == {}
-    folder = PartFolder(f"{store}/out", form, False, False)
-    part = Part(folder, 0, lines)
-    assert part.missing == lines  # files of a store can't grow: it is begun again
-    for line, answer in zip(reversed(lines), "cba", strict=True):
-        part.settle(line, {"answer": answer})
-    folder.close(1)
-    found = _get(f"{store}/out")
-    assert list(found) == [name]
-    rows = (
-        [json.loads(line) for line in found[name].splitlines()]
-        if form == "jsonl"
-        else parquet.read_table(io.BytesIO(found[name])).to_pylist()
-    )
-    assert [(row["id"], row["answer"]) for row in rows] == [("n1", "a"), ("n2", "b"), ("n3", "c")]
-    again = PartFolder(f"{store}/out", form, False, False)
-    assert Part(again, 0, lines).missing == []
-    with pytest.raises(OutputExistsError, match="other prompts"):
-        Part(again, 0, _lines(2))
-    again.close()
-    assert Part(PartFolder(f"{store}/out", form, False, True), 0, lines).missing == lines
-    assert _get(f"{store}/out") == {}
-
-
 def test_other_things_in_the_output_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
     for overwrite in (False, True):
@@ -299,9 +221,6 @@ def test_other_things_in_the_output_are_left_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OutputExistsError, match="is a file"):
         PartFolder(str(_write(tmp_path / "file", [])), "jsonl", False, False)
-
-
-# On a cluster
 
 
 def _two(cluster: Cluster, **changes: Any) -> ClusterOptions:
@@ -321,23 +240,6 @@ def test_rows_of_parquet_go_through_a_cluster(cluster: Cluster, fp32_bundle: Pat
     assert _without_keys(rows) == _without_keys(_locally(fp32_bundle, asked, tmp_path, max_tokens=9))
     assert (summary.answered, summary.failed, summary.figures["exact"]) == (40, 0, True)
     assert summary.figures["generated_tokens"] == sum(row["generated_tokens"] for row in rows)
-
-
-def test_a_cluster_answers_what_lies_in_an_object_store(
-    cluster: Cluster, fp32_bundle: Path, tmp_path: Path, store: str
-) -> None:
-    lines = _prompts(40)
-    for name, start, end in (("a", 0, 15), ("b", 15, 40)):
-        _put(f"{store}/in/{name}.jsonl", lines[start:end])
-    options = {"cluster": _two(cluster), "max_tokens": 9}
-    summary = answer_folder(fp32_bundle, f"{store}/in/*.jsonl", f"{store}/out", **options)
-    assert (summary.answered, summary.failed) == (40, 0)
-    parts = _get(f"{store}/out")
-    assert sorted(parts) == ["part-00000.jsonl", "part-00001.jsonl", "part-00002.jsonl"]
-    records = [json.loads(line) for name in sorted(parts) for line in parts[name].splitlines()]
-    assert _without_keys(records) == _without_keys(_locally(fp32_bundle, lines, tmp_path, max_tokens=9))
-    again = answer_folder(fp32_bundle, f"{store}/in/*.jsonl", f"{store}/out", **options)
-    assert (again.answered, again.answered_before) == (0, 40)
 
 
 class _Mortal:

@@ -1,35 +1,23 @@
-"""Files of prompts and of answers: what a line may say, order, resumed runs, and what goes wrong on the way."""
+"""Files of prompts: what a line may say, the order of the answers, and what goes wrong on the way."""
 
-import fcntl
 import json
 import os
-import resource
-import signal
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from llmfast.bundle import ModelBundle
 from llmfast.cli import app
-from llmfast.errors import InputError, OutputExistsError
+from llmfast.errors import InputError
 from llmfast.export.stage import ExportOptions, export
 from llmfast.infer import many_texts, memory
-from llmfast.infer.engine import Engine
-from llmfast.infer.generate import finish, generate
-from llmfast.infer.jsonl import AnswerFile, Line, read_lines
-from llmfast.infer.sampling import Sampling
+from llmfast.infer.jsonl import Line, read_lines
 from llmfast.infer.stage import answer
-from llmfast.kept import keeping, kept
-from llmfast.tokenizer import Tokenizer
 from tests.tiny_decoder import CONTEXT, write_bundle
 from tests.tiny_encoder import save_encoder
+from tests.tiny_prompts import greedy, infer_file, read_answers, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -37,36 +25,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(tmp_path_factory.mktemp("tiny"))
 
 
-def _write(path: Path, *lines: Any) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return path
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _infer(model: Path, source: Path, output: Path, *arguments: object) -> Any:
-    command = ["infer", model, "--input", source, "--output", output, "--threads", 1, *arguments]
-    return CliRunner().invoke(app, [str(argument) for argument in command])
-
-
-def _greedy(model: Path, prompt: str, max_tokens: int, **sampling: Any) -> Any:
-    tokenizer = Tokenizer.load(model)
-    ids = np.array(tokenizer.encode(prompt), np.int64)
-    engine = Engine(ModelBundle.open(model), threads=1)
-    return finish(generate(engine, tokenizer, ids, max_tokens, Sampling(**sampling), (), tokenizer.eos_ids))
-
-
 def test_answers_have_the_order_and_ids_of_the_prompts(tiny: Path, tmp_path: Path) -> None:
     prompts = [{"id": f"q{i}", "prompt": "ab c" * (i % 5 + 1), "max_new_tokens": 1 + 7 * i % 29} for i in range(20)]
-    source = _write(tmp_path / "prompts.jsonl", *prompts[:9], "", *prompts[9:])
-    result = _infer(tiny, source, tmp_path / "answers.jsonl", "--batch-size", 4, "--format", "json")
+    source = write_lines(tmp_path / "prompts.jsonl", *prompts[:9], "", *prompts[9:])
+    result = infer_file(tiny, source, tmp_path / "answers.jsonl", "--batch-size", 4, "--format", "json")
     assert result.exit_code == 0, result.output
-    answers = _read(tmp_path / "answers.jsonl")
+    answers = read_answers(tmp_path / "answers.jsonl")
     assert [one["id"] for one in answers] == [one["id"] for one in prompts]
     for prompt, one in zip(prompts, answers, strict=True):
-        expected = _greedy(tiny, prompt["prompt"], prompt["max_new_tokens"])
+        expected = greedy(tiny, prompt["prompt"], prompt["max_new_tokens"])
         assert one["answer"] == expected.text
         assert (one["prompt_tokens"], one["generated_tokens"]) == (
             expected.prompt_tokens,
@@ -83,17 +50,17 @@ def test_answers_have_the_order_and_ids_of_the_prompts(tiny: Path, tmp_path: Pat
 
 
 def test_lines_have_options_of_their_own(tiny: Path, tmp_path: Path) -> None:
-    whole = _greedy(tiny, "ab c", 30).text
+    whole = greedy(tiny, "ab c", 30).text
     lines = [
         {"prompt": "ab c", "stop": whole[5:8]},
         {"prompt": "ab", "temperature": 0.7, "seed": 5, "max_new_tokens": 12},
         {"prompt": "ab c"},
     ]
-    source = _write(tmp_path / "prompts.jsonl", *lines)
-    assert _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 30).exit_code == 0
-    stopped, sampled, plain = _read(tmp_path / "a.jsonl")
+    source = write_lines(tmp_path / "prompts.jsonl", *lines)
+    assert infer_file(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 30).exit_code == 0
+    stopped, sampled, plain = read_answers(tmp_path / "a.jsonl")
     assert (stopped["answer"], stopped["finish_reason"]) == (whole[: whole.index(whole[5:8])], "stop")
-    assert sampled["answer"] == _greedy(tiny, "ab", 12, temperature=0.7, seed=5).text
+    assert sampled["answer"] == greedy(tiny, "ab", 12, temperature=0.7, seed=5).text
     assert (plain["answer"], plain["id"]) == (whole, 3)
 
 
@@ -105,10 +72,12 @@ def test_messages_go_through_the_chat_template(tiny: Path, tmp_path: Path) -> No
     (model / "chat_template.jinja").write_text(template)
     conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     lines = [{"messages": conversation}, {"messages": [{"role": "system", "content": "s"}, *conversation]}]
-    source = _write(tmp_path / "prompts.jsonl", *lines, {"prompt": "hi"})
-    assert _infer(model, source, tmp_path / "a.jsonl", "--max-tokens", 5, "--system", "be").exit_code == 0
+    source = write_lines(tmp_path / "prompts.jsonl", *lines, {"prompt": "hi"})
+    assert infer_file(model, source, tmp_path / "a.jsonl", "--max-tokens", 5, "--system", "be").exit_code == 0
     prompts = ["s:be;u:hi;a:yo;a:", "s:s;u:hi;a:yo;a:", "s:be;u:hi;a:"]
-    assert [one["answer"] for one in _read(tmp_path / "a.jsonl")] == [_greedy(tiny, text, 5).text for text in prompts]
+    assert [one["answer"] for one in read_answers(tmp_path / "a.jsonl")] == [
+        greedy(tiny, text, 5).text for text in prompts
+    ]
 
 
 @pytest.mark.parametrize(
@@ -136,141 +105,31 @@ def test_messages_go_through_the_chat_template(tiny: Path, tmp_path: Path) -> No
     ],
 )
 def test_a_bad_line_is_named_and_the_others_go_on(line: Any, reason: str, tiny: Path, tmp_path: Path) -> None:
-    source = _write(tmp_path / "prompts.jsonl", {"prompt": "ab"}, "", line, {"prompt": "c"})
-    result = _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 2)
+    source = write_lines(tmp_path / "prompts.jsonl", {"prompt": "ab"}, "", line, {"prompt": "c"})
+    result = infer_file(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 2)
     assert result.exit_code == 3
-    assert [one["id"] for one in _read(tmp_path / "a.jsonl")] == [1, 4]
+    assert [one["id"] for one in read_answers(tmp_path / "a.jsonl")] == [1, 4]
     (told,) = [text for text in result.stderr.splitlines() if text.startswith("no answer: ")]
     assert "prompts.jsonl`: line 3: " in told
     assert reason in told
     assert "error: no answer to 1 of the 3 lines" in result.stderr
     assert "2 of 3 lines answered" in result.stdout
     # Mended where it is, the same command answers it alone.
-    _write(source, {"prompt": "ab"}, "", {"prompt": "b"}, {"prompt": "c"})
-    result = _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 2, "--format", "json")
+    write_lines(source, {"prompt": "ab"}, "", {"prompt": "b"}, {"prompt": "c"})
+    result = infer_file(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 2, "--format", "json")
     assert result.exit_code == 0
     document = json.loads(result.stdout)
     assert (document["answered"], document["answered_before"]) == (1, 2)
-    assert [one["id"] for one in _read(tmp_path / "a.jsonl")] == [1, 3, 4]
+    assert [one["id"] for one in read_answers(tmp_path / "a.jsonl")] == [1, 3, 4]
 
 
 def test_bytes_that_are_no_text_are_a_bad_line(tiny: Path, tmp_path: Path) -> None:
     source = tmp_path / "prompts.jsonl"
     source.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\xff\n')
-    result = _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 2)
+    result = infer_file(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 2)
     assert result.exit_code == 3
     assert "line 2: not UTF-8 text: byte 0" in result.stderr
-    assert len(_read(tmp_path / "a.jsonl")) == 1
-
-
-def test_a_cut_run_goes_on(tiny: Path, tmp_path: Path) -> None:
-    source = _write(tmp_path / "p.jsonl", *({"prompt": "ab" * (i + 1)} for i in range(8)))
-    output = tmp_path / "a.jsonl"
-    arguments = ["--max-tokens", 9]
-    assert _infer(tiny, source, output, *arguments).exit_code == 0
-    whole = output.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    # Killed: out of order, and in the middle of a line.
-    output.write_bytes(lines[4] + lines[1] + lines[6] + lines[2][:30])
-    result = _infer(tiny, source, output, *arguments, "--format", "json")
-    assert result.exit_code == 0
-    assert output.read_bytes() == whole
-    document = json.loads(result.stdout)
-    assert (document["answered"], document["answered_before"]) == (5, 3)
-    assert "the last line of" in result.stderr
-    assert "3 of 8 answers are there already" in result.stderr
-    result = _infer(tiny, source, output, *arguments, "--format", "json")
-    assert json.loads(result.stdout)["answered"] == 0
-    assert output.read_bytes() == whole
-    _write(source, *({"prompt": "ab" * (i + 1)} for i in range(9)))
-    assert _infer(tiny, source, output, *arguments).exit_code == 0
-    assert output.read_bytes()[: len(whole)] == whole
-    assert len(_read(output)) == 9
-
-
-def test_answers_of_other_runs_are_not_mixed_in(tiny: Path, tmp_path: Path) -> None:
-    source = _write(tmp_path / "p.jsonl", {"prompt": "ab"}, {"prompt": "b"})
-    output = tmp_path / "a.jsonl"
-    assert _infer(tiny, source, output, "--max-tokens", 3).exit_code == 0
-    before = output.read_bytes()
-    other = tmp_path / "other"
-    other.mkdir()
-    write_bundle(other)
-    (other / "llmfast.json").write_text((other / "llmfast.json").read_text() + "\n")
-    for model, arguments in ((tiny, ["--max-tokens", 4]), (tiny, ["--max-tokens", 3, "--seed", 1]), (other, [])):
-        result = _infer(model, source, output, *arguments)
-        assert result.exit_code == 8
-        assert "another model, other options or other prompts" in result.stderr
-    _write(source, {"prompt": "b"}, {"prompt": "ab"})
-    assert _infer(tiny, source, output, "--max-tokens", 3).exit_code == 8
-    assert output.read_bytes() == before
-    assert _infer(tiny, source, output, "--max-tokens", 3, "--overwrite").exit_code == 0
-    assert _read(output)[0]["answer"] == json.loads(before.splitlines()[1])["answer"]
-
-
-@pytest.mark.parametrize("content", ["no answers", "no answers\n", '{"id": 1}\n', '{"a": 1, "b"', "[]\n"])
-def test_files_of_other_things_are_left_alone(content: str, tiny: Path, tmp_path: Path) -> None:
-    source = _write(tmp_path / "p.jsonl", {"prompt": "ab"})
-    output = tmp_path / "a.jsonl"
-    output.write_text(content)
-    result = _infer(tiny, source, output)
-    assert result.exit_code == 8
-    assert "is no file of answers" in result.stderr
-    assert output.read_text() == content
-
-
-def test_two_runs_do_not_write_one_file(tiny: Path, tmp_path: Path) -> None:
-    source = _write(tmp_path / "p.jsonl", {"prompt": "ab"})
-    with (tmp_path / "a.jsonl").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        result = _infer(tiny, source, tmp_path / "a.jsonl")
-    assert result.exit_code == 8
-    assert "another process" in result.stderr
-
-
-def _start(model: Path, source: Path, output: Path, *arguments: object, limit: int | None = None) -> subprocess.Popen:
-    command = [sys.executable, "-m", "llmfast", "infer", model, "--input", source, "-o", output, "--threads", 1]
-    return subprocess.Popen(
-        [str(argument) for argument in [*command, *arguments]],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)) if limit else None,
-    )
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_keeps_what_is_done(number: int, code: int, tiny: Path, tmp_path: Path) -> None:
-    source = _write(tmp_path / "p.jsonl", *({"prompt": f"{i} ab", "max_new_tokens": 90} for i in range(4000)))
-    output = tmp_path / "a.jsonl"
-    process = _start(tiny, source, output)
-    while process.poll() is None and not (output.exists() and output.stat().st_size > 2000):
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
-    assert "Traceback" not in errors
-    answers = _read(output)
-    assert 0 < len(answers) < 4000
-    assert f"{len(answers)} of 4000 answers are in" in errors
-    for one in answers[:3]:
-        assert one["answer"] == _greedy(tiny, f"{one['id'] - 1} ab", 90).text
-
-
-def test_a_full_disk_loses_nothing_of_what_was_done(tiny: Path, tmp_path: Path) -> None:
-    source = _write(tmp_path / "p.jsonl", *({"prompt": f"{i} ab"} for i in range(30)))
-    output = tmp_path / "a.jsonl"
-    process = _start(tiny, source, output, "--max-tokens", 5, limit=1500)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 6
-    assert "the answers before are kept" in errors
-    assert "run the same command again" in errors
-    answers = _read(output)  # whole lines only
-    assert 5 < len(answers) < 15
-    result = _infer(tiny, source, output, "--max-tokens", 5, "--format", "json")
-    assert result.exit_code == 0
-    assert json.loads(result.stdout)["answered_before"] == len(answers)
-    assert [one["id"] for one in _read(output)] == list(range(1, 31))
+    assert len(read_answers(tmp_path / "a.jsonl")) == 1
 
 
 @pytest.mark.parametrize(
@@ -291,9 +150,9 @@ def test_a_full_disk_loses_nothing_of_what_was_done(tiny: Path, tmp_path: Path) 
     ],
 )
 def test_mistakes_are_explained(arguments: list[str], code: int, words: list[str], tiny: Path, tmp_path: Path) -> None:
-    good = _write(tmp_path / "good.jsonl", *[{"prompt": "ab", "max_new_tokens": 2}] * 3)
+    good = write_lines(tmp_path / "good.jsonl", *[{"prompt": "ab", "max_new_tokens": 2}] * 3)
     (tmp_path / "dir.jsonl").mkdir()
-    blank = _write(tmp_path / "blank.jsonl", "", " ")
+    blank = write_lines(tmp_path / "blank.jsonl", "", " ")
     filled = [argument.format(tmp=tmp_path, good=good, blank=blank) for argument in arguments]
     result = CliRunner().invoke(app, ["infer", str(tiny), "--input", *filled])
     assert result.exit_code == code, result.output
@@ -303,33 +162,15 @@ def test_mistakes_are_explained(arguments: list[str], code: int, words: list[str
 
 
 def test_a_cache_that_does_not_fit_is_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = _write(tmp_path / "p.jsonl", *[{"prompt": "ab"}] * 5)
+    source = write_lines(tmp_path / "p.jsonl", *[{"prompt": "ab"}] * 5)
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 30_000)  # one row of 96 positions takes 12,288
-    result = _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 99, "--batch-size", 5)
+    result = infer_file(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 99, "--batch-size", 5)
     assert result.exit_code == 6
     assert "not enough memory: 5 rows of 96 positions" in result.stderr
     assert "hint: --batch-size 2" in result.stderr
     assert os.listdir(tmp_path) == ["p.jsonl"]
-    result = _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 99, "--format", "json")
+    result = infer_file(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 99, "--format", "json")
     assert json.loads(result.stdout)["memory"]["rows"] == 1
-
-
-def test_the_input_is_never_the_output(tiny: Path, tmp_path: Path) -> None:
-    source = _write(tmp_path / "p.jsonl", {"prompt": "ab"})
-    (tmp_path / "link.jsonl").symlink_to(source)
-    for output in (source, tmp_path / "link.jsonl"):
-        result = _infer(tiny, source, output, "--overwrite")
-        assert result.exit_code == 2
-        assert "is the input" in result.stderr
-    assert _read(source) == [{"prompt": "ab"}]
-
-
-def test_a_linked_output_stays_a_link(tiny: Path, tmp_path: Path) -> None:
-    source = _write(tmp_path / "p.jsonl", *({"prompt": "ab", "max_new_tokens": 9 - i} for i in range(4)))
-    (tmp_path / "a.jsonl").symlink_to(tmp_path / "real.jsonl")
-    assert _infer(tiny, source, tmp_path / "a.jsonl").exit_code == 0
-    assert (tmp_path / "a.jsonl").is_symlink()
-    assert [one["id"] for one in _read(tmp_path / "real.jsonl")] == [1, 2, 3, 4]
 
 
 def test_batch_size_is_for_files(tiny: Path) -> None:
@@ -341,39 +182,25 @@ def test_batch_size_is_for_files(tiny: Path) -> None:
 def test_plain_text_has_a_prompt_a_line(tiny: Path, tmp_path: Path) -> None:
     source = tmp_path / "prompts.txt"
     source.write_text("ab c\n\nb\n")
-    assert _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 6).exit_code == 0
-    answers = _read(tmp_path / "a.jsonl")
+    assert infer_file(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 6).exit_code == 0
+    answers = read_answers(tmp_path / "a.jsonl")
     assert [one["id"] for one in answers] == [1, 3]
-    assert answers[0]["answer"] == _greedy(tiny, "ab c", 6).text
+    assert answers[0]["answer"] == greedy(tiny, "ab c", 6).text
 
 
 def test_fields_that_say_nothing_are_told(tiny: Path, tmp_path: Path) -> None:
-    source = _write(tmp_path / "p.jsonl", {"prompt": "a", "max_token": 3, "category": "x"})
-    result = _infer(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 2)
+    source = write_lines(tmp_path / "p.jsonl", {"prompt": "a", "max_token": 3, "category": "x"})
+    result = infer_file(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 2)
     assert "note: fields that say nothing to this model: category, max_token" in result.stderr
 
 
 def test_reading_holds_one_line_at_a_time(tmp_path: Path) -> None:
-    source = _write(tmp_path / "p.jsonl", *({"prompt": str(i)} for i in range(1000)))
+    source = write_lines(tmp_path / "p.jsonl", *({"prompt": str(i)} for i in range(1000)))
     lines = read_lines(source, "prompt", "settings")
     assert next(lines).fields == {"prompt": "0"}
     keys = {line.key for line in read_lines(source, "prompt", "settings")}
     assert len(keys) == 1000
     assert not keys & {line.key for line in read_lines(source, "prompt", "others")}
-
-
-def test_a_full_disk_leaves_a_sorted_file_for_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [Line(number, 1000 - number, {}) for number in range(1, 6)]
-    file = AnswerFile(tmp_path / "a.jsonl", np.array([line.key for line in lines], np.uint64))
-    for line in reversed(lines):
-        file.write(line, {"answer": "x" * line.number})
-    file.close()
-    assert [one["id"] for one in _read(file.path)] == [5, 4, 3, 2, 1]
-    file.put_in_order()
-    assert [one["id"] for one in _read(file.path)] == [1, 2, 3, 4, 5]
-    assert os.listdir(tmp_path) == ["a.jsonl"]
-    with pytest.raises(OutputExistsError):
-        AnswerFile(file.path, np.array([5], np.uint64))
 
 
 def test_texts_of_other_tasks(tmp_path: Path) -> None:
@@ -382,12 +209,12 @@ def test_texts_of_other_tasks(tmp_path: Path) -> None:
     export(str(tmp_path / "checkpoint"), model, ExportOptions(task="text-classification"))
     texts = ["the cat sat", "two dogs run by the mat on a mat", "a mat", "dogs"] * 4
     lines = [{"id": f"t{i}", "prompt": text} for i, text in enumerate(texts)]
-    source = _write(tmp_path / "t.jsonl", *lines[:3], {"prompt": 5}, *lines[3:], {"text": "a"})
-    result = _infer(model, source, tmp_path / "labels.jsonl")
+    source = write_lines(tmp_path / "t.jsonl", *lines[:3], {"prompt": 5}, *lines[3:], {"text": "a"})
+    result = infer_file(model, source, tmp_path / "labels.jsonl")
     assert result.exit_code == 3
     assert "line 4: `prompt` is not a text" in result.stderr
     assert "line 18: `prompt` is missing" in result.stderr
-    found = _read(tmp_path / "labels.jsonl")
+    found = read_answers(tmp_path / "labels.jsonl")
     assert [one["id"] for one in found] == [line["id"] for line in lines]
     for one, expected in zip(found, answer(model, texts, threads=1), strict=True):
         assert one["label"] == expected["label"]
@@ -439,21 +266,3 @@ def test_lines_with_the_same_options_go_together_and_a_bad_one_fails_alone(
     assert task.calls[0] == (["c", "bad", "e", "d"], "what")
     assert (["b", "a"], "who") in task.calls
     assert task.calls[-1] == (["g", "f"], "what")
-
-
-def test_what_is_kept_is_opened_once() -> None:
-    opened = []
-
-    @kept
-    def open_it(name: str) -> list[str]:
-        opened.append(name)
-        return [name]
-
-    assert open_it("a") is not open_it("a")
-    with keeping():
-        assert open_it("a") is open_it("a")
-        open_it("b")
-        with ThreadPoolExecutor(1) as other:
-            other.submit(open_it, "b").result()
-    open_it("a")
-    assert opened == ["a", "a", "a", "b", "b", "a"]

@@ -78,15 +78,15 @@ def parse_cost(text: str) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Settings of one benchmark run. None takes a default that fits the models, see `workload.plan`.
+    """Settings of one benchmark run. None takes a default that fits the models.
 
     Attributes:
         prompt_tokens: lengths of the random input; several make a sweep.
         output_tokens: tokens a text-generation model generates after it, at least 2.
         batch: sequences at once, of a decoder each in a row of one KV cache; several make a sweep.
         shapes: batch x length of the random input, a comma list: `8x128,1x16`.
-        rounds: measured rounds; every bundle runs once per round. None takes `DEFAULT_ROUNDS` at least, and more
-            until speeds are known to `precision` or `max_time` ends.
+        rounds: measured rounds; every bundle runs once per round. None takes 8 at least, and more until speeds are
+            known to `precision` or `max_time` ends.
         max_time: seconds of rounds; given, `rounds` are the fewest.
         precision: half the width of a ratio's interval that is narrow enough; smaller differences count as none.
         warmup: rounds run and thrown away before them.
@@ -94,13 +94,15 @@ class BenchOptions:
         num_samples: windows of text that the divergence of text generation is measured on, at most.
         seq_len: tokens per window.
         context_tokens: tokens of each window that are given and not scored.
-        false_negative_cost: `LABEL=X`, see `parse_cost`; the threshold of a classifier follows from it.
+        false_negative_cost: `LABEL=X`: missing a case of the label costs X times what a false alarm does; the threshold
+            of a classifier follows from it.
         provider: names in `llmfast.providers`, a comma list.
         allow_fallback: go on with the CPU where a provider is missing or took nothing.
         threads: intra-op threads; None takes the cores this process may use.
         seed: of the random token ids and of the bootstrap.
         gates: limits that every bundle but the baseline must keep.
-        max_drops: further gates, `METRIC=X`; see `verdict.parse_drop`.
+        max_drops: further gates, `METRIC=X`: the metric is worse than the baseline's by X at most, shares in points of
+            a hundred.
         inconclusive: whether a gate passes or fails when the interval of its figure includes the limit.
         price_per_hour: of the machine, in any currency.
         watts_per_core: what energy is estimated with where there is no counter.

@@ -101,7 +101,7 @@ class Benchmark:
         return next(row for row in self.rows if row.bundle == bundle)
 
     def document(self) -> dict[str, Any]:
-        """Return what JSON can hold, as `document.schema.json` beside this file says."""
+        """Return what JSON can hold, as `llmfast/bench/document.schema.json` says."""
         nodes = {"nodes": {name: dict(node) for name, node in self.nodes.items()}} if self.nodes else {}
         return {
             "schema_version": SCHEMA_VERSION,

@@ -141,12 +141,12 @@ def infer(
     text-ranking           infer reranker --query "Rome" --input documents.txt
     feature-extraction     infer minilm --prompt "a cat" --prompt "a dog"
     image-classification   infer vit --image cat.jpg
+    audio-classification   infer hubert --audio speech.wav
     image-feature-extraction         infer dinov2 --image a.jpg --image b.jpg
-    zero-shot-image-classification   infer clip --image a.jpg --label cat --label dog
-    audio-classification             infer hubert --audio speech.wav
+    zero-shot-image-classification   infer clip --image a.jpg --label a --label b
     automatic-speech-recognition     infer wav2vec2 --audio speech.wav
-    a file of any task               infer int4 --input prompts.jsonl -o answers.jsonl
-    files, on a cluster              infer int4 --input 'data/*.jsonl' -o answers --engine ray --workers 8
+    a file of any task     infer int4 --input prompts.jsonl -o answers.jsonl
+    files, on a cluster    infer int4 --input 'data/*.jsonl' -o DIR --engine ray
     """
     if output_format not in _FORMATS:
         raise OptionError(f"unknown format `{output_format}`", f"choose from: {', '.join(_FORMATS)}")
@@ -226,15 +226,19 @@ def infer(
                 _print_answers(answers, registry.load("tasks", task).spell, output_format, is_one)
             return
         sampling = Sampling(**{key: options.pop(key) for key in SAMPLING_OPTIONS if key in options})
-        generation = stage.infer(
-            model,
-            texts[0],
-            emit=report.write if output_format == "text" else lambda piece: None,
-            sampling=sampling,
-            provider=provider,
-            threads=threads,
-            **options,
-        )
+        try:
+            generation = stage.infer(
+                model,
+                texts[0],
+                emit=report.write if output_format == "text" else lambda piece: None,
+                sampling=sampling,
+                provider=provider,
+                threads=threads,
+                **options,
+            )
+        except KeyboardInterrupt:
+            report.note("")  # ends the line of half an answer
+            raise
         if output_format == "text":
             report.out("")
         else:

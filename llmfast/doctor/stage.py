@@ -150,7 +150,7 @@ def try_providers() -> list[ProviderCheck]:
 
 
 def list_extras(requirements: Sequence[str]) -> list[Extra]:
-    """Say of each extra of llmfast whether what it needs is installed.
+    """Say of each extra of llmfast but the one for its own development whether what it needs is installed.
 
     Args:
         requirements: as `importlib.metadata.requires` gives them.
@@ -160,6 +160,7 @@ def list_extras(requirements: Sequence[str]) -> list[Extra]:
         if match := re.match(r"([\w.-]+).*extra *== *['\"]([\w-]+)['\"]", requirement):
             extras.setdefault(match[2], []).append(match[1])
     found = []
+    extras.pop("dev", None)
     for extra, names in extras.items():
         missing = [name for name in names if not installed([name])]
         remedy = f"pip install 'llmfast[{extra}]'" if missing else ""

@@ -107,6 +107,7 @@ class Batch:
     Args:
         rows: the model's.
         tokenizer: ids beyond its vocabulary are never chosen; its end tokens end answers.
+        counts: what the batch has done, kept up to date.
     """
 
     rows: Rows

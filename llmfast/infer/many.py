@@ -60,15 +60,15 @@ class Summary:
     """What a run did.
 
     Attributes:
-        input: the prompts.
-        output: the answers.
-        task: of the model.
+        input: path of the prompts.
+        output: path of the answers.
+        task: what the model is for.
         lines: lines of the input that are not blank.
-        answered: by this run.
-        answered_before: by an earlier run of the same command.
+        answered: lines answered by this run.
+        answered_before: lines answered by an earlier run of the same command.
         failed: lines without an answer.
         errors: their numbers and the reasons, of the first thousand.
-        seconds: of answering, without the time to plan and to open the model.
+        seconds: time of answering, without the time to plan and to open the model.
         figures: counts and speeds of the task.
     """
 

@@ -48,13 +48,14 @@ class PruneOptions:
             of several methods on a checkpoint with `target_params`.
         pattern: of the weights that masks leave; None is anywhere.
         settings: options of the methods as typed, `KEY -> VALUE`.
-        include, exclude: layers that masks are put on, by regular expressions.
+        include: put masks only on layers whose name matches this regular expression.
+        exclude: leave layers alone whose name matches.
         calibration: the text that methods with statistics run on.
         measure: compare the result with the original.
         data: the text to compare on; None is what the calibration leaves over, or a text that llmfast ships.
         data_samples: windows, or an encoder's lines, to compare on.
         measure_speed: export a checkpoint before and after, and time both.
-        threads: that it is timed with; None takes the cores this process may use.
+        threads: intra-op threads that they are timed with; None takes the cores this process may use.
         gates: limits on the figures of the comparison.
         overwrite: replace what llmfast wrote.
 

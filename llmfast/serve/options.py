@@ -21,10 +21,10 @@ class ServeOptions:
         context_length: tokens of a prompt with its answer; None takes the model's, up to 4096.
         max_tokens: most tokens of an answer.
         queue_size: requests that may wait; more are told to come back.
-        queue_timeout_s: how long they may.
-        timeout_s: from a request to the end of its answer.
-        drain_s: how long requests under way may go on when the server is ended.
-        body_bytes: of a request.
+        queue_timeout_s: seconds that they may wait.
+        timeout_s: seconds from a request to the end of its answer, at most.
+        drain_s: seconds that requests under way may go on when the server is ended.
+        body_bytes: the longest body of a request.
     """
 
     host: str = "127.0.0.1"

@@ -24,6 +24,10 @@ _WRITE_STALL_S = 30
 def serve(model: Path, options: ServeOptions) -> None:
     """Serve a bundle until a signal ends it; requests under way are answered first.
 
+    Args:
+        model: bundle directory.
+        options: see `ServeOptions`.
+
     Raises:
         OptionError: a host that is open to others without a key.
         OutputExistsError: the port is taken.

@@ -33,6 +33,7 @@ class Part:
     Attributes:
         missing: lines that have no answer yet.
         before: answers that an earlier run left.
+        written: answers of this run.
     """
 
     def __init__(self, folder: "PartFolder", number: int, lines: list[Line]) -> None:
@@ -42,6 +43,7 @@ class Part:
         done = np.ones(len(lines), bool) if self._file is None else self._file.done
         self.missing = [line for line, is_done in zip(lines, done, strict=True) if not is_done]
         self.before = int(done.sum())
+        self.written = 0
         self._open = len(self.missing)
         if not self._open:
             self._finish()
@@ -56,6 +58,7 @@ class Part:
         if answer is not None:
             assert self._file is not None
             self._file.write(line, answer)
+            self.written += 1
         self._open -= 1
         if not self._open:
             self._finish()
@@ -83,6 +86,9 @@ class PartFolder:
         whole_ids: the column `id` of Parquet has whole numbers, not texts.
         overwrite: remove the parts that are there.
 
+    Attributes:
+        keeps_halves: whether the answers of a part that is not complete are there for the next run.
+
     Raises:
         OutputExistsError: it holds other things, or parts of the other form.
         ResourceError: it can't be written.
@@ -93,12 +99,14 @@ class PartFolder:
             raise OptionError(f"unknown --parts `{form}`", f"choose from: {', '.join(FORMATS)}")
         self.path, self._form, self._whole_ids = path, form, whole_ids
         self._store, self._folder = resolve(path)
+        self.keeps_halves = self._store is None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         try:
             if self._store is None:
                 Path(self._folder).mkdir(parents=True, exist_ok=True)
                 self._spool = Path(self._folder)
             else:
+                self._store.create_dir(self._folder, recursive=True)  # without the bucket this fails now, not at a part
                 self._temporary = tempfile.TemporaryDirectory(prefix="llmfast-parts-")
                 self._spool = Path(self._temporary.name)
             self._check(overwrite)

@@ -182,7 +182,8 @@ class Pool:
             self._wait(_WAIT_S)
             if time.monotonic() - begin > _WAIT_S and not is_told:
                 is_told = True
-                note(f"note: waiting for a first worker: it needs {self.plan.threads} free processors of one machine")
+                free = f"{self.plan.threads} free processor{'s' if self.plan.threads > 1 else ''}"
+                note(f"note: waiting for a first worker: it needs {free} of one machine")
 
     def answers(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, list[Outcome]]]:
         """Yield each chunk once, with the answer to each of its lines or the reason why there is none.

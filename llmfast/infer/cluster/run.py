@@ -23,13 +23,13 @@ PART_LINES = 10_000
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """How lines are divided.
+    """How lines are divided among the workers of a cluster.
 
     Attributes:
         address: of a Ray cluster; None starts one on this machine, unless RAY_ADDRESS says otherwise.
         workers: processes with a model each; None is one for each machine.
-        threads: of a worker; None divides the processors.
-        parts: `jsonl` or `parquet`; None is the form of the input.
+        threads: intra-op threads of a worker; None divides the processors.
+        parts: the form of the output, `jsonl` or `parquet`; None is the form of the input.
         part_lines: lines of the input that a part of the output answers.
     """
 
@@ -58,7 +58,7 @@ def answer_folder(
         input_files: a file, a directory or a pattern, of JSON lines, lines of text, or Parquet; or a URI of these.
         output: folder or URI that gets the parts. What an earlier run of the same model, options and lines left is
             kept.
-        cluster: how the lines are divided.
+        cluster: see `ClusterOptions`.
         overwrite: start over instead.
         batch_size: prompts at once in a worker, of a text-generation model; None chooses by the memory.
         provider: a name in `llmfast.providers`.
@@ -87,7 +87,8 @@ def answer_folder(
     try:
         pool.open(bundle.path.resolve(), digest, provider, batch_size, work.window, options)
         plan = pool.plan
-        note(f"{plan.workers} worker{'s' if plan.workers > 1 else ''} of {plan.threads} threads")
+        workers, threads = (f"{'s' if count > 1 else ''}" for count in (plan.workers, plan.threads))
+        note(f"{plan.workers} worker{workers} of {plan.threads} thread{threads}")
         lines = source.read(text_field(bundle), work.fields, digest)
         start = time.perf_counter()
         with progress("answering") as advance:
@@ -100,8 +101,11 @@ def answer_folder(
         folder.close(run.parts)
     except BaseException:
         run.close()
-        if summary.answered:
-            note(f"note: {summary.answered} answers are in `{output}`; the same command goes on from there")
+        lost = run.count_lost()
+        if kept := summary.answered - lost:
+            note(f"note: {kept} answers are in `{output}`; the same command goes on from there")
+        if lost:
+            note(f"note: {lost} answers in parts that were not complete are lost; with smaller --part-lines fewer are")
         raise
     finally:
         pool.close()
@@ -165,6 +169,10 @@ class _Run:
                 "exact": all(one.get("exact", True) for one in found),
             }
         return figures | {"texts_per_s": self._summary.answered / seconds}
+
+    def count_lost(self) -> int:
+        """Return how many answers of this run the next one will not find."""
+        return 0 if self._folder.keeps_halves else sum(part.written for part in self._open)
 
     def close(self) -> None:
         """Let go of the parts that are not complete."""

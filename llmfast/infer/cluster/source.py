@@ -4,9 +4,9 @@ Files of lines are read where the run was started, as one machine reads them, so
 the same; so are the rows of Parquet, by Arrow. Why not by Ray Data: docs/scale.md.
 """
 
-import fnmatch
 import glob
 import importlib
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,8 +163,11 @@ def resolve(path: str) -> tuple[Any, str]:
         base, mark, query = path.partition("?")
         fixed, star, rest = base.partition("*")
         store, found = import_arrow("pyarrow.fs").FileSystem.from_uri(f"{fixed}{mark}{query}")
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise UnsupportedError(f"cannot reach `{path}`: {error}", "s3://, gs://, hdfs://, abfs:// or a path") from error
+    except OSError as error:
+        hint = "are the store's name and address right? docs/scale.md says how they are given"
+        raise UnsupportedError(f"cannot reach `{path}`: {error}", hint) from error
     if type(store).__name__ == "LocalFileSystem":
         store = None
     if star and fixed.endswith("/"):
@@ -186,13 +189,21 @@ def _list_store(store: Any, path: str) -> list[str]:
     try:
         if "*" not in path and store.get_file_info(path).type == fs.FileType.File:
             return [path]
-        found = store.get_file_info(fs.FileSelector(folder, recursive="**" in path))
+        is_deep = "**" in path or "*" in path.rpartition("/")[0]
+        found = store.get_file_info(fs.FileSelector(folder, recursive=is_deep))
     except OSError as error:
         raise InputError(f"cannot read `{path}`: {error}") from error
     names = sorted(one.path for one in found if one.type == fs.FileType.File)
     if "*" in path:
-        return [name for name in names if fnmatch.fnmatchcase(name, path)]
+        return [name for name in names if _matches(name, path)]
     return [name for name in names if name.lower().endswith(_SUFFIXES)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Return whether a path fits a pattern as `glob` reads it: `*` is a part of a name, `**` any folders."""
+    meanings = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}
+    parts = re.split(r"(\*\*/|\*\*|\*)", pattern)
+    return re.fullmatch("".join(meanings.get(part, re.escape(part)) for part in parts), name) is not None
 
 
 def _kind(name: str) -> str:
