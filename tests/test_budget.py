@@ -17,9 +17,9 @@ from llmfast.graph.packed import Grid
 from llmfast.infer.engine import Engine
 from llmfast.quantize.allocate import Option, allocate, lower_hull
 from llmfast.quantize.budget import Budget, block_bytes
-from llmfast.quantize.plan import Plan, choose_layers
+from llmfast.quantize.plan import Part, Plan, choose_layers
 from llmfast.quantize.rounding import rtn
-from llmfast.quantize.sensitivity import FILE, PROBE, WeightProbe, grid_errors, weights_of
+from llmfast.quantize.sensitivity import FILE, PROBE, WeightProbe, grid_errors, targets_of
 from llmfast.quantize.stage import QuantizeOptions, quantize
 from llmfast.verdict import Gate
 from tests.tiny_encoder import save_encoder
@@ -63,7 +63,8 @@ def test_what_does_not_fit_is_none_and_useless_options_are_dropped() -> None:
 def test_damage_is_that_of_a_graph_with_the_rounded_weight(fp32_bundle: Path, tmp_path: Path) -> None:
     bundle = ModelBundle.open(fp32_bundle)
     model = OnnxModel.load(bundle.model)
-    layers = choose_layers(model, Plan.make("int4", "rtn", {}), "", "")
+    plan = Plan.make("int4", "rtn", {})
+    layers = choose_layers(model, plan, "", "")
     linear = next(one for one in layers.linears if one.name.endswith("layers.0.mlp.down_proj"))
     ids = np.random.default_rng(0).integers(3, 259, (1, 48))
     feeds = {
@@ -78,7 +79,7 @@ def test_damage_is_that_of_a_graph_with_the_rounded_weight(fp32_bundle: Path, tm
         if value.name.startswith("past")
     }
     rounded = rtn.quantize_weight(np.ascontiguousarray(linear.read(model)), PROBE, rtn.Options()).dequantize()
-    probe = WeightProbe(model, list(weights_of(layers)), [feeds], "text-generation")
+    probe = WeightProbe({"model": Part(plan, model, layers)}, {"model": [feeds]})
     values = np.ascontiguousarray(rounded if linear.stored_transposed else rounded.T)
     damage = probe.damage(linear.weight, values)
 
@@ -134,12 +135,13 @@ def test_a_choice_by_layer_is_not_worse_than_one_grid(
 ) -> None:
     uniform = quantize(fp32_bundle, tmp_path / "uniform", QuantizeOptions("int4"))
     model = OnnxModel.load(fp32_bundle / "model.onnx")
-    parts = weights_of(choose_layers(model, Plan.make("int4", "rtn", {}), "", ""))
+    plan = Plan.make("int4", "rtn", {})
+    targets = targets_of({"model": Part(plan, model, choose_layers(model, plan, "", ""))})
     # As if the last layers were worth everything, and the table nothing.
     rows = [
-        {"weight": weight, "name": name, "role": role, "damage": float(".layers.1.mlp" in weight)}
-        | {"shape": list(model.initializers[weight].dims)[:: -1 if linear and not linear.stored_transposed else 1]}
-        for weight, (name, role, linear) in parts.items()
+        {"weight": weight, "name": one.name, "role": one.role, "shape": one.layer.shape}
+        | {"damage": float(".layers.1.mlp" in weight)}
+        for weight, one in targets.items()
     ]
     path = tmp_path / FILE
     path.write_text(json.dumps({"format": 1, "method": "gptq", "layers": rows}), encoding="utf-8")

@@ -261,7 +261,6 @@ def test_every_graph_has_its_layers_quantized(exported: Any, pairs: Path, tmp_pa
     ("arguments", "message"),
     [
         (["--scheme", "int8", "--kv", "int8"], "the KV cache of `{bundle}`, an encoder-decoder, stays float"),
-        (["--target-bits", "6"], "`{bundle}` is an encoder-decoder, a budget chooses bits within one graph only"),
         (
             ["--scheme", "int8", "--trim-vocabulary", "{pairs}"],
             "the vocabulary of `{bundle}` can't be trimmed: it has an encoder and a decoder",

@@ -1,5 +1,6 @@
 """Whisper calibrated and compared on recordings, against PyTorch and plain computation."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.export.stage import export
 from llmfast.graph.model import OnnxModel
 from llmfast.infer.seq2seq import Seq2SeqEngine
+from llmfast.quantize import sensitivity
+from llmfast.quantize.budget import Budget
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.corpus import Corpus
 from llmfast.quantize.measure import SEQ_LEN
@@ -178,8 +181,28 @@ def test_what_can_not_be_heard_is_refused(whisper: Any, sounds: Path, fp32_bundl
     assert not output.exists()
 
 
-def test_budgets_are_refused(whisper: Any, tmp_path: Path) -> None:
+def test_budgets_are_by_what_both_graphs_do(whisper: Any, sounds: Path, tmp_path: Path) -> None:
     _, bundle = whisper
-    result = CliRunner().invoke(app, ["quantize", str(bundle.path), "-o", str(tmp_path / "out"), "--target-bits", "6"])
+    uniform = quantize(bundle.path, tmp_path / "uniform", QuantizeOptions("int4", data=sounds))
+    budget = Budget(max_bits=1.001 * uniform.manifest.bits_per_weight)
+    calibration = Calibration(sounds, num_samples=6, seq_len=30)
+    options = QuantizeOptions("int4", budget=budget, calibration=calibration, data=sounds)
+    small = quantize(bundle.path, tmp_path / "small", options)
+    assert small.manifest.bits_per_weight <= budget.max_bits
+    klds = [one.manifest.measured["quantize"]["kld"] for one in (small, uniform)]
+    assert klds[0] <= klds[1]
+    ranking = json.loads((small.path / sensitivity.FILE).read_text())["layers"]
+    assert {row["name"].split(".")[0] for row in ranking} >= {"encoder", "decoder"}
+    assert max(row["damage"] for row in ranking) > 0
+
+
+def test_budgets_need_recordings_to_measure_and_to_compare_on(whisper: Any, sounds: Path, tmp_path: Path) -> None:
+    _, bundle = whisper
+    output = tmp_path / "out"
+    result = CliRunner().invoke(app, ["quantize", str(bundle.path), "-o", str(output), "--target-bits", "6"])
     assert result.exit_code == 5
-    assert "is an encoder-decoder, a budget chooses bits within one graph only" in result.stderr
+    assert "llmfast ships no recordings" in result.stderr
+    options = QuantizeOptions("int4", budget=Budget(max_bits=6.0), calibration=Calibration(sounds, 9))
+    with pytest.raises(UnsupportedError, match="a budget compares what both graphs answer: llmfast ships no"):
+        quantize(bundle.path, output, options)
+    assert list(tmp_path.iterdir()) == []

@@ -88,6 +88,10 @@ class Embedding:
         array = model.read(model.initializers[self.weight])
         return array.T if self.stored_transposed else array
 
+    def as_stored(self, table: np.ndarray) -> np.ndarray:
+        """Return a table `[vocab, hidden]` the way round that the initializer holds it."""
+        return table.T if self.stored_transposed else table
+
 
 def find_linears(model: OnnxModel) -> list[Linear]:
     """Return the linear layers of the top-level graph, in the graph's order."""

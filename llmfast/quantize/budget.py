@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmfast.bundle import TEXT_GENERATION, ModelBundle
+from llmfast.bundle import ModelBundle
 from llmfast.errors import GateError, OptionError, UnsupportedError
+from llmfast.graph.floats import FloatFormat
 from llmfast.graph.model import OnnxModel, count_parameters, count_weight_bytes, tensor_bytes
 from llmfast.graph.packed import Grid
 from llmfast.graph.weights import ALIGNMENT, SINGLE_FILE_BYTES
@@ -14,10 +15,11 @@ from llmfast.quantize.allocate import Option, allocate
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.checkpoint import Checkpoint
 from llmfast.quantize.comparison import damage_of
-from llmfast.quantize.measure import ProofText, hold_out
-from llmfast.quantize.plan import Layers
+from llmfast.quantize.measure import SEQ_LEN, ProofText, hold_out
+from llmfast.quantize.pairs import Values, feed_pairs, is_encoder_decoder, make_reader, takes_recordings
+from llmfast.quantize.plan import Layers, Part
 from llmfast.quantize.rewrite import RoundWeight
-from llmfast.quantize.sensitivity import LayerDamage, grid_errors, weights_of
+from llmfast.quantize.sensitivity import LayerDamage, grid_errors, targets_of
 from llmfast.report import note, progress
 
 # The widths and block sizes that layers may get; all have fast kernels.
@@ -25,6 +27,7 @@ _BITS = (4, 8)
 _BLOCK_SIZES = (32, 64, 128)
 # Samples that the damage of each layer is measured on.
 _DAMAGE_SAMPLES = 2
+_DAMAGE_PAIRS = 8  # of sentences, which are short
 _NUM_PRINTED = 5
 # What storing a weight takes beside it: nodes and names, and in a file of its own half a page for each of its parts.
 _NODE_BYTES = 1000
@@ -37,7 +40,7 @@ class Budget:
 
     Attributes:
         max_bits: stored bits per parameter, scales included.
-        max_bytes: bytes of the graph and its weights on disk.
+        max_bytes: bytes of the graphs and their weights on disk.
         max_kld: KL divergence in nats; for encoders 1 - cosine, for other graphs the squared relative error.
 
     Raises:
@@ -68,42 +71,44 @@ class Budget:
             return f"{8 * num_bytes / parameters:.4g} bits per weight"
         return f"{num_bytes / 1e6:.4g} MB"
 
-    def size(self, model: OnnxModel) -> int:
+    def size(self, models: Sequence[OnnxModel]) -> int:
         """Return the size that the budget is about: bytes on disk, for bits per weight the weights' alone."""
-        return count_weight_bytes([model]) if self.max_bytes is None else file_bytes(model)
+        return count_weight_bytes(models) if self.max_bytes is None else file_bytes(models)
 
 
 class GridChoice:
-    """Chooses grids for the layers of one graph.
+    """Chooses grids for the layers of a model; what several graphs have gets one grid, and counts once.
 
     Args:
-        model: the float graph.
-        layers: those that will be quantized.
+        parts: the float graphs by role, and the layers that will be quantized.
         damages: what each costs.
         symmetric: leave out the zero points of 4-bit blocks.
     """
 
-    def __init__(self, model: OnnxModel, layers: Layers, damages: Sequence[LayerDamage], symmetric: bool) -> None:
-        self._layers = layers
+    def __init__(self, parts: Mapping[str, Part], damages: Sequence[LayerDamage], symmetric: bool) -> None:
+        self._layers = {role: part.layers for role, part in parts.items()}
         self._symmetric = symmetric
-        self._shapes = {one.weight: one.shape for one in damages}
-        parts = weights_of(layers)
-        self.fixed_bytes = count_weight_bytes([model]) - sum(
-            tensor_bytes(model.initializers[weight]) for weight in parts
+        self._targets = targets_of(parts)
+        models = {role: part.model for role, part in parts.items()}
+        # What one graph replaces another one may keep: a table too small for an encoder is the decoder's head.
+        kept = {name for part in parts.values() for name in part.model.initializers if name not in part.layers.grids}
+        self.fixed_bytes = count_weight_bytes(models.values()) - sum(
+            tensor_bytes(models[target.graph].initializers[weight])
+            for weight, target in self._targets.items()
+            if weight not in kept
         )
         self._options: dict[str, list[Option]] = {}
         for one in damages:
-            linear = parts[one.weight][2]
-            matrix = linear.read(model) if linear is not None else model.read(model.initializers[one.weight])
+            target = self._targets[one.weight]
             # A table is looked up without zero points.
-            grids = _grids(symmetric or one.weight in layers.block_wise)
-            errors = grid_errors(matrix, grids)
+            grids = _grids(symmetric or target.in_blocks)
+            errors = grid_errors(target.layer.read(models[target.graph]), grids)
             self._options[one.weight] = [
                 Option(grid, block_bytes(one.shape, grid), one.damage * errors[grid]) for grid in grids
             ]
 
-    def under(self, max_bytes: float, max_damage: float) -> tuple[Layers | None, float]:
-        """Return the layers with the grids that meet a limit, and the damage that is expected.
+    def under(self, max_bytes: float, max_damage: float) -> tuple[dict[str, Layers] | None, float]:
+        """Return each graph's layers with the grids that meet a limit, and the damage that is expected.
 
         Args:
             max_bytes: of all weights, those that stay float included.
@@ -115,20 +120,25 @@ class GridChoice:
         chosen = allocate(list(self._options.values()), max_bytes - self.fixed_bytes, max_damage)
         if chosen is None:
             return None, 0.0
-        grids: Mapping[str, Grid] = {weight: one.choice for weight, one in zip(self._options, chosen, strict=True)}
-        return replace(self._layers, grids={**self._layers.grids, **grids}), sum(one.damage for one in chosen)
+        grids = {weight: one.choice for weight, one in zip(self._options, chosen, strict=True)}
+        return self._with_grids(grids), sum(one.damage for one in chosen)
 
-    def uniform_under(self, max_bytes: float) -> Layers | None:
+    def uniform_under(self, max_bytes: float) -> dict[str, Layers] | None:
         """Return the layers on one grid, tables and heads on the scheme's: the finest that fits, None if none."""
+        of_scheme = {name: grid for layers in self._layers.values() for name, grid in layers.grids.items()}
         for grid in _grids(self._symmetric)[::-1]:
-            grids = {
-                weight: self._layers.grids[weight] if weight in self._layers.block_wise else grid
-                for weight in self._shapes
-            }
-            size = sum(block_bytes(self._shapes[weight], one) for weight, one in grids.items() if isinstance(one, Grid))
+            grids = {name: of_scheme[name] if target.in_blocks else grid for name, target in self._targets.items()}
+            shapes = {name: target.layer.shape for name, target in self._targets.items()}
+            size = sum(block_bytes(shapes[name], one) for name, one in grids.items() if isinstance(one, Grid))
             if self.fixed_bytes + size <= max_bytes:
-                return replace(self._layers, grids={**self._layers.grids, **grids})
+                return self._with_grids(grids)
         return None
+
+    def _with_grids(self, grids: Mapping[str, Grid | FloatFormat]) -> dict[str, Layers]:
+        return {
+            role: replace(layers, grids={name: grids.get(name, grid) for name, grid in layers.grids.items()})
+            for role, layers in self._layers.items()
+        }
 
     @property
     def smallest_bytes(self) -> int:
@@ -181,14 +191,14 @@ class Fitting:
         self._max_damage = budget.max_kld or 0.0
         self._attempts = 0
         self._expected = 0.0
-        self._written: Layers | None = None
-        self._rival: Layers | None = None  # what is written next, in place of a choice by layer
-        self._tried: list[tuple[float, Layers]] = []
+        self._written: dict[str, Layers] | None = None
+        self._rival: dict[str, Layers] | None = None  # what is written next, in place of a choice by layer
+        self._tried: list[tuple[float, dict[str, Layers]]] = []
         self._passed: float | None = None  # the largest damage limit whose model kept the budget
         self._failed = float("inf")  # the smallest whose model did not
 
-    def layers(self) -> Layers:
-        """Return the layers to write next.
+    def layers(self) -> dict[str, Layers]:
+        """Return the layers of each graph to write next.
 
         Raises:
             GateError: no grids meet the budget.
@@ -208,11 +218,11 @@ class Fitting:
         self._written = layers
         return layers
 
-    def is_met(self, written: OnnxModel, figures: Mapping[str, float]) -> bool:
+    def is_met(self, written: Sequence[OnnxModel], figures: Mapping[str, float]) -> bool:
         """Judge what was written; False asks for another attempt.
 
         Args:
-            written: the quantized graph.
+            written: the quantized graphs.
             figures: of its answers, none when they were not compared.
 
         Raises:
@@ -235,7 +245,7 @@ class Fitting:
         self._tried.append((damage, self._written))
         if len(self._tried) == 1:
             self._rival = self._choice.uniform_under(self._max_bytes)
-            return self._rival is None or self._rival.grids == self._written.grids
+            return self._rival is None or _grids_of(self._rival) == _grids_of(self._written)
         (by_layer, layers), (uniform, _) = self._tried
         note(f"the choice by layer costs {by_layer:.4f}, the same blocks everywhere {uniform:.4f}")
         if uniform < by_layer:
@@ -269,16 +279,17 @@ class Fitting:
         return False
 
 
+def _grids_of(layers: Mapping[str, Layers]) -> list[Mapping[str, Grid | FloatFormat]]:
+    return [one.grids for one in layers.values()]
+
+
 def start_fitting(
     budget: Budget,
     calibration: Calibration,
     known: Path | None,
-    method: str,
-    symmetric: bool,
     bundle: ModelBundle,
-    model: OnnxModel,
-    layers: Layers,
-    round_weight: RoundWeight,
+    parts: Mapping[str, Part],
+    roundings: Mapping[str, RoundWeight],
     checkpoint: Checkpoint,
     folder: Path,
 ) -> Fitting:
@@ -288,48 +299,61 @@ def start_fitting(
         budget: what is asked.
         calibration: the text to measure on.
         known: what an earlier run measured, in place of measuring.
-        method: the rounding's name.
-        symmetric: leave out the zero points of 4-bit blocks.
         bundle: the float bundle.
-        model: its graph.
-        layers: those that will be quantized.
-        round_weight: the method's, without transforms.
+        parts: its graphs by role, with one plan, and the layers that will be quantized.
+        roundings: role -> the method's, without transforms.
         checkpoint: holds damages that an interrupted run measured.
         folder: where the file goes.
 
     Raises:
+        InputError: too little text, or nothing to read it with.
         UnsupportedError: the graph runs on no inputs that can be made for it.
     """
+    plan, *_ = (part.plan for part in parts.values())
+    models = {role: part.model for role, part in parts.items()}
+    method = plan.rounding.name
     if known is not None:
-        damages = sensitivity.load(known, layers, model, method)
+        damages = sensitivity.load(known, targets_of(parts), method)
     else:
-        samples = hold_out(bundle, model, ProofText(calibration.corpus, calibration, False, _DAMAGE_SAMPLES)).samples
-        if not samples:
-            raise UnsupportedError(f"a budget can't be measured on `{model.path}`", "choose a --scheme")
-        predicts_tokens = bundle.manifest.task == TEXT_GENERATION
-        with progress("measuring what each layer costs", len(weights_of(layers))) as advance:
-            damages = sensitivity.measure_damages(
-                model, layers, samples, predicts_tokens, round_weight, checkpoint, advance
-            )
+        samples = _probe_samples(bundle, models, calibration)
+        with progress("measuring what each layer costs", len(targets_of(parts))) as advance:
+            damages = sensitivity.measure_damages(parts, samples, roundings, checkpoint, advance)
     costliest = sorted(damages, key=lambda one: -one.damage)[:_NUM_PRINTED]
     note(
         f"what layers cost when they alone are rounded to {sensitivity.PROBE.bits} bits (all are in "
         f"{sensitivity.FILE}): {', '.join(f'{one.name} {one.damage:.4f}' for one in costliest)}, ..."
     )
     sensitivity.save(folder / sensitivity.FILE, damages, {"method": method, "calibration": calibration.describe()})
-    choice = GridChoice(model, layers, damages, symmetric)
+    choice = GridChoice(parts, damages, plan.scheme.plugin.grid(plan.scheme.options).symmetric)
     overhead = 0
     if budget.max_bytes is not None:
-        padding = _PADDING if budget.max_bytes > SINGLE_FILE_BYTES else 0
-        overhead = file_bytes(model) - count_weight_bytes([model]) + (_NODE_BYTES + padding) * len(damages)
-    return Fitting(choice, budget, num_parameters(bundle, [model]), overhead)
+        lies_outside = len(models) > 1 or budget.max_bytes > SINGLE_FILE_BYTES
+        padding = _PADDING if lies_outside else 0
+        now = list(models.values())
+        overhead = file_bytes(now) - count_weight_bytes(now) + (_NODE_BYTES + padding) * len(damages)
+    return Fitting(choice, budget, num_parameters(bundle, list(models.values())), overhead)
 
 
-def file_bytes(model: OnnxModel) -> int:
-    """Return the bytes on disk of a graph and the files its weights lie in."""
-    entries = [entry for tensor in model.initializers.values() for entry in tensor.external_data]
-    external = {entry.value for entry in entries if entry.key == "location"}
-    return sum(file.stat().st_size for file in [model.path, *(model.path.parent / name for name in external)])
+def _probe_samples(
+    bundle: ModelBundle, models: Mapping[str, OnnxModel], calibration: Calibration
+) -> dict[str, list[Values]]:
+    """Return what damages are measured on: role -> the inputs of each sample."""
+    if is_encoder_decoder(models):
+        count = _DAMAGE_SAMPLES if takes_recordings(models) else _DAMAGE_PAIRS
+        reader = make_reader(bundle, models)
+        _, chosen = ProofText(calibration.corpus, calibration, False, count).choose(reader.read)
+        return feed_pairs(models, reader.complete(chosen, SEQ_LEN, "measure layers"))
+    ((role, model),) = models.items()
+    samples = hold_out(bundle, model, ProofText(calibration.corpus, calibration, False, _DAMAGE_SAMPLES)).samples
+    if not samples:
+        raise UnsupportedError(f"a budget can't be measured on `{model.path}`", "choose a --scheme")
+    return {role: [*samples]}
+
+
+def file_bytes(models: Sequence[OnnxModel]) -> int:
+    """Return the bytes on disk of graphs and the files their weights lie in."""
+    files = {file for model in models for file in model.state()}
+    return sum(file.stat().st_size for file in files)
 
 
 def num_parameters(bundle: ModelBundle, models: Sequence[OnnxModel]) -> int:

@@ -75,7 +75,9 @@ class QuantizeOptions:
         if self.prefill == self.scheme and not self.budget:
             raise OptionError(f"--prefill {self.prefill}: that is the --scheme already", "leave --prefill out")
         if self.prefill and self.budget:
-            raise OptionError("--prefill does not go with a budget, which is for one graph", "choose a --scheme")
+            raise OptionError(
+                "--prefill does not go with a budget, which gives each layer one format", "choose a --scheme"
+            )
         if not self.prefill and self.prefill_method is not None:
             raise OptionError("--prefill-method needs --prefill", "e.g. --prefill int8")
         if self.sensitivity and not self.budget:

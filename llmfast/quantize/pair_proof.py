@@ -86,14 +86,17 @@ def _predict(sessions: Sequence[Any], pair: Pair) -> np.ndarray:
     return logits
 
 
-def make_proof(bundle: ModelBundle, models: Mapping[str, OnnxModel], text: ProofText) -> Proof | PairProof:
+def make_proof(
+    bundle: ModelBundle, models: Mapping[str, OnnxModel], text: ProofText, by_all: bool = False
+) -> Proof | PairProof:
     """Return the comparison that suits a bundle; of an encoder-decoder without recordings to hear, the encoder's alone.
 
     Args:
         bundle, models, text: as of both.
+        by_all: an encoder's answers alone will not do.
 
     Raises:
-        InputError, UnsupportedError: a text was named, and can't be used.
+        InputError, UnsupportedError: a text was named, and can't be used; or none can, and the encoder will not do.
     """
     if is_encoder_decoder(models):
         # Recordings that were all calibrated on leave none over, and llmfast ships none.
@@ -103,6 +106,11 @@ def make_proof(bundle: ModelBundle, models: Mapping[str, OnnxModel], text: Proof
         except (InputError, UnsupportedError) as error:
             if is_named:
                 raise
+            if by_all:
+                raise type(error)(
+                    f"a budget compares what both graphs answer: {error.message}",
+                    "name samples with --data, or leave some of the calibration's over with --num-samples",
+                ) from error
             note(f"note: the encoder alone is compared: {error.message}")
             text = replace(text, calibration=replace(text.calibration, path=None))  # recordings are no text for it
     return Proof(bundle, models, text)

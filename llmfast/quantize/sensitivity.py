@@ -1,14 +1,15 @@
-"""What each layer costs when its weight is rounded: the float graph run with one rounded weight after the other.
+"""What each layer costs when its weight is rounded: the float model run with one rounded weight after the other.
 
 Weights become inputs with a default value, so that one session serves all layers and nothing is reopened. The
 method that will round the weights rounds them here too: what it gains differs much from layer to layer. The
 damage of a weight on another grid than the probe's grows with its squared error: KL divergence is quadratic in
 small errors, so damage(grid) = damage(probe) * error(grid) / error(probe), and the damages of layers add up.
-Cost: one pass over the samples per layer.
+Where a model has several graphs, an encoder and a decoder, the answers are the last one's: a weight of the encoder is
+judged by what the decoder makes of it. Cost: one pass over the samples per layer, from the graph that it is in on.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from onnx import TensorProto, helper
 from llmfast.bundle import read_json
 from llmfast.divergence import kl_divergence, log_softmax
 from llmfast.errors import InputError
-from llmfast.graph.linear import Linear
-from llmfast.graph.model import OnnxModel
+from llmfast.graph.feeds import CROSS
+from llmfast.graph.linear import Embedding, Linear
 from llmfast.graph.packed import Grid
 from llmfast.quantize.checkpoint import Checkpoint
-from llmfast.quantize.comparison import Comparison, Values, damage_of
-from llmfast.quantize.plan import EMBEDDING_ROLE, HEAD_ROLE, Layers
+from llmfast.quantize.comparison import Comparison, damage_of
+from llmfast.quantize.plan import EMBEDDING_ROLE, HEAD_ROLE, Part
 from llmfast.quantize.rewrite import RoundWeight
 from llmfast.quantize.rounding import rtn
 from llmfast.report import note
@@ -37,6 +38,8 @@ PROBE = Grid(bits=4, block_size=32, symmetric=False)
 _FORMAT = 1
 _ROWS = 256  # of a weight, from which the errors of its grids are estimated
 _OPTIONS = rtn.Options(search_steps=6)
+
+Values = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -58,104 +61,157 @@ class LayerDamage:
     damage: float
 
 
-class WeightProbe:
-    """A float graph whose weights can be exchanged from run to run.
+@dataclass(frozen=True)
+class Target:
+    """A weight that will be rounded; graphs that share it have it under one name.
 
-    Args:
-        model: the graph.
-        weights: the initializers.
-        samples: the inputs of each sample.
-        predicts_tokens: its logits are those of the next tokens.
+    Attributes:
+        graph: the role of the first graph that has it, of those that multiply by it if there are any.
+        name: the layer's.
+        role: what layers of one kind share.
+        layer: what reads it there.
+        in_blocks: a table or a head, rounded to nearest whatever the method, and without zero points.
     """
 
-    def __init__(
-        self, model: OnnxModel, weights: Sequence[str], samples: Sequence[Values], predicts_tokens: bool
-    ) -> None:
-        proto = onnx.ModelProto()
-        proto.CopyFrom(model.proto)
-        known = {value.name for value in proto.graph.input}
-        proto.graph.input.extend(
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, list(model.initializers[name].dims))
-            for name in dict.fromkeys(weights)
-            if name not in known
-        )
-        self._session = open_session(model.path, graph=proto.SerializeToString())
-        self._samples = samples
-        self._predicts_tokens = predicts_tokens
-        outputs = [output.name for output in self._session.get_outputs()]
-        self._outputs = Comparison(outputs, predicts_tokens).outputs
-        self._all_outputs = outputs
-        self._references = [self._digest(self._session.run(self._outputs, one)) for one in samples]
+    graph: str
+    name: str
+    role: str
+    layer: Linear | Embedding
+    in_blocks: bool
+
+    @property
+    def linear(self) -> Linear | None:
+        """What a method rounds it for."""
+        return self.layer if isinstance(self.layer, Linear) and not self.in_blocks else None
+
+
+def targets_of(parts: Mapping[str, Part]) -> dict[str, Target]:
+    """Return weight -> what it is, over all graphs of a model; those that stay float are left out."""
+    found: dict[str, Target] = {}
+    for graph, part in parts.items():
+        for linear in part.layers.linears:
+            in_blocks = linear.weight in part.layers.block_wise
+            if linear.weight in part.layers.grids:
+                role = HEAD_ROLE if in_blocks else linear.role
+                found.setdefault(linear.weight, Target(graph, linear.name, role, linear, in_blocks))
+    for graph, part in parts.items():
+        for table in part.layers.embeddings:
+            if table.weight in part.layers.grids:
+                name = table.weight.removesuffix(".weight")
+                found.setdefault(table.weight, Target(graph, name, EMBEDDING_ROLE, table, in_blocks=True))
+    return found
+
+
+@dataclass(frozen=True)
+class _OpenGraph:
+    """A graph that is open.
+
+    Attributes:
+        session: takes the weights as inputs too.
+        weights: those that may be exchanged.
+        samples: the inputs of each sample.
+        outputs: what the next graph reads; of the last, what is compared.
+    """
+
+    session: Any
+    weights: frozenset[str]
+    samples: Sequence[Values]
+    outputs: list[str]
+
+    def run(self, values: Values) -> list[np.ndarray]:
+        outputs: list[np.ndarray] = self.session.run(self.outputs, dict(values))
+        return outputs
+
+
+class WeightProbe:
+    """A float model whose weights can be exchanged from run to run.
+
+    Args:
+        parts: its graphs by role, each before the one that reads what it makes.
+        samples: role -> the inputs of each sample, those that an earlier graph makes as the float model makes them.
+    """
+
+    def __init__(self, parts: Mapping[str, Part], samples: Mapping[str, Sequence[Values]]) -> None:
+        self._graphs = [_open(part, samples[role]) for role, part in parts.items()]
+        self._last = self._graphs[-1]
+        self._all_outputs = [output.name for output in self._last.session.get_outputs()]
+        self._references = [self._digest(self._last.run(values)) for values in self._last.samples]
 
     def damage(self, weight: str, values: np.ndarray) -> float:
         """Return how far the answers move with another value of a weight, float32 of its stored shape."""
-        if self._outputs == ["logits"]:
+        answers = (self._answers(number, weight, values) for number in range(len(self._references)))
+        if self._last.outputs == ["logits"]:
             moved = [
-                kl_divergence(self._digest(self._run(one, weight, values))[0], reference[0]).mean()
-                for one, reference in zip(self._samples, self._references, strict=True)
+                kl_divergence(self._digest(ours)[0], reference[0]).mean()
+                for ours, reference in zip(answers, self._references, strict=True)
             ]
             return float(max(np.mean(moved), 0.0))
-        comparison = Comparison(self._all_outputs, self._predicts_tokens)
-        for one, reference in zip(self._samples, self._references, strict=True):
-            comparison.add(one, self._run(one, weight, values), reference)
+        comparison = Comparison(self._all_outputs, predicts_tokens=False)
+        for sample, ours, reference in zip(self._last.samples, answers, self._references, strict=True):
+            comparison.add(dict(sample), ours, reference)
         return damage_of(comparison.figures())[1]
 
-    def _run(self, values: Values, weight: str, array: np.ndarray) -> list[np.ndarray]:
-        outputs: list[np.ndarray] = self._session.run(self._outputs, {**values, weight: array})
+    def _answers(self, number: int, weight: str, array: np.ndarray) -> list[np.ndarray]:
+        """Run the graphs that the weight moves, the last one always; what comes before makes what it always makes."""
+        moved: dict[str, np.ndarray] = {}
+        for graph in self._graphs:
+            exchanged = {weight: array} if weight in graph.weights else {}
+            if moved or exchanged or graph is self._last:
+                outputs = graph.run({**graph.samples[number], **moved, **exchanged})
+                moved = dict(zip(graph.outputs, outputs, strict=True))
         return outputs
 
     def _digest(self, outputs: list[np.ndarray]) -> list[np.ndarray]:
         """Keep log probabilities in place of logits, so that the reference's are computed once."""
-        return [log_softmax(outputs[0], np.float32)] if self._outputs == ["logits"] else outputs
+        return [log_softmax(outputs[0], np.float32)] if self._last.outputs == ["logits"] else outputs
+
+
+def _open(part: Part, samples: Sequence[Values]) -> _OpenGraph:
+    model, weights = part.model, frozenset(part.layers.grids)
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    known = {value.name for value in proto.graph.input}
+    proto.graph.input.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, list(model.initializers[name].dims))
+        for name in part.layers.grids
+        if name not in known
+    )
+    session = open_session(model.path, graph=proto.SerializeToString())
+    names = [output.name for output in session.get_outputs()]
+    read_next = [name for name in names if name.startswith(CROSS)]
+    outputs = read_next or Comparison(names, predicts_tokens=False).outputs
+    return _OpenGraph(session, weights, samples, outputs)
 
 
 def measure_damages(
-    model: OnnxModel,
-    layers: Layers,
-    samples: Sequence[Values],
-    predicts_tokens: bool,
-    round_weight: RoundWeight,
+    parts: Mapping[str, Part],
+    samples: Mapping[str, Sequence[Values]],
+    roundings: Mapping[str, RoundWeight],
     checkpoint: Checkpoint,
     advance: Callable[[], None],
 ) -> list[LayerDamage]:
     """Round one weight after the other, and measure what it does to the answers.
 
     Args:
-        model: the float graph.
-        layers: those that will be quantized.
-        samples: the inputs to measure on.
-        predicts_tokens: its logits are those of the next tokens.
-        round_weight: the method's, for weights and activations as they are in the float graph.
+        parts: the graphs of the float model by role, and the layers that will be quantized.
+        samples: the inputs to measure on, as of `WeightProbe`.
+        roundings: role -> the method's, for weights and activations as they are in the float graph.
         checkpoint: holds the damages that are known, and gets those that become known.
         advance: called once per weight.
     """
-    parts = weights_of(layers)
-    probe = WeightProbe(model, list(parts), samples, predicts_tokens)
+    probe = WeightProbe(parts, samples)
     damages = []
-    for weight, (name, role, linear) in parts.items():
+    for weight, target in targets_of(parts).items():
         damage = checkpoint.record(weight)
-        stored = model.read(model.initializers[weight])
-        matrix = stored.T if linear is not None and not linear.stored_transposed else stored
         if damage is None:
-            in_blocks = weight in layers.block_wise
-            grid = replace(PROBE, symmetric=PROBE.symmetric or in_blocks)
-            rounded = round_weight(np.asarray(matrix, np.float32), grid, None if in_blocks else linear).dequantize()
-            damage = probe.damage(weight, np.ascontiguousarray(rounded if matrix is stored else rounded.T))
+            grid = replace(PROBE, symmetric=PROBE.symmetric or target.in_blocks)
+            matrix = np.asarray(target.layer.read(parts[target.graph].model), np.float32)
+            rounded = roundings[target.graph](matrix, grid, target.linear).dequantize()
+            damage = probe.damage(weight, np.ascontiguousarray(target.layer.as_stored(rounded)))
             checkpoint.keep_record(weight, damage)
-        damages.append(LayerDamage(weight, name, role, matrix.shape, damage))
+        damages.append(LayerDamage(weight, target.name, target.role, target.layer.shape, damage))
         advance()
     return damages
-
-
-def weights_of(layers: Layers) -> dict[str, tuple[str, str, Linear | None]]:
-    """Return weight -> (name, role, a linear layer that multiplies by it), those that stay float left out."""
-    parts: dict[str, tuple[str, str, Linear | None]] = {}
-    for linear in layers.linears:
-        role = HEAD_ROLE if linear.weight in layers.block_wise else linear.role
-        parts.setdefault(linear.weight, (linear.name, role, linear))
-    for table in layers.embeddings:
-        parts.setdefault(table.weight, (table.weight.removesuffix(".weight"), EMBEDDING_ROLE, None))
-    return {weight: part for weight, part in parts.items() if weight in layers.grids}
 
 
 def grid_errors(matrix: np.ndarray, grids: Sequence[Grid]) -> dict[Grid, float]:
@@ -182,13 +238,12 @@ def file_of(path: Path) -> Path:
     return path / FILE if path.is_dir() else path
 
 
-def load(path: Path, layers: Layers, model: OnnxModel, method: str) -> list[LayerDamage]:
+def load(path: Path, targets: Mapping[str, Target], method: str) -> list[LayerDamage]:
     """Read the damages of all layers from a file.
 
     Args:
         path: a file that `save` wrote, or a bundle that holds one.
-        layers: those that will be quantized.
-        model: the graph they are in.
+        targets: the weights that will be rounded.
         method: the rounding that will be used; a note says so when it is not the one that was measured with.
 
     Raises:
@@ -211,11 +266,11 @@ def load(path: Path, layers: Layers, model: OnnxModel, method: str) -> list[Laye
             f"note: `{path}` was measured with {measured_with}: what {method} gains differs from layer to layer; "
             "the choice is better without --sensitivity"
         )
-    for weight, (name, _, linear) in weights_of(layers).items():
-        dims = tuple(model.initializers[weight].dims)
-        shape = dims if linear is None or linear.stored_transposed else dims[::-1]
+    for weight, target in targets.items():
+        shape = target.layer.shape
         if weight not in known or known[weight].shape != shape:
             raise InputError(
-                f"`{path}` is of another model: it has no layer `{name}` of shape {shape}", "measure anew without it"
+                f"`{path}` is of another model: it has no layer `{target.name}` of shape {shape}",
+                "measure anew without it",
             )
-    return [known[weight] for weight in weights_of(layers)]
+    return [known[weight] for weight in targets]

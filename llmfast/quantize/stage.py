@@ -86,22 +86,20 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
     if options.resume or options.budget or any(part.plan.rounding.plugin.NEEDS_STATISTICS for part in parts.values()):
         checkpoint = Checkpoint(output, _facts(bundle, parts, options), options.resume)
     with kept_for_resuming(checkpoint), stage_output(output, options.overwrite) as staged:
-        fitting = (
-            _start_fitting(bundle, parts["model"], samples, options, checkpoint, staged) if options.budget else None
-        )
+        fitting = _start_fitting(bundle, parts, samples, options, checkpoint, staged) if options.budget else None
         writers = {
             role: _prepare_writer(role, part, samples.get(role, ()), checkpoint, proof) for role, part in parts.items()
         }
         while True:
-            chosen = {"model": fitting.layers()} if fitting else {role: part.layers for role, part in parts.items()}
+            chosen = fitting.layers() if fitting else {role: part.layers for role, part in parts.items()}
             after, reports = _write_graphs(staged, writers, chosen, cache)
             for written in after.values():
                 _check_loads(written.path, source)
             compared = proof.compare(after) if proof else {}
             figures = worst(compared.values())
-            if fitting is None or fitting.is_met(after["model"], figures):
+            if fitting is None or fitting.is_met(list(after.values()), figures):
                 break
-            for file in staged.glob("model.*"):
+            for file in staged.glob("*.onnx*"):
                 file.unlink()
         require_measured(figures, options.gates)
         verdict = judge([{"bundle": output.name, **figures}], "", options.gates)
@@ -131,12 +129,13 @@ def _prove(bundle: ModelBundle, parts: Mapping[str, Part], options: QuantizeOpti
     data = Corpus(options.data, options.calibration.field) if options.data else None
     is_calibrated = bool(options.budget or any(part.plan.needs_calibration for part in parts.values()))
     models = {role: part.model for role, part in parts.items()}
-    return make_proof(bundle, models, ProofText(data, options.calibration, is_calibrated, options.data_samples))
+    text = ProofText(data, options.calibration, is_calibrated, options.data_samples)
+    return make_proof(bundle, models, text, by_all=options.budget is not None)
 
 
 def _start_fitting(
     bundle: ModelBundle,
-    part: Part,
+    parts: Mapping[str, Part],
     samples: Mapping[str, Sequence[Values]],
     options: QuantizeOptions,
     checkpoint: Checkpoint | None,
@@ -144,24 +143,15 @@ def _start_fitting(
 ) -> Fitting:
     assert options.budget is not None
     assert checkpoint is not None
-    plan = part.plan
-    # Weights and activations as they are: what transforms do is no part of the probe.
-    plain = replace(plan, transforms=())
-    workpiece = Workpiece(part.model, part.layers, samples.get("model", ()))
-    shares = not plan.transforms and not getattr(plan.rounding.options, "sequential", False)
-    round_weight = _rounding(plain, workpiece, checkpoint, "model" if shares else "probe")
+    roundings = {}
+    for role, part in parts.items():
+        # Weights and activations as they are: what transforms do is no part of the probe.
+        plain = replace(part.plan, transforms=())
+        workpiece = Workpiece(part.model, part.layers, samples.get(role, ()))
+        shares = not part.plan.transforms and not getattr(part.plan.rounding.options, "sequential", False)
+        roundings[role] = _rounding(plain, workpiece, checkpoint, role if shares else f"probe {role}")
     return start_fitting(
-        options.budget,
-        options.calibration,
-        options.sensitivity,
-        plan.rounding.name,
-        plan.scheme.plugin.grid(plan.scheme.options).symmetric,
-        bundle,
-        part.model,
-        part.layers,
-        round_weight,
-        checkpoint,
-        staged,
+        options.budget, options.calibration, options.sensitivity, bundle, parts, roundings, checkpoint, staged
     )
 
 
@@ -276,16 +266,12 @@ def _prepare(source: Path, output: Path, options: QuantizeOptions) -> tuple[Mode
     if options.budget and plan.scheme.name != MIXED_SCHEME:
         raise OptionError(f"a budget chooses widths by itself, not `{plan.scheme.name}`", "leave out --scheme")
     bundle = ModelBundle.open(source)
-    if options.budget and len(bundle.graphs) > 1:
-        raise UnsupportedError(
-            f"`{source}` is an encoder-decoder, a budget chooses bits within one graph only",
-            "choose a --scheme, e.g. --scheme int4 --method gptq",
-        )
     inputs = (source, source.parent) if (source.parent / MANIFEST).is_file() else (source,)
     check_output(output, inputs, options.overwrite)
     require_disk(output.parent, bundle.size_bytes // 8, "the smallest result, 4 bits of 32,")
     models = {role: OnnxModel.load(path) for role, path in bundle.graphs.items()}
-    if plan.needs_calibration and takes_recordings(models):
+    is_calibrated = plan.needs_calibration or (options.budget and not options.sensitivity)
+    if is_calibrated and takes_recordings(models):
         options.calibration.corpus.recordings()  # refuses what is none
     adopted = can_adopt(bundle)
     if adopted:
@@ -299,6 +285,11 @@ def _prepare(source: Path, output: Path, options: QuantizeOptions) -> tuple[Mode
         return Part(plan, model, choose_layers(model, plan, options.include, options.exclude))
 
     parts = {role: part(plan, model) for role, model in models.items()}
+    if options.budget and len(models) > 1 and not is_encoder_decoder(models):
+        raise UnsupportedError(
+            f"`{source}` has the graphs {', '.join(models)}: a budget is for one, or an encoder with its decoder",
+            "choose a --scheme",
+        )
     if second is not None:
         require_decoder(bundle, models["model"])
         again = OnnxModel.load(bundle.model)  # transforms change what they work on
