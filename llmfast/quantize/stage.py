@@ -27,10 +27,10 @@ from llmfast.graph.model import OnnxModel
 from llmfast.graph.packed import Grid, QuantizedWeight
 from llmfast.graph.weights import WeightFile
 from llmfast.quantize import sensitivity
-from llmfast.quantize.budget import Fitting, start_fitting
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.checkpoint import Checkpoint, kept_for_resuming
 from llmfast.quantize.corpus import Corpus
+from llmfast.quantize.fitting import Fitting, start_fitting
 from llmfast.quantize.hybrid import make_plans, require_decoder
 from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_cache
 from llmfast.quantize.measure import Proof, ProofText, require_measured, worst

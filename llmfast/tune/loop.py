@@ -1,10 +1,9 @@
 """The training loop: batches to steps, validations, checkpoints, and the ways it may end."""
 
 import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ import numpy as np
 
 from llmfast.errors import GateError, ResourceError
 from llmfast.report import note, progress
-from llmfast.supervisor import ask_for_grace
 from llmfast.tune.average import Average
 from llmfast.tune.curves import Log, peak_memory
 from llmfast.tune.fake_quantize import FakeQuantizer
@@ -21,10 +19,10 @@ from llmfast.tune.optimizers import learning_rate_at, make_optimizer
 from llmfast.tune.parallel import Parallel, read_state, read_weights, write_state
 from llmfast.tune.precision import Precision
 from llmfast.tune.rows import epoch_batches, in_order_of_length
+from llmfast.tune.signals import deferred_signals
 from llmfast.tune.snapshots import Snapshots
 
 _SEEN_ROWS = 64  # whose activations tell how weights are rounded at the start
-_SAVING_S = 300.0  # for the step under way and its checkpoint, when a signal ends the run
 
 if TYPE_CHECKING:
     from llmfast.tune.options import TuneOptions
@@ -105,7 +103,7 @@ class Trainer:
             ResourceError: a checkpoint can't be written.
             KeyboardInterrupt: after Ctrl-C, with a checkpoint written.
         """
-        with progress("tuning", self.total) as advance, _deferred_signals() as received:
+        with progress("tuning", self.total) as advance, deferred_signals() as received:
             advance(self.progress.step)
             is_interrupted = False
             if self._quantizer and not self.progress.step:
@@ -336,30 +334,3 @@ class Trainer:
         if signal.SIGTERM in received:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
-
-
-@contextmanager
-def _deferred_signals() -> Iterator[list[int]]:
-    """Let Ctrl-C and SIGTERM wait until a step is whole; a second one does not wait."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    ask_for_grace(_SAVING_S)
-    before: dict[signal.Signals, Any] = {}
-
-    def remember(number: int, frame: Any) -> None:
-        received.append(number)
-        _restore(before)
-
-    for watched in (signal.SIGINT, signal.SIGTERM):
-        before[watched] = signal.signal(watched, remember)
-    try:
-        yield received
-    finally:
-        _restore(before)
-
-
-def _restore(handlers: dict[signal.Signals, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
