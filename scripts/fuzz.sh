@@ -10,7 +10,7 @@ mkdir -p "$folder"
 ./scripts/setup.sh cpu,export,dev
 .venv/bin/python -m pip install --quiet --disable-pip-version-check 'atheris>=3.0'
 failed=0
-for target in onnx safetensors gguf json tokenizer archive; do
+for target in onnx safetensors gguf json tokenizer archive template; do
     log=$folder/$target.log
     fuzz=(nice -n 19 .venv/bin/python scripts/fuzz.py "$target" "$folder/$target")
     if "${fuzz[@]}" "-max_total_time=$seconds" >"$log" 2>&1; then
