@@ -49,7 +49,8 @@ def _run(fault: Fault, arguments: list[str], folder: Path) -> tuple[int, str, st
     if not fault.alone:
         before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         result = CliRunner().invoke(app, arguments)
-        assert time.process_time() - before[0] <= MAX_CPU_S
+        if fault.exit != 7:  # a gate is judged after all the work
+            assert time.process_time() - before[0] <= MAX_CPU_S
         if fault.exit:
             assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before[1] <= MAX_BYTES >> 10
         if result.exception is not None and not isinstance(result.exception, SystemExit):
