@@ -20,6 +20,7 @@ from pathlib import Path
 from llmfast.errors import OutputExistsError
 
 _STRAY_AGE_S = 3600  # another machine's process may have a number that is nobody's here
+_STAGED_BY = r"(\d+)-[0-9a-f]{8}"  # a process, and what tells its paths apart
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -30,7 +31,7 @@ def staging_path(output: Path) -> Path:
 
 def is_staged(name: str) -> bool:
     """Say whether `staging_path` gave this name; a run that is there writes the file, or one that died left it."""
-    return re.fullmatch(r"\..+\.llmfast-\d+-[0-9a-f]{8}", name) is not None
+    return re.fullmatch(rf"\..+\.llmfast-{_STAGED_BY}", name) is not None
 
 
 def sync(path: Path) -> None:
@@ -105,7 +106,7 @@ def sweep(output: Path) -> None:
 
 
 def _strays(output: Path) -> Iterator[Path]:
-    pattern = re.compile(re.escape(_prefix(output)) + r"(\d+)-[0-9a-f]{8}")
+    pattern = re.compile(re.escape(_prefix(output)) + _STAGED_BY)
     for path in output.parent.iterdir():
         match = pattern.fullmatch(path.name)
         with contextlib.suppress(OSError):  # it went away meanwhile

@@ -44,11 +44,15 @@ def search_blocks(weight: np.ndarray, grid: Grid, steps: int, floor: float, impo
     return by_rows(to_blocks(weight, grid), lambda blocks: _search(blocks, grid, shares, weights))
 
 
-def _grid_shares(blocks: np.ndarray, grid: Grid) -> list[np.ndarray]:
+def _grid_shares(blocks: np.ndarray, whole: np.ndarray) -> list[np.ndarray]:
     """Return the ranges, as shares [N, blocks], under which blocks that lie on a grid already stay as they are.
 
     The step of such a block is the smallest distance of two values, of which one may be 0, or a whole part of it.
     Weights that were never rounded are known by values that differ from each other, and have none.
+
+    Args:
+        blocks: float32 [N, blocks, block_size].
+        whole: float32 [N, blocks], the scales that cover the whole range.
     """
     first = np.sort(blocks[0], -1)
     if not (first[:, 1:] == first[:, :-1]).any():
@@ -56,9 +60,7 @@ def _grid_shares(blocks: np.ndarray, grid: Grid) -> list[np.ndarray]:
     values = np.sort(np.concatenate([blocks, np.zeros((*blocks.shape[:2], 1), np.float32)], -1), -1)
     gaps = np.diff(values)
     step = np.where(gaps > 0, gaps, np.inf).min(-1)
-    low, high = range_of(blocks)
-    reach = np.maximum(-low, high) / (grid.middle - 1) if grid.symmetric else (high - low) / grid.largest
-    shares = np.where(np.isfinite(step) & (reach > 0), step / np.where(reach > 0, reach, 1), 1).astype(np.float32)
+    shares = np.where(np.isfinite(step), step / whole, 1).astype(np.float32)
     return [shares / np.float32(part) for part in (1, 2, 3)]
 
 
@@ -68,7 +70,8 @@ def _search(blocks: np.ndarray, grid: Grid, shares: np.ndarray, weights: np.ndar
     best_shares = np.ones(blocks.shape[:2], np.float32)
     best_scales = np.zeros(blocks.shape[:2], np.float32)
     steps, moved, weighted = np.empty_like(blocks), np.empty_like(blocks), np.empty_like(blocks)
-    for share in (*_grid_shares(blocks, grid), *shares):
+    whole, _ = cover(*ends, grid, 1.0)
+    for share in (*_grid_shares(blocks, whole), *shares):
         candidate, zeros = cover(*ends, grid, share)
         round_steps(blocks, candidate, zeros, grid, steps)
         fitted = fit_scales(blocks, steps, _weigh(steps, weights, weighted), candidate)
@@ -78,7 +81,7 @@ def _search(blocks: np.ndarray, grid: Grid, shares: np.ndarray, weights: np.ndar
         better = error < best_error
         best_error[better] = error[better]
         best_scales[better] = scales[better]
-        best_shares[better] = share[better] if isinstance(share, np.ndarray) else share
+        best_shares = np.where(better, share, best_shares)
     candidate, zeros = cover(*ends, grid, best_shares)
     codes = round_steps(blocks, candidate, zeros, grid, steps)
     codes += zeros[..., None]
