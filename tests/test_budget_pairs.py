@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from llmfast.bundle import ModelBundle
 from llmfast.cli import app
-from llmfast.export import seq2seq_parity
 from llmfast.graph.linear import find_embeddings
 from llmfast.graph.model import OnnxModel
 from llmfast.quantize import plan as planning
@@ -27,7 +26,7 @@ from llmfast.quantize.rounding import rtn
 from llmfast.quantize.sensitivity import FILE, PROBE, WeightProbe, targets_of
 from llmfast.quantize.stage import QuantizeOptions, quantize
 from llmfast.tokenizer import Tokenizer
-from tests.tiny_seq2seq import LETTERS, export_seq2seq
+from tests.tiny_seq2seq import LETTERS, exports_in
 
 # Layers of the graphs, and the parameters of PyTorch that hold their weights.
 SAME = {
@@ -50,16 +49,7 @@ SAME = {
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
-    """Return a function that gives the bundle of `t5` or `bart`, and the PyTorch model."""
-    made: dict[str, tuple[Path, Any]] = {}
-
-    def get(name: str) -> tuple[Path, Any]:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            made[name] = export_seq2seq(folder, name).path, seq2seq_parity.load_reference(folder / "checkpoint")
-        return made[name]
-
-    return get
+    return exports_in(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from llmfast.bundle import ModelBundle
 from llmfast.cli import app
 from llmfast.errors import GateError, InputError, OptionError
-from llmfast.export import seq2seq_parity
 from llmfast.graph.linear import find_linears
 from llmfast.graph.model import OnnxModel
 from llmfast.graph.view import attribute
@@ -25,7 +24,7 @@ from llmfast.quantize.stage import QuantizeOptions, quantize
 from llmfast.quantize.workpiece import Workpiece
 from llmfast.tokenizer import Tokenizer
 from llmfast.verdict import Gate
-from tests.tiny_seq2seq import LETTERS, export_seq2seq
+from tests.tiny_seq2seq import LETTERS, exports_in
 
 # Layers of the graphs, and the PyTorch modules that are given the same inputs.
 SAME = {
@@ -46,16 +45,7 @@ SAME = {
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
-    """Return a function that gives the bundle of `t5` or `bart`, and the PyTorch model."""
-    made: dict[str, tuple[Path, Any]] = {}
-
-    def get(name: str) -> tuple[Path, Any]:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            made[name] = export_seq2seq(folder, name).path, seq2seq_parity.load_reference(folder / "checkpoint")
-        return made[name]
-
-    return get
+    return exports_in(tmp_path_factory)
 
 
 def _text(rng: np.random.Generator) -> str:

@@ -20,7 +20,7 @@ from llmfast.infer.rules import read_rules
 from llmfast.infer.search import search
 from llmfast.infer.seq2seq import Seq2SeqEngine
 from llmfast.quantize.stage import QuantizeOptions, quantize
-from tests.tiny_seq2seq import ARCHITECTURES, InProcess, export_seq2seq, save_seq2seq
+from tests.tiny_seq2seq import ARCHITECTURES, InProcess, exports_in, save_seq2seq
 
 # Random models hardly ever end by themselves: many tokens end, and no token may come twice.
 _ENDING = {"eos_token_id": [2, *range(9, 80, 11)], "no_repeat_ngram_size": 1}
@@ -42,16 +42,13 @@ CASES += [(name, number) for name in ("bart", "t5") for number in range(2, len(S
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[ModelBundle, Any]]:
-    """Return a function that gives the bundle and the PyTorch model of a name in `ARCHITECTURES`."""
-    made: dict[str, tuple[ModelBundle, Any]] = {}
+    get = exports_in(tmp_path_factory)
 
-    def get(name: str) -> tuple[ModelBundle, Any]:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            made[name] = export_seq2seq(folder, name), seq2seq_parity.load_reference(folder / "checkpoint")
-        return made[name]
+    def opened(name: str) -> tuple[ModelBundle, Any]:
+        bundle, model = get(name)
+        return ModelBundle.open(bundle), model
 
-    return get
+    return opened
 
 
 def make_sources(model: Any, count: int = 20, longest: int = 30) -> tuple[np.ndarray, np.ndarray]:

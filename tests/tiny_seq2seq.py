@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,19 @@ def export_seq2seq(folder: Path, name: str, task: str | None = None, **settings:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(seq2seq_parity, "Worker", InProcess)
         return export(str(folder / "checkpoint"), folder / "bundle", ExportOptions(task=task, threads=1))
+
+
+def exports_in(folders: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+    """Return a function that gives the bundle and the PyTorch model of a name in `ARCHITECTURES`, made once each."""
+    made: dict[str, tuple[Path, Any]] = {}
+
+    def get(name: str) -> tuple[Path, Any]:
+        if name not in made:
+            folder = folders.mktemp(name)
+            made[name] = export_seq2seq(folder, name).path, seq2seq_parity.load_reference(folder / "checkpoint")
+        return made[name]
+
+    return get
 
 
 def save_tokenizer(folder: Path, others: list[str]) -> None:
