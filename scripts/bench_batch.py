@@ -1,4 +1,4 @@
-"""Compare answering many prompts in a continuous batch with answering them one at a time, interleaved in one run.
+"""Compare answering many prompts in continuous batches with answering them one at a time, interleaved in one run.
 
     python scripts/bench_batch.py BUNDLE --prompts 64 --batch-sizes 8,16,32 --rounds 3
 
@@ -17,10 +17,11 @@ import numpy as np
 
 from llmfast import quantize
 from llmfast.bundle import ModelBundle
-from llmfast.infer.batch import Batch, Request
+from llmfast.infer.batch import Request
 from llmfast.infer.engine import Engine
 from llmfast.infer.generate import finish, generate
-from llmfast.infer.rows import SlabRows
+from llmfast.infer.lanes import Lanes
+from llmfast.infer.opening import open_lanes
 from llmfast.infer.sampling import Sampling
 from llmfast.runtime import usable_cores
 from llmfast.text import read_text
@@ -49,15 +50,10 @@ def run_alone(engine: Engine, tokenizer: Tokenizer, requests: list[Request]) -> 
     ]
 
 
-def run_batch(engine: Engine, tokenizer: Tokenizer, requests: list[Request], rows: int) -> list[str]:
-    """Answer all in a continuous batch."""
-    capacity = max(len(request.prompt_ids) + request.max_tokens for request in requests)
-    batch = Batch(SlabRows(engine, rows, capacity), tokenizer)
-    for request in requests:
-        batch.submit(request)
-    answers = {}
-    while events := batch.step():
-        answers |= {event.id: event.generation.text for event in events if event.generation is not None}
+def run_batch(lanes: Lanes, requests: list[Request]) -> list[str]:
+    """Answer all in continuous batches."""
+    events = lanes.answer(iter(requests))
+    answers = {event.id: event.generation.text for event in events if event.generation is not None}
     return [answers[request.id] for request in requests]
 
 
@@ -79,15 +75,20 @@ def main() -> None:
     tokenizer.eos_ids = ()  # answers of one length
     lengths = arguments.min_length, arguments.max_length
     requests = make_requests(tokenizer, read_text(arguments.data), arguments.prompts, lengths, arguments.new_tokens)
-    engine = Engine(bundle, threads=arguments.threads, max_length=arguments.max_length + arguments.new_tokens)
+    capacity = arguments.max_length + arguments.new_tokens
+    engine = Engine(bundle, threads=arguments.threads, max_length=capacity)
     ways = [0, *map(int, arguments.batch_sizes.split(","))]  # 0: one at a time
     seconds: dict[int, list[float]] = {rows: [] for rows in ways}
     answers: dict[int, list[str]] = {}
+    lanes = {}
+    for rows in ways[1:]:
+        parts, _ = open_lanes(bundle, "cpu", arguments.threads, capacity, arguments.prompts, rows)
+        lanes[rows] = Lanes(parts, tokenizer)
     for _ in range(arguments.rounds):
         for rows in ways:
             start = time.perf_counter()
             if rows:
-                answers[rows] = run_batch(engine, tokenizer, requests, rows)
+                answers[rows] = run_batch(lanes[rows], requests)
             else:
                 answers[rows] = run_alone(engine, tokenizer, requests)
             seconds[rows].append(time.perf_counter() - start)

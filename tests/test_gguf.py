@@ -1,6 +1,8 @@
 """GGUF files of every architecture are the model they were made from; what is left out of one is refused."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -308,6 +310,23 @@ def test_a_quantized_file_is_exported_and_answers_like_its_weights(
     assert (bundle.path / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
     assert json.loads((bundle.path / "generation_config.json").read_text()) == {"eos_token_id": [2]}
     assert json.loads((bundle.path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_an_unpacked_file_is_a_folder_with_the_same_weights(
+    name: str, pair: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, path = pair(name)
+    script = Path(__file__).parent.parent / "scripts" / "unpack_gguf.py"
+    subprocess.run([sys.executable, script, path, tmp_path / "hf"], check=True)
+    expected = AutoModelForCausalLM.from_pretrained(folder).eval()
+    unpacked = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert {key for key, _ in unpacked.named_parameters()} == {key for key, _ in expected.named_parameters()}
+    ids = torch.from_numpy(np.random.default_rng(0).integers(3, 260, (2, 40)))
+    with torch.no_grad():
+        torch.testing.assert_close(unpacked(ids).logits, expected(ids).logits, rtol=1e-5, atol=1e-5)
+    again = subprocess.run([sys.executable, script, path, tmp_path / "hf"], capture_output=True, text=True)
+    assert again.returncode != 0  # nothing is written over
 
 
 def _tiny(path: Path, extra: dict[str, Any], tables: dict[str, np.ndarray] | None = None, **settings: Any) -> Path:

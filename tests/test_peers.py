@@ -74,15 +74,18 @@ def test_peers_and_bundles_take_turns_and_failures_are_told(
     }.items():
         arguments += ["--peer", f"{name}={python}"]
     lengths = ["--prompt", "8", "20", "--decode", "4", "--after", "6", "--rounds", "2", "--threads", "1"]
+    lengths += ["--batch", "3", "--batch-lengths", "2", "9"]
     places = ["--work", tmp_path / "work", "--json", tmp_path / "figures.json"]
     done = compare("--checkpoint", checkpoint, "--ours", fp32_bundle, *arguments, *lengths, *places)
     assert done.returncode == 0, done.stderr
 
     document = json.loads((tmp_path / "figures.json").read_text())
     contestants = {one["name"]: one for one in document["contestants"]}
-    for name in ("torch_eager fp32", f"llmfast {fp32_bundle.name}"):
+    single = ["prompt 8", "prompt 20", "decode 4 after 0", "decode 4 after 6"]
+    # PyTorch's script answers one prompt at a time.
+    for name, workloads in {"torch_eager fp32": single, f"llmfast {fp32_bundle.name}": [*single, "3 prompts"]}.items():
         speeds = contestants[name]["speeds"]
-        assert list(speeds) == ["prompt 8", "prompt 20", "decode 4 after 0", "decode 4 after 6"]
+        assert list(speeds) == workloads
         assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in speeds.values())
     weights = (checkpoint / "model.safetensors").stat().st_size
     assert contestants["torch_eager fp32"]["bytes"] >= weights
@@ -176,7 +179,7 @@ def test_a_contestant_without_logits_says_why_and_the_others_go_on(
     workload = peers("contestant").Workload("decode 2 after 1", 1, 2)
     for one in flaws.values():
         if one.failure is None:  # what has no quality still has a speed
-            one.run(workload, [1], is_warmup=False)
+            one.run(workload, {"ids": [1], "tokens": 3}, is_warmup=False)
     data = {"file": "text.txt", "windows": 2, "window_length": 20}
     lines = compare.render(list(flaws.values()), [workload], {"cores": 2}, 1, data).splitlines()
     assert "quality on 2 x 20 tokens of text.txt" in lines[0]
@@ -288,6 +291,8 @@ def test_scripts_generate_the_same_tokens_and_forget_the_prompt_before(
         (["--ours", "absent"], "absent does not exist"),
         (["--rounds", "0"], "at least 1"),
         (["--prompt", "0"], "at least 1"),
+        (["--batch", "-1"], "--batch must not be negative"),
+        (["--batch-lengths", "9", "3"], "the shortest prompt and the longest"),
         (["--windows", "0"], "at least 1"),
         (["--window-length", "1"], "at least 2"),
         (["--data", "absent"], "absent does not exist"),

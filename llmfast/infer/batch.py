@@ -15,8 +15,8 @@ rows again, alone, and `exact` says whether all gave the same bits. So does the 
 
 import time
 from collections import deque
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
 
@@ -98,6 +98,11 @@ class Counts:
     steps: int = 0
     audited: int = 0
     differing: int = 0
+
+    @classmethod
+    def total(cls, counts: Iterable["Counts"]) -> "Counts":
+        """Return the sum of several."""
+        return cls(*map(sum, zip(*map(astuple, [cls(), *counts]), strict=True)))
 
 
 @dataclass

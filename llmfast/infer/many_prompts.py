@@ -1,17 +1,19 @@
-"""Prompts to answers in a continuous batch."""
+"""Prompts to answers in continuous batches."""
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 from llmfast.bundle import ModelBundle
 from llmfast.errors import LlmfastError, OptionError
-from llmfast.infer.batch import Batch, Counts, check_prompt
+from llmfast.infer.batch import Counts, Request, check_prompt
 from llmfast.infer.decoder import context_length
 from llmfast.infer.generate import Generation, check_limits
 from llmfast.infer.jsonl import Line
+from llmfast.infer.lanes import Lanes
 from llmfast.infer.memory import DEFAULT_ROWS, MemoryPlan
-from llmfast.infer.opening import open_rows
+from llmfast.infer.opening import open_lanes
 from llmfast.infer.requests import FIELDS, RequestReader
 from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
 from llmfast.report import note
@@ -61,7 +63,8 @@ class Prompts:
         self._context_length = context_length(bundle)
         self._vocab_size = int(bundle.manifest.architecture.get("vocab_size", 0)) or self._tokenizer.vocab_size
         self._capacity = 1
-        self._batch: Batch | None = None
+        self._lanes: Lanes | None = None
+        self._before = Counts()  # of lanes that were too short
         self._memory: MemoryPlan | None = None
 
     def check(self, line: Line) -> None:
@@ -75,7 +78,7 @@ class Prompts:
     @property
     def is_outgrown(self) -> bool:
         """Whether a line that was checked needs a longer row than there is."""
-        return self._batch is not None and self._batch.rows.capacity < self._capacity
+        return self._lanes is not None and self._lanes.capacity < self._capacity
 
     def run(
         self,
@@ -85,21 +88,22 @@ class Prompts:
         failed: Callable[[Line, LlmfastError], None],
     ) -> None:
         """Answer lines; each is done when its answer is, whatever the order."""
-        batch = self._open(remaining)
+        lanes = self._open(remaining)
         pending: dict[Any, Line] = {}
-        while True:
-            # One more than there are rows, so that a row that falls free is filled at once.
-            while len(pending) <= batch.rows.count and (line := next(lines, None)) is not None:
-                batch.submit(self._reader.read(line))
-                pending[line.number] = line
-            if not pending:
-                break
-            for event in batch.step():
+
+        def requests() -> Iterator[Request | None]:
+            for line in lines:
+                if line is not None:
+                    pending[line.number] = line
+                yield None if line is None else self._reader.read(line)
+
+        with closing(lanes.answer(requests())) as events:
+            for event in events:
                 if event.error is not None:
                     failed(pending.pop(event.id), event.error)
                 elif event.generation is not None:
                     done(pending.pop(event.id), _record(event.generation))
-        if not batch.exact:
+        if self._counts.differing:
             note(
                 "note: in a batch, this model's kernels round other than for one prompt; answers may differ from "
                 "those of one prompt at a time (--batch-size 1)"
@@ -107,32 +111,32 @@ class Prompts:
 
     def speed(self, seconds: float) -> str:
         """Return how fast it goes, for people."""
-        return f"{self._generated_tokens / seconds:.0f} tokens/s"
+        return f"{self._counts.generated_tokens / seconds:.0f} tokens/s"
 
     def figures(self, seconds: float) -> dict[str, Any]:
         """Return counts and speed for the summary."""
-        if self._batch is None or self._memory is None:
+        if self._memory is None:
             return {"generated_tokens": 0}
+        counts = self._counts
         return {
-            **asdict(self._batch.counts),
-            "tokens_per_s": self._generated_tokens / seconds,
-            "exact": self._batch.exact,
+            **asdict(counts),
+            "tokens_per_s": counts.generated_tokens / seconds,
+            "exact": counts.differing == 0,
             "memory": asdict(self._memory),
         }
 
     @property
-    def _generated_tokens(self) -> int:
-        return self._batch.counts.generated_tokens if self._batch else 0
+    def _counts(self) -> Counts:
+        return Counts.total([self._before, *([self._lanes.counts] if self._lanes else [])])
 
-    def _open(self, remaining: int) -> Batch:
-        if self._batch is not None and not self.is_outgrown:
-            return self._batch
-        counts = Counts()
-        if self._batch is not None:  # opened for shorter lines; so that this is rare, there is now room for more
-            counts = self._batch.counts
-            self._capacity = max(self._capacity, min(2 * self._batch.rows.capacity, self._context_length))
-            self._batch = None  # its memory is free before the next one's is planned
-        rows, self._memory = open_rows(
+    def _open(self, remaining: int) -> Lanes:
+        if self._lanes is not None and not self.is_outgrown:
+            return self._lanes
+        if self._lanes is not None:  # opened for shorter lines; so that this is rare, there is now room for more
+            self._before = self._counts
+            self._capacity = max(self._capacity, min(2 * self._lanes.capacity, self._context_length))
+            self._lanes = None  # its memory is free before the next one's is planned
+        rows, self._memory = open_lanes(
             self._bundle,
             self._provider,
             self._threads,
@@ -142,8 +146,8 @@ class Prompts:
             self._neighbours,
         )
         note(f"{remaining} prompts; {self._memory}")
-        self._batch = Batch(rows, self._tokenizer, counts)
-        return self._batch
+        self._lanes = Lanes(rows, self._tokenizer)
+        return self._lanes
 
 
 def _record(generation: Generation) -> dict[str, Any]:

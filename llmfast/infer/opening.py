@@ -6,10 +6,12 @@ from llmfast.bundle import PREFILL, TEXT_GENERATION, ModelBundle
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.infer.decoder import Decoder, runs
 from llmfast.infer.engine import Engine
-from llmfast.infer.memory import MemoryPlan, plan_memory
+from llmfast.infer.lanes import count_lanes
+from llmfast.infer.memory import DEFAULT_ROWS, MemoryPlan, plan_memory
 from llmfast.infer.rows import OneRow, Rows, SlabRows
 from llmfast.infer.speculate import Drafter, DraftModel, PromptLookup, Speculation
 from llmfast.report import note
+from llmfast.runtime import resolve_threads
 from llmfast.tokenizer import Tokenizer
 from llmfast.tuned import SessionSettings, settings_for
 
@@ -50,8 +52,7 @@ def open_decoder(
     settings = settings or settings_for(bundle, provider, threads)
     threads, spin = settings.threads, spin and settings.spin
     chunk_tokens = settings.chunk_tokens if chunk_tokens is None else chunk_tokens
-    inputs = bundle.manifest.graphs.get("model", {}).get("inputs", ())
-    if not inputs or "seqlens_k" in inputs:
+    if _follows_contract(bundle):
         graph, rows = _to_verify(bundle, even_if_inexact) if verify and provider == "cpu" else (None, ())
         base = settings.block_base
         return Engine(
@@ -175,16 +176,55 @@ def open_rows(
         UnsupportedError: several are asked for, and the graph or the provider takes one at a time.
         ResourceError: they do not fit the memory.
     """
+    (rows,), plan = _open_divided(bundle, provider, threads, capacity, most_rows, batch_size, neighbours, lanes=1)
+    return rows, plan
+
+
+def open_lanes(
+    bundle: ModelBundle,
+    provider: str,
+    threads: int | None,
+    capacity: int,
+    most_rows: int,
+    batch_size: int | None,
+    neighbours: int = 1,
+) -> tuple[list[Rows], MemoryPlan]:
+    """Open a model as `open_rows` does, and divide the rows among lanes, which share the threads; see `Lanes`."""
+    lanes = 1
+    if provider == "cpu" and _follows_contract(bundle):
+        threads = resolve_threads(settings_for(bundle, provider, threads, tell=False).threads)
+        lanes = count_lanes(threads, min(batch_size or DEFAULT_ROWS, most_rows))
+        threads -= lanes - 1  # each lane's own thread takes part in what it runs
+    return _open_divided(bundle, provider, threads, capacity, most_rows, batch_size, neighbours, lanes)
+
+
+def _open_divided(
+    bundle: ModelBundle,
+    provider: str,
+    threads: int | None,
+    capacity: int,
+    most_rows: int,
+    batch_size: int | None,
+    neighbours: int,
+    lanes: int,
+) -> tuple[list[Rows], MemoryPlan]:
     engine = open_decoder(bundle, provider, threads, max_length=capacity)
     if engine.note:
         note(f"note: `{bundle.name}`: {engine.note}")
     if isinstance(engine, Engine) and engine.takes_rows:
         plan = plan_memory(bundle, engine, capacity, most_rows, batch_size, neighbours)
-        return SlabRows(engine, plan.rows, capacity), plan
+        lanes = min(lanes, plan.rows)
+        return [SlabRows(engine, (plan.rows + lane) // lanes, capacity) for lane in range(lanes)], plan
     if (batch_size or 0) > 1:
         raise UnsupportedError(
             f"`{bundle.path}` answers one prompt at a time with {provider}: its graph is another "
             "exporter's, or its cache is on a device",
             "leave --batch-size out",
         )
-    return OneRow(engine), plan_memory(bundle, engine, capacity, 1, batch_size, neighbours)
+    return [OneRow(engine)], plan_memory(bundle, engine, capacity, 1, batch_size, neighbours)
+
+
+def _follows_contract(bundle: ModelBundle) -> bool:
+    """Return whether a decoder's graph is of llmfast's form, as far as the bundle says."""
+    inputs = bundle.manifest.graphs.get("model", {}).get("inputs", ())
+    return not inputs or "seqlens_k" in inputs

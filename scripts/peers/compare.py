@@ -5,10 +5,11 @@
 Each peer runs in an environment of its own, which --install makes (gigabytes, and minutes) and --peer names; each
 format of a peer and each bundle is a process that lives through the run. In a round each takes its turn at every
 workload, in an order that rotates, with the same random tokens, new ones each time. Decoding is greedy; its speed does
-not count the prompt. With --data, how close each one's predictions on a text stay to the checkpoint's in float32, by
-PyTorch, is measured first. A peer that does not install, convert or run gets a row that says why, and the run goes on.
-Prints Markdown: quality, megabytes of weights, medians of tokens per second, and how many times as fast as each peer
-llmfast is, formed within rounds.
+not count the prompt, but that of --batch counts the prompts in: it is generated tokens by the whole time. With --data,
+how close each one's predictions on a text stay to the checkpoint's in float32, by PyTorch, is measured first. A peer
+that does not install, convert or run gets a row that says why, and the run goes on. Prints Markdown: quality,
+megabytes of weights, medians of tokens per second, and how many times as fast as each peer llmfast is, formed within
+rounds.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from typing import Any
 # Not the folder of this file: in it are scripts with the names of the peers' packages.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from peers.contestant import Contestant, Workload  # noqa: E402
+from peers.contestant import Batch, Contestant, Workload  # noqa: E402
 
 PEERS = ("onnxruntime_genai", "openvino_genai", "llama_cpp", "ctranslate2", "torch_eager")
 REFERENCE = "torch_eager"  # of quality
@@ -39,13 +40,15 @@ PAUSE = 0.2  # seconds between turns: threads of some peers spin for a while, an
 
 def main() -> int:
     options = parse()
-    workloads = [Workload(f"prompt {length}", length, 0) for length in options.prompt]
+    workloads: list[Workload | Batch] = [Workload(f"prompt {length}", length, 0) for length in options.prompt]
     workloads += [
         Workload(f"decode {options.decode} after {length}", max(length, 1), options.decode)
         for length in (0, *options.after)
     ]
+    if options.batch:
+        workloads.append(Batch(f"{options.batch} prompts", options.batch, *options.batch_lengths, options.decode))
     windows = windows_of(options)
-    context = max(*(one.prompt + one.steps + 1 for one in workloads), *map(len, windows))
+    context = max(*(one.context for one in workloads), *map(len, windows))
     vocab_size = json.loads((options.checkpoint / "config.json").read_text())["vocab_size"]
     peers = {name: list(enter_peer(name, options, context)) for name in options.only}
     contestants = [*itertools.chain(*peers.values()), *(enter_bundle(path, options, context) for path in options.ours)]
@@ -112,6 +115,8 @@ def parse() -> argparse.Namespace:
     add("--prompt", type=int, nargs="+", default=[512], help="lengths of prompts (default: 512)")
     add("--decode", type=int, default=128, help="steps of decoding (default: 128)")
     add("--after", type=int, nargs="*", default=[512], help="decode after so many tokens too (default: 512)")
+    add("--batch", type=int, default=0, metavar="N", help="answer so many prompts at once too")
+    add("--batch-lengths", type=int, nargs=2, default=[64, 256], metavar="TOKENS", help="of these (default: 64 256)")
     add("--rounds", type=int, default=5, help="rounds that count, after one that does not (default: 5)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--seed", type=int, default=0)
@@ -128,6 +133,8 @@ def parse() -> argparse.Namespace:
             parser.error(f"{path} does not exist")
     if min(options.rounds, options.decode, options.threads, options.windows, *options.prompt, *options.after) < 1:
         parser.error("lengths, rounds, windows and threads must be at least 1")
+    if options.batch < 0 or not 0 < options.batch_lengths[0] <= options.batch_lengths[1]:
+        parser.error("--batch must not be negative; --batch-lengths are the shortest prompt and the longest")
     if options.window_length < 2:
         parser.error(
             "--window-length must be at least 2: the last token of a window is predicted, and predicts nothing"
@@ -235,23 +242,23 @@ def score(contestants: list[Contestant], reference: Contestant, windows: list[An
 
 
 def measure(
-    contestants: list[Contestant], workloads: list[Workload], rounds: int, rng: random.Random, vocab_size: int
+    contestants: list[Contestant], workloads: list[Workload | Batch], rounds: int, rng: random.Random, vocab_size: int
 ) -> None:
     """Let all take turns; the first round warms up and does not count."""
     for number in range(rounds + 1):
         note(f"round {number} of {rounds}" if number else "warm-up")
         for workload in workloads:
-            ids = [rng.randrange(vocab_size) for _ in range(workload.prompt)]
+            request = workload.draw(rng, vocab_size)
             shift = number % len(contestants)
             for one in contestants[shift:] + contestants[:shift]:
                 if one.failure is None:
                     time.sleep(PAUSE)
-                    one.run(workload, ids, is_warmup=number == 0)
+                    one.run(workload, request, is_warmup=number == 0)
 
 
 def render(
     contestants: list[Contestant],
-    workloads: list[Workload],
+    workloads: list[Workload | Batch],
     machine: dict[str, Any],
     rounds: int,
     data: dict[str, Any] | None,

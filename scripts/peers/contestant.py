@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import subprocess
 import threading
 from dataclasses import dataclass, field
@@ -21,9 +22,44 @@ class Workload:
     prompt: int
     steps: int
 
-    def speed(self, seconds: list[float]) -> float:
+    @property
+    def context(self) -> int:
+        """Positions that are needed."""
+        return self.prompt + self.steps + 1
+
+    def draw(self, rng: random.Random, vocab_size: int) -> dict[str, Any]:
+        """Return a request for new random tokens."""
+        return {"ids": [rng.randrange(vocab_size) for _ in range(self.prompt)], "tokens": self.steps + 1}
+
+    def speed(self, reply: dict[str, Any]) -> float:
         """Return tokens per second."""
+        seconds = reply["seconds"]
         return self.steps / sum(seconds[1:]) if self.steps else self.prompt / seconds[0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Answer many prompts of random tokens, of lengths between two bounds, with so many tokens each."""
+
+    name: str
+    prompts: int
+    shortest: int
+    longest: int
+    steps: int
+
+    @property
+    def context(self) -> int:
+        """Positions that are needed."""
+        return self.longest + self.steps
+
+    def draw(self, rng: random.Random, vocab_size: int) -> dict[str, Any]:
+        """Return a request for new random tokens."""
+        lengths = [rng.randint(self.shortest, self.longest) for _ in range(self.prompts)]
+        return {"batch": [[rng.randrange(vocab_size) for _ in range(n)] for n in lengths], "tokens": self.steps}
+
+    def speed(self, reply: dict[str, Any]) -> float:
+        """Return generated tokens per second of the whole time, prompts included."""
+        return float(self.prompts * self.steps / reply["seconds"])
 
 
 @dataclass
@@ -69,11 +105,11 @@ class Contestant:
             )
         self.hello = self._read(OPEN_LIMIT) or {}
 
-    def run(self, workload: Workload, ids: list[int], is_warmup: bool) -> None:
+    def run(self, workload: Workload | Batch, request: dict[str, Any], is_warmup: bool) -> None:
         """Take a turn; a contestant that fails keeps the reason and takes no more."""
-        reply = self._ask({"ids": ids, "tokens": workload.steps + 1})
-        if reply is not None and not is_warmup:
-            self.speeds.setdefault(workload.name, []).append(workload.speed(reply["seconds"]))
+        reply = self._ask(request)
+        if reply is not None and "reason" not in reply and not is_warmup:
+            self.speeds.setdefault(workload.name, []).append(workload.speed(reply))
 
     def score(self, ids: list[int], file: Path) -> str | None:
         """Save the logits after each token to a file; return why that can't be."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 REQUIREMENTS = ("ctranslate2>=4.8", "torch>=2.10,<2.14", "transformers>=5")
 FORMATS = ("int8",)
+_ROWS = 32  # at once
 
 
 def convert(source: Source, folder: Path, form: str) -> None:
@@ -36,6 +37,17 @@ class Model:
             include_prompt_in_result=False,
             callback=lambda step: emit(step.token_id) and False,
         )
+
+    def generate_many(self, batch: list[list[int]], count: int) -> list[int]:
+        results = self._model.generate_batch(
+            [[self._tokens[index] for index in ids] for ids in batch],
+            max_batch_size=_ROWS,
+            max_length=count,
+            min_length=count,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+        )
+        return [len(result.sequences_ids[0]) for result in results]
 
     def score(self, ids: list[int]) -> "np.ndarray":
         import numpy as np

@@ -12,13 +12,17 @@ from peers.protocol import serve
 if TYPE_CHECKING:
     import numpy as np
 
+    from llmfast.infer.lanes import Lanes
+
 
 class Model:
     def __init__(self, folder: Path, form: str, threads: int, context: int) -> None:
         from llmfast.bundle import ModelBundle
         from llmfast.infer.opening import open_decoder
 
-        self._engine = open_decoder(ModelBundle.open(folder), threads=threads, max_length=context)
+        self._bundle, self._threads, self._context = ModelBundle.open(folder), threads, context
+        self._engine = open_decoder(self._bundle, threads=threads, max_length=context)
+        self._lanes: Lanes | None = None
 
     def generate(self, ids: list[int], count: int, emit: Callable[[int], object]) -> None:
         import numpy as np
@@ -30,6 +34,23 @@ class Model:
             emit(token)
             if number + 1 < count:
                 logits = self._engine.decode(token)
+
+    def generate_many(self, batch: list[list[int]], count: int) -> list[int]:
+        import numpy as np
+
+        from llmfast.infer.batch import Request
+        from llmfast.infer.lanes import Lanes
+        from llmfast.infer.opening import open_lanes
+        from llmfast.tokenizer import Tokenizer
+
+        if self._lanes is None:
+            rows, _ = open_lanes(self._bundle, "cpu", self._threads, self._context, len(batch), None)
+            tokenizer = Tokenizer.load(self._bundle.path)
+            tokenizer.eos_ids = ()  # answers of one length
+            self._lanes = Lanes(rows, tokenizer)
+        requests = (Request(number, np.array(ids, np.int64), count) for number, ids in enumerate(batch))
+        generations = (event.generation for event in self._lanes.answer(requests))
+        return [generation.generated_tokens for generation in generations if generation is not None]
 
     def score(self, ids: list[int]) -> "np.ndarray":
         import numpy as np

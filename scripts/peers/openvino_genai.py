@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peers.protocol import Source, run, serve
 
@@ -36,6 +36,7 @@ class Model:
         self._settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         backend = "PA" if self._is_paged else "SDPA"
         self._pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", ATTENTION_BACKEND=backend, **self._settings)
+        self._batches: Any = None
         self._scorer: openvino.CompiledModel | None = None
 
     def generate(self, ids: list[int], count: int, emit: Callable[[int], object]) -> None:
@@ -49,6 +50,18 @@ class Model:
             max_new_tokens=count, ignore_eos=True, do_sample=False, apply_chat_template=False
         )
         self._pipeline.generate(inputs, config, self._streamer(emit))
+
+    def generate_many(self, batch: list[list[int]], count: int) -> list[int]:
+        import numpy as np
+        import openvino
+
+        if self._batches is None:
+            scheduler = self._api.SchedulerConfig()
+            scheduler.max_num_seqs = len(batch)
+            self._batches = self._api.ContinuousBatchingPipeline(str(self._folder), scheduler, "CPU", self._settings)
+        config = self._api.GenerationConfig(max_new_tokens=count, ignore_eos=True, do_sample=False)
+        inputs = [openvino.Tensor(np.array([ids], np.int64)) for ids in batch]
+        return [len(result.m_generation_ids[0]) for result in self._batches.generate(inputs, [config] * len(inputs))]
 
     def score(self, ids: list[int]) -> "np.ndarray":
         """The pipeline gives no logits: its graph is run by OpenVINO's own interface, compiled as the pipeline does."""

@@ -1,11 +1,12 @@
 """What a peer's script does for `compare.py`: convert a checkpoint once, open it, answer over its standard streams.
 
 Runs in the peer's environment, so it needs nothing but the standard library. The first line that a script writes says
-what runs, as JSON: `versions` of its packages and the `bytes` of the model. Then each line it reads,
-`{"ids": [1, 2], "tokens": 3}`, is a prompt and how many tokens to generate greedily; it answers with the `tokens` and
-the `seconds` each took. The first of these is the prompt's time, one choice of a token included. A line
-`{"ids": [1, 2], "logits": "FILE.npy"}` asks what the model predicts after each token: it saves them to that file, and
-answers `{}`, or the `reason` why it can't.
+what runs, as JSON: `versions` of its packages and the `bytes` of the model. Then each line it reads, `{"ids": [1, 2],
+"tokens": 3}`, is a prompt and how many tokens to generate greedily; it answers with the `tokens` and the `seconds`
+each took. The first of these is the prompt's time, one choice of a token included. A line `{"batch": [[1, 2], [3]],
+"tokens": 3}` is many prompts at once, answered with the `seconds` that all took. A line `{"ids": [1, 2], "logits":
+"FILE.npy"}` asks what the model predicts after each token: it saves them to that file, and answers `{}`. What a peer
+can't do it answers with a `reason`.
 """
 
 import argparse
@@ -40,6 +41,15 @@ class Model(Protocol):
         """Forget what was before, read a prompt and give `emit` each of `count` tokens at once when it is known.
 
         Decoding is greedy and does not end at an end token.
+        """
+
+    def generate_many(self, batch: list[list[int]], count: int) -> list[int]:
+        """Forget what was before, answer each prompt with `count` tokens, chosen as `generate` does.
+
+        A peer that answers one prompt at a time does not have this.
+
+        Returns:
+            How many tokens each answer has.
         """
 
     def score(self, ids: list[int]) -> "np.ndarray":
@@ -82,7 +92,7 @@ def serve(
     print(json.dumps(hello), file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        answer = _save_scores if "logits" in request else _generate
+        answer = _save_scores if "logits" in request else _generate_many if "batch" in request else _generate
         print(json.dumps(answer(model, **request)), file=replies, flush=True)
 
 
@@ -98,6 +108,17 @@ def _generate(model: Model, ids: list[int], tokens: int) -> dict[str, Any]:
     if len(chosen) != tokens:
         raise RuntimeError(f"generated {len(chosen)} tokens, not {tokens}")
     return {"tokens": chosen, "seconds": [after - before for before, after in itertools.pairwise(times)]}
+
+
+def _generate_many(model: Model, batch: list[list[int]], tokens: int) -> dict[str, Any]:
+    if not hasattr(model, "generate_many"):
+        return {"reason": "one prompt at a time"}
+    start = time.perf_counter()
+    lengths = model.generate_many(batch, tokens)
+    seconds = time.perf_counter() - start
+    if lengths != [tokens] * len(batch):
+        raise RuntimeError(f"answers have {lengths} tokens, not {tokens} each")
+    return {"seconds": seconds}
 
 
 def _save_scores(model: Model, ids: list[int], logits: str) -> dict[str, Any]:

@@ -1,0 +1,159 @@
+"""Batches side by side: each request answered as alone, whatever thread it came to, and no thread left behind."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmfast.bundle import ModelBundle
+from llmfast.errors import InputError
+from llmfast.infer.batch import Counts, Request
+from llmfast.infer.engine import Engine
+from llmfast.infer.generate import finish, generate
+from llmfast.infer.lanes import Lanes, count_lanes
+from llmfast.infer.opening import open_lanes, open_rows
+from llmfast.infer.sampling import Sampling
+from llmfast.tokenizer import Tokenizer
+from tests.tiny_decoder import TOKENS, write_bundle
+
+CAPACITY = 96
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    return ModelBundle.open(write_bundle(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def lanes(tiny: ModelBundle) -> Lanes:
+    rows, plan = open_lanes(tiny, "cpu", 3, CAPACITY, most_rows=100, batch_size=26)
+    assert plan.rows == 26
+    assert [part.count for part in rows] == [8, 9, 9]
+    return Lanes(rows, Tokenizer.load(tiny.path))
+
+
+def _requests(count: int) -> list[Request]:
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(1, 60, count)
+    limits = rng.integers(1, 30, count)
+    return [
+        Request(number, rng.integers(0, TOKENS, length), int(limit), Sampling(temperature=0.7, seed=number))
+        for number, (length, limit) in enumerate(zip(lengths, limits, strict=True))
+    ]
+
+
+def _threads() -> set[threading.Thread]:
+    return set(threading.enumerate())
+
+
+def test_answers_are_those_of_one_at_a_time(tiny: ModelBundle, lanes: Lanes) -> None:
+    before = _threads()
+    requests = _requests(70)
+    tokenizer = Tokenizer.load(tiny.path)
+    pieces = {request.id: "" for request in requests}
+    generations = {}
+    for event in lanes.answer(iter(requests)):
+        pieces[event.id] += event.text
+        if event.generation is not None:
+            generations[event.id] = event.generation
+    assert _threads() == before
+    engine = Engine(tiny, threads=1, max_length=CAPACITY)
+    for request in requests:
+        alone = finish(
+            generate(
+                engine,
+                tokenizer,
+                request.prompt_ids,
+                request.max_tokens,
+                request.sampling,
+                request.stop,
+                tokenizer.eos_ids,
+            )
+        )
+        ours = generations[request.id]
+        assert ours.text == pieces[request.id] == alone.text
+        assert (ours.prompt_tokens, ours.generated_tokens) == (alone.prompt_tokens, alone.generated_tokens)
+        assert ours.finish_reason == alone.finish_reason
+    assert lanes.counts.prompt_tokens == sum(len(request.prompt_ids) for request in requests)
+    assert lanes.counts.generated_tokens == sum(one.generated_tokens for one in generations.values())
+    assert lanes.counts.differing == 0
+    # The same lanes answer again, and count on.
+    assert len([event for event in lanes.answer(iter(requests[:5])) if event.generation]) == 5
+    assert lanes.counts.prompt_tokens > sum(len(request.prompt_ids) for request in requests)
+
+
+def test_all_lanes_work(lanes: Lanes) -> None:
+    """As many requests as rows are all under way at once: each lane has read its share before one ends."""
+    requests = [Request(number, np.arange(1, 9), 20) for number in range(26)]
+    first = set()
+    for event in lanes.answer(iter(requests)):
+        if event.generation is not None:
+            break
+        first.add(event.id)
+    assert len(first) > 9
+
+
+def test_requests_are_taken_as_rows_fall_free(lanes: Lanes) -> None:
+    requests = _requests(60)
+    taken = answered = 0
+
+    def source() -> Iterator[Request | None]:
+        nonlocal taken
+        for request in requests:
+            taken += 1
+            yield request
+            yield None  # there is none yet: asked again after the next event
+
+    for event in lanes.answer(source()):
+        assert taken - answered <= 26 + 3
+        answered += event.generation is not None
+    assert taken == answered == 60
+
+
+def test_what_fails_in_a_lane_is_raised_and_ends_all(lanes: Lanes) -> None:
+    before = _threads()
+    bad = Request("bad", np.array([TOKENS + 5]), 4)
+    with pytest.raises(InputError, match="token"):
+        list(lanes.answer(iter([*_requests(20), bad])))
+    assert _threads() == before
+
+
+def test_who_stops_reading_leaves_no_thread(lanes: Lanes) -> None:
+    before = _threads()
+    events = lanes.answer(iter(_requests(40)))
+    next(events)
+    assert len(_threads() - before) == 3
+    events.close()
+    assert _threads() == before
+
+
+@pytest.mark.parametrize(
+    ("threads", "rows", "lanes"), [(1, 32, 1), (2, 32, 2), (2, 15, 1), (2, 16, 2), (8, 32, 4), (4, 1, 1), (2, 0, 1)]
+)
+def test_a_lane_has_enough_rows(threads: int, rows: int, lanes: int) -> None:
+    assert count_lanes(threads, rows) == lanes
+
+
+def test_rows_are_not_divided_where_one_batch_is_asked_for(tiny: ModelBundle) -> None:
+    rows, plan = open_rows(tiny, "cpu", 4, CAPACITY, 64, None)
+    assert rows.count == plan.rows == 32
+
+
+def test_counts_add_up() -> None:
+    assert Counts.total([]) == Counts()
+    assert Counts.total([Counts(1, 2, 3, 4, 5, 6), Counts(prompt_tokens=10, differing=1)]) == Counts(11, 2, 3, 4, 5, 7)
+
+
+def test_lanes_with_a_bundle_on_disk_answer_a_file(tiny: ModelBundle, tmp_path: Path) -> None:
+    from llmfast.infer.many import answer_file
+
+    (tmp_path / "prompts.txt").write_text("".join(f"word {number}\n" for number in range(50)))
+    one, many = (
+        answer_file(tiny.path, tmp_path / "prompts.txt", tmp_path / f"{threads}.jsonl", threads=threads, max_tokens=9)
+        for threads in (1, 3)
+    )
+    assert one.answered == many.answered == 50
+    assert one.figures["generated_tokens"] == many.figures["generated_tokens"]
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "3.jsonl").read_bytes()
