@@ -99,10 +99,13 @@ def main() -> int:
             if a.generation.decode_tokens_per_s and b.generation.decode_tokens_per_s
         ]
         tokens = sum(a.generation.generated_tokens for a, _ in answers)
+        slowest = sorted(decode)[len(decode) // 20]
+        wall = sum(a.wall_s for a, _ in answers) / sum(b.wall_s for _, b in answers)
         cpu = sum(a.cpu_s for a, _ in answers) / sum(b.cpu_s for _, b in answers)
         print(
             f"{kind}: {same} of {len(answers)} answers identical, {tokens} tokens; {accepted} of {drafted} drafted "
-            f"tokens accepted; decode {statistics.median(decode):.2f}x (median), with the prompt {cpu:.2f}x in CPU time"
+            f"tokens accepted; decode {statistics.median(decode):.2f}x (median), {slowest:.2f}x (5th percentile); "
+            f"{wall:.2f}x by the clock and {cpu:.2f}x in CPU time with the prompts"
         )
     print(f"rows of a step have the bits of single steps: {'yes' if speculation and speculation.is_exact else 'no'}")
     return int(differing > 0)

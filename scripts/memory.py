@@ -10,7 +10,6 @@ processes of a command together, which a busy machine changes least.
 """
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -19,11 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from random_llama import make_checkpoint
 
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCAB = 2048, 5632, 32, 4, 32000
 INTERVAL_S = 0.02
 
 
@@ -51,65 +47,6 @@ def main() -> None:
                     shutil.rmtree(checkpoint)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def make_checkpoint(folder: Path, layers: int) -> int:
-    """Write config, tokenizer and weights, one shard at a time; return the number of parameters."""
-    folder.mkdir(parents=True)
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    write_tokenizer(folder / "tokenizer.json")
-    generator = torch.Generator().manual_seed(0)
-    shards = {"embed": {"model.embed_tokens": (VOCAB, HIDDEN)}}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        linears = {
-            "self_attn.q_proj": (HIDDEN, HIDDEN),
-            "self_attn.k_proj": (HIDDEN // HEADS * KV_HEADS, HIDDEN),
-            "self_attn.v_proj": (HIDDEN // HEADS * KV_HEADS, HIDDEN),
-            "self_attn.o_proj": (HIDDEN, HIDDEN),
-            "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-            "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-            "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-            "input_layernorm": (HIDDEN,),
-            "post_attention_layernorm": (HIDDEN,),
-        }
-        shards[f"layer-{layer:02}"] = {f"{prefix}.{name}": shape for name, shape in linears.items()}
-    shards["head"] = {"model.norm": (HIDDEN,), "lm_head": (VOCAB, HIDDEN)}
-    weight_map, parameters = {}, 0
-    for shard, shapes in shards.items():
-        tensors = {}
-        for name, shape in shapes.items():
-            # Norms of ones; a standard deviation of 0.02 is what Llama starts its training from.
-            values = torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, generator=generator)
-            tensors[f"{name}.weight"] = values.to(torch.bfloat16)
-            parameters += values.numel()
-        save_file(tensors, folder / f"{shard}.safetensors")
-        weight_map |= dict.fromkeys(tensors, f"{shard}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return parameters
-
-
-def write_tokenizer(path: Path) -> None:
-    """Write a tokenizer whose tokens are bytes: the first 256 rows of the vocabulary."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(path))
 
 
 def run(command: list[str]) -> tuple[float, dict[str, tuple[int, int]]]:
