@@ -9,6 +9,7 @@ import pytest
 
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError
+from llmfast.infer import opening
 from llmfast.infer.batch import Counts, Request
 from llmfast.infer.engine import Engine
 from llmfast.infer.generate import finish, generate
@@ -16,6 +17,7 @@ from llmfast.infer.lanes import Lanes, count_lanes
 from llmfast.infer.opening import open_lanes, open_rows
 from llmfast.infer.sampling import Sampling
 from llmfast.tokenizer import Tokenizer
+from llmfast.tuned import SessionSettings
 from tests.tiny_decoder import TOKENS, write_bundle
 
 CAPACITY = 96
@@ -127,6 +129,16 @@ def test_who_stops_reading_leaves_no_thread(lanes: Lanes) -> None:
     assert len(_threads() - before) == 3
     events.close()
     assert _threads() == before
+
+
+def test_lanes_share_the_settings_that_were_found_best(tiny: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SessionSettings(threads=2, chunk_tokens=64, block_base=4)
+    monkeypatch.setattr(opening, "settings_for", lambda *_: found)
+    opened = []
+    monkeypatch.setattr(opening, "open_decoder", lambda *_, **given: opened.append(given["settings"]) or Engine(tiny))
+    rows, _ = open_lanes(tiny, "cpu", None, CAPACITY, 32, None)
+    assert [part.count for part in rows] == [16, 16]
+    assert opened == [SessionSettings(threads=1, chunk_tokens=64, block_base=4)]
 
 
 @pytest.mark.parametrize(

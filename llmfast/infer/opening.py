@@ -1,5 +1,6 @@
 """Which engine runs a decoder: over one slab where the graph allows it, over a cache that grows otherwise."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from llmfast.bundle import PREFILL, TEXT_GENERATION, ModelBundle
@@ -176,7 +177,8 @@ def open_rows(
         UnsupportedError: several are asked for, and the graph or the provider takes one at a time.
         ResourceError: they do not fit the memory.
     """
-    (rows,), plan = _open_divided(bundle, provider, threads, capacity, most_rows, batch_size, neighbours, lanes=1)
+    settings = settings_for(bundle, provider, threads)
+    (rows,), plan = _open_divided(bundle, provider, settings, capacity, most_rows, batch_size, neighbours, lanes=1)
     return rows, plan
 
 
@@ -190,25 +192,26 @@ def open_lanes(
     neighbours: int = 1,
 ) -> tuple[list[Rows], MemoryPlan]:
     """Open a model as `open_rows` does, and divide the rows among lanes, which share the threads; see `Lanes`."""
-    lanes = 1
+    settings, lanes = settings_for(bundle, provider, threads), 1
     if provider == "cpu" and _follows_contract(bundle):
-        threads = resolve_threads(settings_for(bundle, provider, threads, tell=False).threads)
-        lanes = count_lanes(threads, min(batch_size or DEFAULT_ROWS, most_rows))
-        threads -= lanes - 1  # each lane's own thread takes part in what it runs
-    return _open_divided(bundle, provider, threads, capacity, most_rows, batch_size, neighbours, lanes)
+        shared = resolve_threads(settings.threads)
+        lanes = count_lanes(shared, min(batch_size or DEFAULT_ROWS, most_rows))
+        # Each lane's own thread takes part in what it runs.
+        settings = replace(settings, threads=shared - (lanes - 1))
+    return _open_divided(bundle, provider, settings, capacity, most_rows, batch_size, neighbours, lanes)
 
 
 def _open_divided(
     bundle: ModelBundle,
     provider: str,
-    threads: int | None,
+    settings: SessionSettings,
     capacity: int,
     most_rows: int,
     batch_size: int | None,
     neighbours: int,
     lanes: int,
 ) -> tuple[list[Rows], MemoryPlan]:
-    engine = open_decoder(bundle, provider, threads, max_length=capacity)
+    engine = open_decoder(bundle, provider, max_length=capacity, settings=settings)
     if engine.note:
         note(f"note: `{bundle.name}`: {engine.note}")
     if isinstance(engine, Engine) and engine.takes_rows:
