@@ -80,15 +80,16 @@ def main() -> None:
     ways = [0, *map(int, arguments.batch_sizes.split(","))]  # 0: one at a time
     seconds: dict[int, list[float]] = {rows: [] for rows in ways}
     answers: dict[int, list[str]] = {}
-    lanes = {}
-    for rows in ways[1:]:
-        parts, _ = open_lanes(bundle, "cpu", arguments.threads, capacity, arguments.prompts, rows)
-        lanes[rows] = Lanes(parts, tokenizer)
+    parts = {
+        rows: open_lanes(bundle, "cpu", arguments.threads, capacity, arguments.prompts, rows)[0] for rows in ways[1:]
+    }
     for _ in range(arguments.rounds):
         for rows in ways:
+            # New ones each time: they would copy what rows still hold of the round before.
+            lanes = Lanes(parts[rows], tokenizer) if rows else None
             start = time.perf_counter()
-            if rows:
-                answers[rows] = run_batch(lanes[rows], requests)
+            if lanes:
+                answers[rows] = run_batch(lanes, requests)
             else:
                 answers[rows] = run_alone(engine, tokenizer, requests)
             seconds[rows].append(time.perf_counter() - start)

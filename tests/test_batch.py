@@ -14,14 +14,14 @@ from llmfast.infer import memory
 from llmfast.infer.batch import Batch, Event, Request
 from llmfast.infer.decoder import cuts
 from llmfast.infer.engine import Engine
-from llmfast.infer.generate import Generation, finish, generate
+from llmfast.infer.generate import Generation
 from llmfast.infer.memory import plan_memory
 from llmfast.infer.rows import OneRow, Rows, SlabRows
 from llmfast.infer.sampling import Sampling
 from llmfast.quantize.options import QuantizeOptions
 from llmfast.quantize.stage import quantize
 from llmfast.tokenizer import Tokenizer
-from tests.tiny_decoder import CONTEXT, TOKENS, make_weights, reference_logits, write_bundle
+from tests.tiny_decoder import CONTEXT, TOKENS, answer_alone, make_weights, reference_logits, write_bundle
 
 CHUNK = 32
 
@@ -69,19 +69,6 @@ def _run(batch: Batch, requests: list[Request]) -> dict[Any, Generation]:
     return answers
 
 
-def _alone(engine: Engine, tokenizer: Tokenizer, request: Request) -> Generation:
-    pieces = generate(
-        engine,
-        tokenizer,
-        request.prompt_ids,
-        request.max_tokens,
-        request.sampling,
-        request.stop,
-        tokenizer.eos_ids,
-    )
-    return finish(pieces)
-
-
 def _same(left: Generation, right: Generation) -> bool:
     fields = ("text", "prompt_tokens", "generated_tokens", "finish_reason")
     return all(getattr(left, field) == getattr(right, field) for field in fields)
@@ -93,7 +80,7 @@ def _check_equal(bundle: ModelBundle, capacity: int = 120) -> Batch:
     requests = _requests(10, 100)
     batch = Batch(SlabRows(engine, 4, capacity), tokenizer)
     answers = _run(batch, requests)
-    assert all(_same(answers[request.id], _alone(engine, tokenizer, request)) for request in requests)
+    assert all(_same(answers[request.id], answer_alone(engine, tokenizer, request)) for request in requests)
     assert batch.counts.audited >= 4
     assert batch.counts.shared_tokens >= 3 * 32
     assert batch.counts.generated_tokens == sum(answer.generated_tokens for answer in answers.values())
@@ -169,13 +156,13 @@ def test_prompts_are_cut_where_the_engine_cuts_them() -> None:
 def test_sampled_answers_are_those_of_one_at_a_time(engine: Engine, tokenizer: Tokenizer) -> None:
     requests = _requests(8, CONTEXT, temperature=0.9, top_k=50, repetition_penalty=1.1)
     answers = _run(Batch(SlabRows(engine, 3, CONTEXT), tokenizer), requests)
-    assert all(_same(answers[request.id], _alone(engine, tokenizer, request)) for request in requests)
+    assert all(_same(answers[request.id], answer_alone(engine, tokenizer, request)) for request in requests)
     assert len({answer.text for answer in answers.values()}) == 8
 
 
 def test_stop_strings_are_each_requests_own(engine: Engine, tokenizer: Tokenizer) -> None:
     ids = np.array(tokenizer.encode("ab c"), np.int64)
-    whole = _alone(engine, tokenizer, Request("x", ids, 40)).text
+    whole = answer_alone(engine, tokenizer, Request("x", ids, 40)).text
     requests = [Request("all", ids, 40), Request("cut", ids, 40, stop=(whole[6:9],))]
     answers = _run(Batch(SlabRows(engine, 2, CONTEXT), tokenizer), requests)
     assert answers["all"].text == whole
@@ -187,7 +174,7 @@ def test_one_row_serves_engines_that_have_no_more(engine: Engine, tokenizer: Tok
     batch = Batch(OneRow(engine, CHUNK), tokenizer)
     answers = _run(batch, requests)
     assert batch.counts.shared_tokens > 0
-    assert all(_same(answers[request.id], _alone(engine, tokenizer, request)) for request in requests)
+    assert all(_same(answers[request.id], answer_alone(engine, tokenizer, request)) for request in requests)
 
 
 def test_a_common_beginning_is_computed_once(engine: Engine, tokenizer: Tokenizer) -> None:
@@ -242,7 +229,7 @@ def test_cancelled_requests_leave_their_rows(engine: Engine, tokenizer: Tokenize
     answers = {event.id: event.generation for event in events if event.generation is not None}
     assert set(answers) == {requests[1].id, requests[2].id}
     for request in requests[1:3]:
-        assert _same(answers[request.id], _alone(engine, tokenizer, request))
+        assert _same(answers[request.id], answer_alone(engine, tokenizer, request))
 
 
 def test_requests_that_cannot_be_answered_are_refused(engine: Engine, tokenizer: Tokenizer) -> None:
@@ -292,7 +279,7 @@ def test_kernels_that_round_otherwise_in_a_batch_are_found_out(tokenizer: Tokeni
     assert not batch.exact
 
 
-def test_logits_that_are_not_finite_end_their_request_alone(tokenizer: Tokenizer) -> None:
+def test_logits_that_are_not_finite_end_their_requestanswer_alone(tokenizer: Tokenizer) -> None:
     rows = Scripted(2)
     rows.poisoned = {1}
     batch = Batch(rows, tokenizer)

@@ -12,13 +12,13 @@ from llmfast.errors import InputError
 from llmfast.infer import opening
 from llmfast.infer.batch import Counts, Request
 from llmfast.infer.engine import Engine
-from llmfast.infer.generate import finish, generate
 from llmfast.infer.lanes import Lanes, count_lanes
+from llmfast.infer.many import answer_file
 from llmfast.infer.opening import open_lanes, open_rows
 from llmfast.infer.sampling import Sampling
 from llmfast.tokenizer import Tokenizer
 from llmfast.tuned import SessionSettings
-from tests.tiny_decoder import TOKENS, write_bundle
+from tests.tiny_decoder import TOKENS, answer_alone, write_bundle
 
 CAPACITY = 96
 
@@ -63,17 +63,7 @@ def test_answers_are_those_of_one_at_a_time(tiny: ModelBundle, lanes: Lanes) -> 
     assert _threads() == before
     engine = Engine(tiny, threads=1, max_length=CAPACITY)
     for request in requests:
-        alone = finish(
-            generate(
-                engine,
-                tokenizer,
-                request.prompt_ids,
-                request.max_tokens,
-                request.sampling,
-                request.stop,
-                tokenizer.eos_ids,
-            )
-        )
+        alone = answer_alone(engine, tokenizer, request)
         ours = generations[request.id]
         assert ours.text == pieces[request.id] == alone.text
         assert (ours.prompt_tokens, ours.generated_tokens) == (alone.prompt_tokens, alone.generated_tokens)
@@ -159,8 +149,6 @@ def test_counts_add_up() -> None:
 
 
 def test_lanes_with_a_bundle_on_disk_answer_a_file(tiny: ModelBundle, tmp_path: Path) -> None:
-    from llmfast.infer.many import answer_file
-
     (tmp_path / "prompts.txt").write_text("".join(f"word {number}\n" for number in range(50)))
     one, many = (
         answer_file(tiny.path, tmp_path / "prompts.txt", tmp_path / f"{threads}.jsonl", threads=threads, max_tokens=9)

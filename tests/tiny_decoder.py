@@ -9,6 +9,10 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import decoders, models, pre_tokenizers
 
 from llmfast.bundle import Manifest, write_manifest
+from llmfast.infer.batch import Request
+from llmfast.infer.engine import Engine
+from llmfast.infer.generate import Generation, finish, generate
+from llmfast.tokenizer import Tokenizer
 
 # 256 bytes and 3 special tokens; the rows above them are padding, as in many real models.
 TOKENS, VOCAB = 259, 264
@@ -110,3 +114,17 @@ def write_bundle(folder, companions=None):
     graphs = {"model": {"file": "model.onnx", "inputs": [], "outputs": []}}
     write_manifest(folder, Manifest("text-generation", architecture=architecture, graphs=graphs))
     return folder
+
+
+def answer_alone(engine: Engine, tokenizer: Tokenizer, request: Request) -> Generation:
+    """Answer a request with no other beside it."""
+    pieces = generate(
+        engine,
+        tokenizer,
+        request.prompt_ids,
+        request.max_tokens,
+        request.sampling,
+        request.stop,
+        tokenizer.eos_ids,
+    )
+    return finish(pieces)

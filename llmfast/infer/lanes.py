@@ -23,7 +23,7 @@ def count_lanes(threads: int, rows: int) -> int:
 
 
 class Lanes:
-    """Answers many requests over the rows of one model.
+    """Answers many requests over the rows of one model; not again once answers were not read to their end.
 
     Args:
         rows: of each lane; their sessions may be the same, and are then called by several threads at once.

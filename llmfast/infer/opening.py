@@ -177,8 +177,7 @@ def open_rows(
         UnsupportedError: several are asked for, and the graph or the provider takes one at a time.
         ResourceError: they do not fit the memory.
     """
-    settings = settings_for(bundle, provider, threads)
-    (rows,), plan = _open_divided(bundle, provider, settings, capacity, most_rows, batch_size, neighbours, lanes=1)
+    (rows,), plan = open_lanes(bundle, provider, threads, capacity, most_rows, batch_size, neighbours, most_lanes=1)
     return rows, plan
 
 
@@ -190,27 +189,15 @@ def open_lanes(
     most_rows: int,
     batch_size: int | None,
     neighbours: int = 1,
+    most_lanes: int | None = None,
 ) -> tuple[list[Rows], MemoryPlan]:
     """Open a model as `open_rows` does, and divide the rows among lanes, which share the threads; see `Lanes`."""
     settings, lanes = settings_for(bundle, provider, threads), 1
-    if provider == "cpu" and _follows_contract(bundle):
+    if provider == "cpu" and most_lanes != 1 and _follows_contract(bundle):
         shared = resolve_threads(settings.threads)
-        lanes = count_lanes(shared, min(batch_size or DEFAULT_ROWS, most_rows))
+        lanes = min(most_lanes or shared, count_lanes(shared, min(batch_size or DEFAULT_ROWS, most_rows)))
         # Each lane's own thread takes part in what it runs.
         settings = replace(settings, threads=shared - (lanes - 1))
-    return _open_divided(bundle, provider, settings, capacity, most_rows, batch_size, neighbours, lanes)
-
-
-def _open_divided(
-    bundle: ModelBundle,
-    provider: str,
-    settings: SessionSettings,
-    capacity: int,
-    most_rows: int,
-    batch_size: int | None,
-    neighbours: int,
-    lanes: int,
-) -> tuple[list[Rows], MemoryPlan]:
     engine = open_decoder(bundle, provider, max_length=capacity, settings=settings)
     if engine.note:
         note(f"note: `{bundle.name}`: {engine.note}")

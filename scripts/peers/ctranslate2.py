@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peers.protocol import Source, run, serve
 
@@ -29,30 +29,26 @@ class Model:
         self._tokens = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
 
     def generate(self, ids: list[int], count: int, emit: Callable[[int], object]) -> None:
-        self._model.generate_batch(
-            [[self._tokens[index] for index in ids]],
-            max_length=count,
-            min_length=count,
-            sampling_topk=1,
-            include_prompt_in_result=False,
-            callback=lambda step: emit(step.token_id) and False,
-        )
+        self._answer([ids], count, callback=lambda step: emit(step.token_id) and False)
 
     def generate_many(self, batch: list[list[int]], count: int) -> list[int]:
-        results = self._model.generate_batch(
-            [[self._tokens[index] for index in ids] for ids in batch],
-            max_batch_size=_ROWS,
-            max_length=count,
-            min_length=count,
-            sampling_topk=1,
-            include_prompt_in_result=False,
-        )
-        return [len(result.sequences_ids[0]) for result in results]
+        return [len(result.sequences_ids[0]) for result in self._answer(batch, count, max_batch_size=_ROWS)]
 
     def score(self, ids: list[int]) -> "np.ndarray":
         import numpy as np
 
         return np.array(self._model.forward_batch([ids]))[0]
+
+    def _answer(self, batch: list[list[int]], count: int, **settings: Any) -> list[Any]:
+        results: list[Any] = self._model.generate_batch(
+            [[self._tokens[index] for index in ids] for ids in batch],
+            max_length=count,
+            min_length=count,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+            **settings,
+        )
+        return results
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peers.protocol import Source, run, serve
 
@@ -36,7 +36,7 @@ class Model:
         self._settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         backend = "PA" if self._is_paged else "SDPA"
         self._pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", ATTENTION_BACKEND=backend, **self._settings)
-        self._batches: Any = None
+        self._batches: openvino_genai.ContinuousBatchingPipeline | None = None
         self._scorer: openvino.CompiledModel | None = None
 
     def generate(self, ids: list[int], count: int, emit: Callable[[int], object]) -> None:
