@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from llmfast.errors import OutputExistsError
 from llmfast.infer.jsonl import AnswerFile, Line
+from llmfast.infer.many import answer_file
 from tests.tiny_decoder import write_bundle
 from tests.tiny_prompts import greedy, infer_file, read_answers, write_lines
 
@@ -116,6 +118,41 @@ def test_an_interrupted_run_keeps_what_is_done(number: int, code: int, tiny: Pat
     assert f"{len(answers)} of 4000 answers are in" in errors
     for one in answers[:3]:
         assert one["answer"] == greedy(tiny, f"{one['id'] - 1} ab", 90).text
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_signal_right_behind_a_write_loses_and_miscounts_nothing(
+    number: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_lines(tmp_path / "p.jsonl", *({"prompt": f"{i} ab"} for i in range(8)))
+    output = tmp_path / "a.jsonl"
+    opened = Path.open
+
+    class Interrupted:
+        """A file whose write number `number` is the last thing that is done."""
+
+        def __init__(self, file: Any) -> None:
+            self._file, self._writes = file, 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def write(self, content: Any) -> int:
+            written: int = self._file.write(content)
+            self._writes += 1
+            if self._writes == number:
+                raise KeyboardInterrupt
+            return written
+
+    def open_path(path: Path, mode: str = "r", *arguments: Any, **settings: Any) -> Any:
+        file = opened(path, mode, *arguments, **settings)
+        return Interrupted(file) if (path, mode) == (output, "ab") else file
+
+    monkeypatch.setattr(Path, "open", open_path)
+    with pytest.raises(KeyboardInterrupt):
+        answer_file(tiny, source, output, threads=1, max_tokens=5)
+    assert len(read_answers(output)) == number
+    assert f"{number} of 8 answers are in" in capsys.readouterr().err
 
 
 def test_a_full_disk_loses_nothing_of_what_was_done(tiny: Path, tmp_path: Path) -> None:

@@ -155,8 +155,7 @@ def answer_file(
             if remaining:
                 work.run(_remaining(read, keys, file.done), remaining, done, summary.fail)
     except BaseException:
-        count = summary.answered_before + summary.answered
-        if count:
+        if count := file.count():
             note(f"note: {count} of {len(keys)} answers are in `{output}`; the same command goes on from there")
         raise
     finally:
