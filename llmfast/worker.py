@@ -49,17 +49,6 @@ class Worker:
         """Call a method of the object and return its answer."""
         return self._request((method, args, kwargs))
 
-    def send(self, method: str, *args: Any) -> None:
-        """Ask for a call whose answer `receive` gives; calls are done in their order.
-
-        Who sends another one before that must keep it small: pipes that are full both ways lock both processes.
-        """
-        self._write((method, args, {}))
-
-    def receive(self) -> Any:
-        """Return the answer to the oldest call that was sent."""
-        return self._read()
-
     @property
     def pid(self) -> int:
         """The child's process id."""
@@ -77,22 +66,13 @@ class Worker:
         self.close()
 
     def _request(self, message: tuple[str, tuple[Any, ...], dict[str, Any]]) -> Any:
-        self._write(message)
-        return self._read()
-
-    def _write(self, message: tuple[str, tuple[Any, ...], dict[str, Any]]) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
             pickle.dump(message, self._process.stdin)
             self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise self._death() from error
-
-    def _read(self) -> Any:
-        assert self._process.stdout is not None
-        try:
             answer, failure = pickle.load(self._process.stdout)
-        except EOFError as error:
+        except (BrokenPipeError, EOFError) as error:
             raise self._death() from error
         if failure is not None:
             raise failure

@@ -3,19 +3,23 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError
-from llmfast.infer import opening
+from llmfast.infer import memory, opening
 from llmfast.infer.batch import Counts, Request
+from llmfast.infer.decoder import Decoder
 from llmfast.infer.engine import Engine
 from llmfast.infer.lanes import Lanes, count_lanes
 from llmfast.infer.many import answer_file
 from llmfast.infer.opening import open_lanes, open_rows
+from llmfast.infer.rows import SlabRows
 from llmfast.infer.sampling import Sampling
+from llmfast.runtime import resolve_threads
 from llmfast.tokenizer import Tokenizer
 from llmfast.tuned import SessionSettings
 from tests.tiny_decoder import TOKENS, answer_alone, write_bundle
@@ -104,21 +108,108 @@ def test_requests_are_taken_as_rows_fall_free(lanes: Lanes) -> None:
     assert taken == answered == 60
 
 
-def test_what_fails_in_a_lane_is_raised_and_ends_all(lanes: Lanes) -> None:
-    before = _threads()
-    bad = Request("bad", np.array([TOKENS + 5]), 4)
+def test_what_can_not_be_answered_is_refused_at_once(lanes: Lanes) -> None:
     with pytest.raises(InputError, match="token"):
+        lanes.submit(Request("bad", np.array([TOKENS + 5]), 4))
+    assert lanes.pending == 0
+    assert lanes.wait() == []
+
+
+def test_what_fails_in_a_lane_is_raised_and_ends_all(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _threads()
+    prefill = SlabRows.prefill
+
+    def fail_once(rows: SlabRows, row: int, ids: np.ndarray, start: int = 0) -> np.ndarray:
+        if len(ids) == 61:
+            raise RuntimeError("out of bounds")
+        return prefill(rows, row, ids, start)
+
+    monkeypatch.setattr(SlabRows, "prefill", fail_once)
+    bad = Request("bad", np.arange(61) % TOKENS, 4)
+    with pytest.raises(RuntimeError, match="out of bounds"):
         list(lanes.answer(iter([*_requests(20), bad])))
     assert _threads() == before
+    assert lanes.pending == 0
 
 
-def test_who_stops_reading_leaves_no_thread(lanes: Lanes) -> None:
+def test_who_stops_reading_leaves_no_thread_and_no_request(lanes: Lanes) -> None:
     before = _threads()
     events = lanes.answer(iter(_requests(40)))
     next(events)
     assert len(_threads() - before) == 3
     events.close()
     assert _threads() == before
+    assert lanes.pending == 0
+    again = [event.id for event in lanes.answer(iter(_requests(3))) if event.generation is not None]
+    assert sorted(again) == [0, 1, 2]
+
+
+def test_few_requests_stay_in_one_lane_and_have_all_threads(tiny: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    open_decoder = opening.open_decoder
+
+    def record(*given: Any, settings: SessionSettings, **others: Any) -> Decoder:
+        opened.append(resolve_threads(settings.threads))
+        return open_decoder(*given, settings=settings, **others)
+
+    monkeypatch.setattr(opening, "open_decoder", record)
+    rows, plan = open_lanes(tiny, "cpu", 2, CAPACITY, most_rows=100, batch_size=16, fast_alone=True)
+    assert opened == [1, 2]
+    assert plan.model_bytes == 2 * tiny.size_bytes
+    lanes = Lanes(rows, Tokenizer.load(tiny.path))
+    list(lanes.answer(iter(_requests(8))))
+    assert [part.is_alone for part in rows] == [True, False]
+    assert lanes.counts.prompt_tokens == sum(len(request.prompt_ids) for request in _requests(8))
+    sizes = [len(request.prompt_ids) for request in _requests(16)]
+    events = lanes.answer(iter(_requests(16)))
+    seen: set[bool] = set()
+    for _ in events:
+        seen.add(rows[0].is_alone)
+    assert False in seen
+    assert lanes.counts.prompt_tokens == sum(sizes[:8]) + sum(sizes)
+
+
+def test_one_lane_where_a_model_does_not_fit_twice(tiny: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 3 * tiny.size_bytes)
+    rows, plan = open_lanes(tiny, "cpu", 2, 8, most_rows=100, batch_size=16, fast_alone=True)
+    assert len(rows) == 1
+    assert plan.model_bytes == tiny.size_bytes
+
+
+def test_a_request_that_is_dropped_has_no_event_any_more_and_frees_its_row(lanes: Lanes) -> None:
+    for number in range(26):
+        lanes.submit(Request(number, np.arange(1, 9), 80))
+    lanes.wait()
+    for number in range(20):
+        lanes.cancel(number)
+        lanes.cancel(number)  # nobody is hurt
+    lanes.cancel("unknown")
+    assert lanes.pending == 6
+    for number in range(100, 120):
+        lanes.submit(Request(number, np.arange(1, 9), 2))
+    ended = []
+    while lanes.pending:
+        events = lanes.wait()
+        assert not {event.id for event in events} & set(range(20))
+        ended += [event.id for event in events if event.generation is not None]
+    assert sorted(ended) == [*range(20, 26), *range(100, 120)]
+    lanes.close()
+
+
+def test_waiting_ends_when_it_has_been_long_enough(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    prefill = SlabRows.prefill
+
+    def slow(*given: Any) -> np.ndarray:
+        go.wait()
+        return prefill(*given)
+
+    monkeypatch.setattr(SlabRows, "prefill", slow)
+    lanes.submit(Request(0, np.arange(1, 9), 1))
+    assert lanes.wait(longest_s=0.01) == []
+    go.set()
+    assert [event.id for event in lanes.wait()] == [0]
+    lanes.close()
 
 
 def test_lanes_share_the_settings_that_were_found_best(tiny: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,15 @@ def test_neighbours_do_not_change_an_answer(server: Server, bundle: Path) -> Non
     ]
 
 
+def test_requests_that_are_divided_among_threads_are_answered_as_alone(bundle: Path) -> None:
+    prompts = [f"{'ab' * (3 * (number % 9))} {number}" for number in range(40)]
+    with serving(bundle, "--batch-size", "16", "--threads", "2") as server, ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda prompt: chat(server, prompt, max_tokens=24), prompts))
+        assert server.figure("llmfast_requests_active") == 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.choices[0].message.content == infer_text(bundle, prompt, 24)
+
+
 def test_stop_strings_never_leak(server: Server, bundle: Path) -> None:
     whole = infer_text(bundle, "hello", 40, raw=True)
     stop = whole[6:8]

@@ -63,22 +63,13 @@ class _Failing:
 
     def __init__(self, failures: "list[Exception]") -> None:
         self._failures = failures
-        self._sent: list[Any] = []
 
     def call(self, method: str, *arguments: Any) -> Any:
-        self.send(method, *arguments)
-        return self.receive()
-
-    def send(self, *call: Any) -> None:
-        self._sent.append(call)
-
-    def receive(self) -> Any:
-        method, *arguments = self._sent.pop(0)
         if method == "describe":
             return Facts("fake", "text-generation", 2, 10, "")
         if self._failures:
             raise self._failures.pop()
-        return [Event(number, "x", Generation("x", 1, 1, 0.1, None, "eos")) for number, _ in arguments[0]]
+        return [Event(number, "x", generation=Generation("x", 1, 1, 0.1, None, "eos")) for number, _ in arguments[0]]
 
     def close(self) -> None:
         pass

@@ -16,7 +16,7 @@ rows again, alone, and `exact` says whether all gave the same bits. So does the 
 import time
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
 
@@ -55,14 +55,21 @@ class Event:
     Attributes:
         id: of the request.
         text: what became certain, often empty.
+        is_first: the prompt has been read.
         generation: the whole answer, with the last event of a request; `ttft_s` counts from `submit`.
         error: why there is no answer; the last event too.
     """
 
     id: Hashable
     text: str = ""
+    is_first: bool = False
     generation: Generation | None = None
     error: LlmfastError | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing more happens to the request."""
+        return self.generation is not None or self.error is not None
 
 
 @dataclass
@@ -141,8 +148,8 @@ class Batch:
         """Requests that have a row."""
         return sum(entry is not None for entry in self._active)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request.
+    def check(self, request: Request) -> None:
+        """Refuse what can't be answered.
 
         Raises:
             OptionError: max_tokens below 1, or an empty stop string.
@@ -150,6 +157,14 @@ class Batch:
         """
         check_limits(request.max_tokens, request.stop)
         check_prompt(request.prompt_ids, self.rows.capacity, self.rows.vocab_size)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            OptionError, InputError: as `check`.
+        """
+        self.check(request)
         self._waiting.append((request, time.perf_counter()))
 
     def cancel(self, request_id: Hashable) -> bool:
@@ -178,7 +193,7 @@ class Batch:
         self._active[row] = entry
         event = self._choose(row, entry, logits)
         entry.first = time.perf_counter()
-        return event
+        return replace(event, is_first=True)
 
     def _prefill(self, row: int, ids: np.ndarray) -> np.ndarray:
         """Read a prompt into a row, copying what another row holds of it."""
@@ -254,7 +269,7 @@ class Batch:
         generation = Generation(
             answer.text, len(request.prompt_ids), answer.count, first - entry.submitted, speed, answer.finish_reason
         )
-        return Event(request.id, text, generation)
+        return Event(request.id, text, generation=generation)
 
 
 def check_prompt(ids: np.ndarray, capacity: int, vocab_size: int) -> None:

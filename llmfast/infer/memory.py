@@ -14,7 +14,7 @@ from llmfast.infer.decoder import Decoder
 # Measured with SmolLM2 on two busy cores: 32 rows decode 3 (int8) to 6 (float32) times the tokens of one row; 64 hardly
 # more, since attention does not get cheaper. `scripts/bench_batch.py --batch-sizes` compares.
 DEFAULT_ROWS = 32
-# Of the memory that is free, the share that a default takes for the cache.
+# Of the memory that is free, the share that is taken without being asked for.
 _SHARE = 0.5
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -53,6 +53,7 @@ def plan_memory(
     most_rows: int,
     batch_size: int | None = None,
     neighbours: int = 1,
+    copies: int = 1,
 ) -> MemoryPlan:
     """Choose how many sequences run at once.
 
@@ -63,6 +64,7 @@ def plan_memory(
         most_rows: rows that can be of use: as many as there are prompts, or what the engine has.
         batch_size: rows asked for; None takes `DEFAULT_ROWS`, or as many as fit half of the free memory.
         neighbours: processes that plan with the same free memory, this one included; each takes its share.
+        copies: how often the model is open.
 
     Raises:
         OptionError: batch_size below 1.
@@ -80,13 +82,19 @@ def plan_memory(
     rows = min(batch_size or DEFAULT_ROWS, max(most_rows, 1))
     if batch_size is None and free is not None:
         rows = max(1, min(rows, int(free * _SHARE) // max(row, 1)))
-    plan = MemoryPlan(rows, capacity, rows * row, bundle.size_bytes, free)
+    plan = MemoryPlan(rows, capacity, rows * row, copies * bundle.size_bytes, free)
     if free is not None and plan.cache_bytes > free:
         raise ResourceError(
             f"not enough memory: {plan}",
             "shorter prompts or fewer --max-tokens" if rows == 1 else f"--batch-size {max(1, free // row)}",
         )
     return plan
+
+
+def fits(size: int) -> bool:
+    """Return whether so many bytes may be taken for what is not needed, only better."""
+    free = free_memory_bytes()
+    return free is None or size <= free * _SHARE
 
 
 def free_memory_bytes() -> int | None:

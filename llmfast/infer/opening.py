@@ -8,7 +8,7 @@ from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.infer.decoder import Decoder, runs
 from llmfast.infer.engine import Engine
 from llmfast.infer.lanes import count_lanes
-from llmfast.infer.memory import DEFAULT_ROWS, MemoryPlan, plan_memory
+from llmfast.infer.memory import DEFAULT_ROWS, MemoryPlan, fits, plan_memory
 from llmfast.infer.rows import OneRow, Rows, SlabRows
 from llmfast.infer.speculate import Drafter, DraftModel, PromptLookup, Speculation
 from llmfast.report import note
@@ -190,21 +190,32 @@ def open_lanes(
     batch_size: int | None,
     neighbours: int = 1,
     most_lanes: int | None = None,
+    fast_alone: bool = False,
 ) -> tuple[list[Rows], MemoryPlan]:
-    """Open a model as `open_rows` does, and divide the rows among lanes, which share the threads; see `Lanes`."""
+    """Open a model as `open_rows` does, and divide the rows among lanes, which share the threads; see `Lanes`.
+
+    Args:
+        bundle, provider, threads, capacity, most_rows, batch_size, neighbours: as `open_rows` takes them.
+        most_lanes: None takes as many as threads and rows allow.
+        fast_alone: a lane that is alone has all threads. For that the model is opened twice; where memory is short for
+            it there is one lane.
+    """
     settings, lanes = settings_for(bundle, provider, threads), 1
-    if provider == "cpu" and most_lanes != 1 and _follows_contract(bundle):
-        shared = resolve_threads(settings.threads)
+    shared = resolve_threads(settings.threads)
+    if provider == "cpu" and _follows_contract(bundle) and (not fast_alone or fits(2 * bundle.size_bytes)):
         lanes = min(most_lanes or shared, count_lanes(shared, min(batch_size or DEFAULT_ROWS, most_rows)))
-        # Each lane's own thread takes part in what it runs.
-        settings = replace(settings, threads=shared - (lanes - 1))
-    engine = open_decoder(bundle, provider, max_length=capacity, settings=settings)
+    # Each lane's own thread takes part in what it runs.
+    narrow = settings if lanes == 1 else replace(settings, threads=shared - (lanes - 1))
+    engine = open_decoder(bundle, provider, max_length=capacity, settings=narrow)
     if engine.note:
         note(f"note: `{bundle.name}`: {engine.note}")
     if isinstance(engine, Engine) and engine.takes_rows:
-        plan = plan_memory(bundle, engine, capacity, most_rows, batch_size, neighbours)
+        is_twice = fast_alone and lanes > 1
+        alone = open_decoder(bundle, provider, max_length=capacity, settings=settings) if is_twice else engine
+        assert isinstance(alone, Engine)
+        plan = plan_memory(bundle, engine, capacity, most_rows, batch_size, neighbours, copies=1 + is_twice)
         lanes = min(lanes, plan.rows)
-        return [SlabRows(engine, (plan.rows + lane) // lanes, capacity) for lane in range(lanes)], plan
+        return [SlabRows(engine, (plan.rows + lane) // lanes, capacity, alone) for lane in range(lanes)], plan
     if (batch_size or 0) > 1:
         raise UnsupportedError(
             f"`{bundle.path}` answers one prompt at a time with {provider}: its graph is another "

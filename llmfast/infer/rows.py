@@ -26,11 +26,13 @@ class Rows(ABC):
         count: how many there may be.
         capacity: positions that each may have.
         vocab_size: length of a token's logits.
+        is_alone: no others of the same model are at work: all threads may be taken, where the rows can.
     """
 
     count: int
     capacity: int
     vocab_size: int
+    is_alone: bool = False
 
     @abstractmethod
     def prefill(self, row: int, ids: np.ndarray, start: int = 0) -> np.ndarray:
@@ -72,16 +74,17 @@ class SlabRows(Rows):
         engine: gives sessions and cuts; its own cache is not used, and takes no memory until it is.
         count: rows.
         capacity: positions of a row.
+        alone: of the same model, and takes the place of `engine` while these rows are alone; None has none.
 
     Raises:
         ResourceError: no memory for the slab.
     """
 
-    def __init__(self, engine: Engine, count: int, capacity: int) -> None:
+    def __init__(self, engine: Engine, count: int, capacity: int, alone: Engine | None = None) -> None:
         self.count = count
         self.capacity = capacity
         self.vocab_size = engine.vocab_size
-        self._session, self._prompt_session = engine.session, engine.prompt_session
+        self._engine, self._alone = engine, alone or engine
         self._ids_dtype = engine.ids_dtype
         self._chunk_tokens = engine.chunk_tokens
         self._wrap = import_onnxruntime().OrtValue.ortvalue_from_numpy
@@ -101,31 +104,37 @@ class SlabRows(Rows):
             "total_sequence_length": np.zeros((), np.int32),
             "num_logits": np.ones(1, np.int64),
         }
-        self._steps: dict[tuple[int, int], tuple[np.ndarray, Any]] = {}
+        self._steps: dict[tuple[int, int, int], tuple[np.ndarray, Any]] = {}
 
     def prefill(self, row: int, ids: np.ndarray, start: int = 0) -> np.ndarray:
         """Compute a prompt from position `start` on."""
+        session = self._current.prompt_session
         for begin, end in cuts(start, len(ids), self._chunk_tokens):
             input_ids = ids[None, begin:end].astype(self._ids_dtype)
-            binding = self._bind(self._prompt_session, input_ids, row)
-            logits = self._run(self._prompt_session, input_ids, binding, [end])
+            binding = self._bind(session, input_ids, row)
+            logits = self._run(session, input_ids, binding, [end])
         last: np.ndarray = logits[0].copy()
         return last
 
     def decode(self, tokens: Sequence[int], lengths: Sequence[int], first: int = 0) -> np.ndarray:
         """Append a token to some rows that follow one another."""
-        step = first, len(tokens)
+        session = self._current.session
+        step = id(session), first, len(tokens)
         if step not in self._steps:
             input_ids = np.zeros((len(tokens), 1), self._ids_dtype)
-            self._steps[step] = input_ids, self._bind(self._session, input_ids, first)
+            self._steps[step] = input_ids, self._bind(session, input_ids, first)
         input_ids, binding = self._steps[step]
         input_ids[:, 0] = tokens
-        return self._run(self._session, input_ids, binding, [length + 1 for length in lengths])
+        return self._run(session, input_ids, binding, [length + 1 for length in lengths])
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a row begin with the first positions of another."""
         for layer in self._slab.values():
             layer[target, :, :length] = layer[source, :, :length]
+
+    @property
+    def _current(self) -> Engine:
+        return self._alone if self.is_alone else self._engine
 
     def _run(self, session: Any, input_ids: np.ndarray, binding: Any, totals: Sequence[int]) -> np.ndarray:
         self._numbers["seqlens_k"][: len(totals)] = np.array(totals) - 1

@@ -191,6 +191,11 @@ class _Answer:
         self._late = asyncio.get_running_loop().call_later(timeout_s, ticket.events.put_nowait, late)
         self._first_s = 0.0
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is an event to return without waiting."""
+        return not self._ticket.events.empty()
+
     async def next(self) -> Event:
         """Return the next event; after the last one there is none."""
         try:
@@ -232,22 +237,26 @@ class _Stream(StreamingResponse):  # type: ignore[misc]
 
 
 async def _events(answer: _Answer, spelling: Spelling, event: Event) -> AsyncIterator[str]:
-    """Yield server-sent events, https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+    """Yield server-sent events, https://html.spec.whatwg.org/multipage/server-sent-events.html
+
+    What is ready is sent at once, one event for each token all the same.
+    """
+    lines = "".join(map(_line, spelling.first()))
     try:
-        for chunk in spelling.first():
-            yield _line(chunk)
         while True:
             if event.text:
-                yield _line(spelling.piece(event.text))
+                lines += _line(spelling.piece(event.text))
             if event.generation is not None:
                 break
+            if lines and not answer.is_ready:
+                yield lines
+                lines = ""
             event = await answer.next()
-        for chunk in spelling.last(event.generation):
-            yield _line(chunk)
+        yield lines + "".join(map(_line, spelling.last(event.generation)))
     except ClientDisconnect:
         return
     except Exception as error:  # the status has been sent: what is wrong can only be said here
-        yield _line(_refusal(error).body())
+        yield lines + _line(_refusal(error).body())
     yield "data: [DONE]\n\n"
 
 

@@ -1,5 +1,6 @@
 """What runs in the server's child process: the model, and the requests that are under way in it."""
 
+import time
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -9,11 +10,12 @@ from typing import Any
 from llmfast import registry
 from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle
 from llmfast.errors import LlmfastError, OptionError, UnsupportedError
-from llmfast.infer.batch import Batch, Event
+from llmfast.infer.batch import Event
 from llmfast.infer.decoder import context_length
 from llmfast.infer.jsonl import Line
+from llmfast.infer.lanes import Lanes
 from llmfast.infer.memory import DEFAULT_ROWS
-from llmfast.infer.opening import open_rows
+from llmfast.infer.opening import open_lanes
 from llmfast.infer.requests import RequestReader
 from llmfast.kept import keeping
 from llmfast.tokenizer import Tokenizer
@@ -21,6 +23,9 @@ from llmfast.tokenizer import Tokenizer
 FEATURE_EXTRACTION = "feature-extraction"
 # Positions of a row, for prompt and answer together, where the model would allow more.
 DEFAULT_CONTEXT = 4096
+# A turn without news ends after so long, for requests that came meanwhile; one with news waits for more, since every
+# turn costs time on the cores that compute. Nobody waits for the first or the last token of an answer, though.
+_LONGEST_TURN_S, _GATHERING_S = 0.05, 0.02
 
 Submitted = tuple[Hashable, Mapping[str, Any]]
 
@@ -86,29 +91,28 @@ class ServedModel:
         """Return what the parent has to know."""
         if self._task == FEATURE_EXTRACTION:
             return Facts(self._bundle.name, self._task, 1, self._bundle.longest_text(), "embeddings")
-        rows = self._batch.rows
-        return Facts(self._bundle.name, self._task, rows.count, rows.capacity, str(self._plan))
+        return Facts(self._bundle.name, self._task, self._lanes.rows, self._lanes.capacity, str(self._plan))
 
     def turn(self, submitted: Sequence[Submitted], cancelled: Sequence[Hashable]) -> list[Event]:
-        """Take requests in, drop others, and do one step.
+        """Take requests in, drop others, and wait for what happens; the model goes on between two turns.
 
         Args:
             submitted: id and fields of a request, as `RequestReader` takes them.
             cancelled: ids of requests that nobody waits for any more.
 
         Returns:
-            What happened; a request that is refused has an event with its error.
+            What happened, perhaps nothing yet; a request that is refused has an event with its error.
         """
         events = []
         for name in cancelled:
-            self._batch.cancel(name)
+            self._lanes.cancel(name)
         for name, fields in submitted:
             try:
                 reader = self._readers["messages" in fields]
-                self._batch.submit(replace(reader.read(Line(0, 0, fields)), id=name))
+                self._lanes.submit(replace(reader.read(Line(0, 0, fields)), id=name))
             except LlmfastError as error:
                 events.append(Event(name, error=error))
-        return [*events, *self._batch.step()]
+        return events or self._gather()
 
     def embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
         """Return the vector of each text, and the tokens that the model has read of them."""
@@ -118,13 +122,24 @@ class ServedModel:
         # Of a text that is longer the first window is read.
         return [answer["embedding"].tolist() for answer in answers], sum(len(windows[0]) for windows in encoded)
 
+    def _gather(self) -> list[Event]:
+        events = self._lanes.wait(_LONGEST_TURN_S)
+        end = time.monotonic() + _GATHERING_S
+        while events and not any(event.is_first or event.is_last for event in events):
+            if (left := end - time.monotonic()) <= 0:
+                break
+            events += self._lanes.wait(left)
+        return events
+
     def _open_decoder(self, batch_size: int | None, limit: int | None) -> None:
         longest = context_length(self._bundle)
         if limit is not None and not 2 <= limit <= longest:
             raise OptionError(f"--context-length {limit}: must be 2 to {longest}, the model's")
         capacity = limit or min(longest, DEFAULT_CONTEXT)
         tokenizer = Tokenizer.load(self._bundle.path)
-        rows, self._plan = open_rows(self._bundle, self._provider, self._threads, capacity, DEFAULT_ROWS, batch_size)
+        rows, self._plan = open_lanes(
+            self._bundle, self._provider, self._threads, capacity, DEFAULT_ROWS, batch_size, fast_alone=True
+        )
         # A prompt is gone on with as it is; messages go through the chat template.
         self._readers = {is_chat: RequestReader(tokenizer, raw=not is_chat) for is_chat in (False, True)}
-        self._batch = Batch(rows, tokenizer)
+        self._lanes = Lanes(rows, tokenizer)

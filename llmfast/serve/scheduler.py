@@ -3,9 +3,7 @@
 Everything but the model's turns runs on the event loop; a turn runs in a thread that waits for the child. Requests wait
 here until a row is free, so that a crash of the child takes only those with it that it was answering.
 
-Between two turns the child waits for the event loop. That is little beside a step of many rows, but much beside a step
-of one; so while a single request is answered its next turn is sent before the last one's answer is read, and the child
-goes from one to the other. With several rows a request that came meanwhile would find a row a step later.
+The child goes on answering between two turns: a turn hands requests over, and takes what has happened since the last.
 """
 
 import asyncio
@@ -51,7 +49,6 @@ class Ticket:
         fields: as `RequestReader` takes them.
         submitted: monotonic seconds.
         in_pieces: it wants an event for each token, not the first and the last only.
-        has_begun: there has been a first event.
         events: what happens to it; an exception is the last.
     """
 
@@ -59,7 +56,6 @@ class Ticket:
     fields: Mapping[str, Any]
     submitted: float
     in_pieces: bool = True
-    has_begun: bool = False
     events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
 
     async def next(self) -> Event:
@@ -107,7 +103,6 @@ class Scheduler:
         self._cancelled: list[int] = []
         self._wake = asyncio.Event()
         self._closed = False
-        self._is_ahead = False  # a turn has been sent whose answer nobody has read yet
         self._embedding = 0
         self._turn = asyncio.Lock()  # of embeddings: the next one waits until a crashed model is there again
 
@@ -175,7 +170,7 @@ class Scheduler:
     async def run(self) -> None:
         """Serve until cancelled, or until the model can't be run any more."""
         while not self._closed:
-            if not (self._active or self._waiting or self._cancelled or self._is_ahead):
+            if not (self._active or self._waiting or self._cancelled):
                 self._wake.clear()
                 await self._wake.wait()
             self._expire()
@@ -222,30 +217,14 @@ class Scheduler:
         ticket = self._active.get(event.id)  # type: ignore[call-overload]
         if ticket is None:
             return  # cancelled meanwhile
-        is_last = event.error is not None or event.generation is not None
-        if is_last:
+        if event.is_last:
             del self._active[ticket.id]
-        if is_last or ticket.in_pieces or not ticket.has_begun:
-            ticket.has_begun = True
+        if event.is_last or event.is_first or ticket.in_pieces:
             ticket.events.put_nowait(event)
 
     def _take_turn(self, submitted: Sequence[Submitted], cancelled: Sequence[int]) -> list[Event]:
-        """Let the model take a turn, and perhaps begin another one; return what is known to have happened."""
-        was_ahead, self._is_ahead = self._is_ahead, False
-        is_alone = len(self._active) == 1
-        if was_ahead and (submitted or not is_alone):
-            events: list[Event] = self._worker.receive()
-            if submitted or cancelled or self._active:
-                events += self._worker.call("turn", submitted, cancelled)
-            return events
-        if not was_ahead:
-            self._worker.send("turn", submitted, cancelled)
-            cancelled = []
-        if is_alone:
-            self._worker.send("turn", [], cancelled)
-            self._is_ahead = True
-        answered: list[Event] = self._worker.receive()
-        return answered
+        events: list[Event] = self._worker.call("turn", submitted, cancelled)
+        return events
 
     async def _call(self, work: Callable[[], Made]) -> Made:
         """Call the model in its thread; after a crash it is there again when this raises, or all has ended."""
@@ -274,7 +253,6 @@ class Scheduler:
         active, self._active = list(self._active.values()), {}
         self._fail(active, error)
         self._cancelled.clear()
-        self._is_ahead = False
         now = time.monotonic()
         self.restarts = [*(then for then in self.restarts if then > now - _RESTART_WINDOW_S), now]
         if is_crash and len(self.restarts) > _MOST_RESTARTS:
