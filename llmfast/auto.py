@@ -22,9 +22,6 @@ from llmfast.quantize.stage import quantize
 from llmfast.report import Column, note, without_notes
 from llmfast.verdict import Gate, judge, spell
 
-# Instruction sets whose kernels multiply int8 without saturating: one of them makes W8A8 safe.
-_INT8_DOT = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
-
 # What is timed, where the model has room for it.
 _PROMPT_TOKENS, _OUTPUT_TOKENS = 256, 32
 _SHAPES = ((1, 32), (8, 128))
@@ -68,20 +65,18 @@ class AutoOptions:
     bench: BenchOptions = field(default_factory=lambda: BenchOptions(rounds=5))
 
 
-def candidates(task: str, provider: str, isa: Sequence[str]) -> list[Candidate]:
-    """Return what is worth trying for a task on a provider and a processor, most promising first.
+def candidates(task: str, provider: str) -> list[Candidate]:
+    """Return what is worth trying for a task on a provider, most promising first.
 
     Args:
         task: the bundle's.
         provider: a name in `llmfast.providers`.
-        isa: the processor's instruction sets, as `describe_machine` names them.
     """
     if provider != "cpu":
         return [Candidate("fp16", "rtn", {"compute": "float16"}), Candidate("int4", "gptq")]
-    found = [Candidate("int8", "smoothquant" if task == TEXT_GENERATION else "rtn")] if _INT8_DOT & set(isa) else []
     if task == TEXT_GENERATION:
-        found += [Candidate("int4", "gptq"), Candidate("w8", "rtn")]
-    return found or [Candidate("w8", "rtn"), Candidate("int4", "rtn")]
+        return [Candidate("int8", "smoothquant"), Candidate("int4", "gptq"), Candidate("w8", "rtn")]
+    return [Candidate("int8", "rtn")]
 
 
 def quantize_best(
@@ -110,7 +105,7 @@ def quantize_best(
     others = [gate for gate in options.gates if gate not in speeds]
     gates = [*others, *gates_of_run(bundle, replace(timing, gates=speeds))]
     machine = describe_machine()
-    tried = candidates(bundle.manifest.task, timing.provider, machine["isa"])
+    tried = candidates(bundle.manifest.task, timing.provider)
     note(
         f"{machine['cpu']}, {machine['cores']} cores, {' '.join(machine['isa']) or 'no known instruction sets'}: "
         f"trying {', '.join(one.name for one in tried)}"

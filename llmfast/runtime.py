@@ -16,6 +16,7 @@ from llmfast.bundle import PREFILL, ModelBundle
 from llmfast.errors import InputError, LlmfastError, OptionError, ResourceError, UnsupportedError
 from llmfast.graph.model import check_file
 from llmfast.kept import kept
+from llmfast.processor import saturates_int8
 from llmfast.report import note
 from llmfast.resources import require_memory
 from llmfast.supervisor import tell_doing
@@ -105,6 +106,9 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1" if rest else "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if saturates_int8():
+        # Products in 16 bits of uint8 weights, which don't saturate; nothing is done where the processor is better.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if block_base:
         options.add_session_config_entry("session.dynamic_block_base", str(block_base))
     if not prepack:

@@ -7,7 +7,6 @@
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -16,11 +15,11 @@ from typing import Any
 
 from llmfast.bundle import ModelBundle, read_json, stage_file
 from llmfast.errors import InputError, ResourceError
+from llmfast.processor import processor_name
 from llmfast.report import note
 from llmfast.runtime import import_onnxruntime, resolve_threads, usable_cores
 
 IGNORE = "LLMFAST_NO_TUNED"
-_CPUINFO = Path("/proc/cpuinfo")
 _LIMITS = {"threads": (1, 1024), "block_base": (0, 1024), "chunk_tokens": (1, 1 << 20)}
 
 
@@ -149,13 +148,8 @@ def _read(path: Path) -> SessionSettings:
 
 def _machine() -> dict[str, Any]:
     """Return what settings hold for: the processor, the cores that may be used, the library."""
-    try:
-        lines = _CPUINFO.read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": processor_name(),
         "cores": usable_cores(),
         "onnxruntime": import_onnxruntime().__version__,
     }

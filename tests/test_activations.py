@@ -15,6 +15,7 @@ from llmfast.graph.linear import find_linears, lone_adds, with_bias
 from llmfast.graph.model import OnnxModel
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.stage import QuantizeOptions, quantize
+from llmfast.runtime import open_session
 from tests.tiny_encoder import WORDS, save_encoder
 
 TOKENS, WIDTH, HIDDEN = 7, 32, 48
@@ -50,7 +51,7 @@ def _model(folder: Path) -> Path:
 def _quantized(folder: Path, **settings: str) -> tuple[onnx.ModelProto, onnxruntime.InferenceSession]:
     quantize(_model(folder), folder / "int8", QuantizeOptions("int8", settings=settings))
     path = folder / "int8" / "model.onnx"
-    return onnx.load(path), onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return onnx.load(path), open_session(path)
 
 
 def _round_whole(hidden: np.ndarray) -> np.ndarray:
@@ -105,7 +106,7 @@ def test_static_forms_hold_the_same_numbers(tmp_path: Path) -> None:
         )
         path = tmp_path / form / "model.onnx"
         operators[form] = Counter(node.op_type for node in onnx.load(path).graph.node)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = open_session(path)
         wanted = {one.name for one in session.get_inputs()}
         answers[form] = session.run(None, {name: value for name, value in feeds.items() if name in wanted})[0]
     products = {form: found["MatMulIntegerToFloat"] + found["MatMul"] for form, found in operators.items()}

@@ -21,6 +21,7 @@ from llmfast.graph.linear import find_linears
 from llmfast.graph.model import OnnxModel
 from llmfast.infer.engine import Engine
 from llmfast.quantize.stage import QuantizeOptions, quantize
+from llmfast.runtime import open_session
 from tests.conftest import ARCHITECTURES, write_checkpoint
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -71,7 +72,7 @@ def _write(source: Path, folder: Path) -> Exported:
     decoder = describe(checkpoint.config)
     DecoderGraph(checkpoint, decoder).write(folder, lambda: None)
     reference = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    session = open_session(folder / "model.onnx")
     return Exported(folder, decoder, reference, session)
 
 
@@ -132,7 +133,7 @@ def test_every_linear_layer_is_quantized(exported: Exported, scheme: str, tmp_pa
     model = OnnxModel.load(ModelBundle.open(tmp_path / "quantized").model)
     assert find_linears(model) == []
     ids = np.random.default_rng(1).integers(3, exported.decoder.vocab_size, (2, 24))
-    session = onnxruntime.InferenceSession(model.path, providers=["CPUExecutionProvider"])
+    session = open_session(model.path)
     logits, *_ = replace(exported, session=session).run(ids, exported.empty(2), 24)
     expected = exported.expected(ids)
     error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)

@@ -15,6 +15,7 @@ from llmfast.bundle import Manifest, ModelBundle, Step
 from llmfast.cli import app
 from llmfast.doctor import stage
 from llmfast.errors import OptionError, UnsupportedError
+from llmfast.processor import saturates_int8
 from llmfast.providers import openvino
 from llmfast.runtime import open_session, placement, suit_provider, with_fallback
 from tests.tiny_decoder import write_bundle
@@ -46,6 +47,7 @@ def test_the_document_tells_machine_providers_and_extras(monkeypatch: pytest.Mon
     assert machine["cores"] == runtime.usable_cores()
     assert 0 < machine["available_bytes"] <= machine["memory_bytes"]
     assert machine["read_bytes_per_s"] > 1e8
+    assert machine["saturates_int8"] is saturates_int8()
     assert document["wheels"]["onnxruntime"] == onnxruntime.__version__
     providers = {entry["name"]: entry for entry in document["providers"]}
     assert sorted(providers) == registry.names("providers")

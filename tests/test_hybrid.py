@@ -25,6 +25,7 @@ from llmfast.quantize.hybrid import make_plans
 from llmfast.quantize.options import QuantizeOptions
 from llmfast.quantize.stage import quantize
 from llmfast.tokenizer import Tokenizer
+from tests.kernels import rows_are_independent
 from tests.tiny_encoder import save_encoder
 
 PROMPT = np.random.default_rng(3).integers(3, 259, 70)
@@ -168,11 +169,13 @@ def test_a_batch_reads_with_the_second_graph_too(hybrid: ModelBundle) -> None:
     answers = {}
     while len(answers) < len(prompts):
         answers |= {event.id: event.generation for event in batch.step() if event.generation}
+    assert batch.exact == rows_are_independent()
+    if not batch.exact:
+        return
     engine = Engine(hybrid, threads=1, max_length=128)
     for number, ids in enumerate(prompts):
         alone = finish(generate(engine, tokenizer, ids, ANSWER, Sampling(), (), tokenizer.eos_ids))
         assert answers[number].text == alone.text
-    assert batch.exact
 
 
 def test_speculation_is_exact_unless_it_is_asked_for(hybrid: ModelBundle) -> None:

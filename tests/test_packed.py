@@ -22,6 +22,7 @@ from llmfast.graph.packed import (
 from llmfast.graph.weights import WeightFile
 from llmfast.quantize.rounding import hqq, rtn
 from llmfast.quantize.schemes import int8
+from llmfast.runtime import open_session
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
@@ -29,7 +30,7 @@ FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 def _session(graph: GraphBuilder, weights: WeightFile, feeds: list, folder) -> onnxruntime.InferenceSession:
     output = helper.make_tensor_value_info("y", FLOAT, None)
     weights.save(graph.build("test", feeds, [output]))
-    return onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return open_session(folder / "model.onnx")
 
 
 def test_pack_puts_low_bits_first() -> None:

@@ -27,7 +27,7 @@ MULTILINGUAL = {
 
 def save_whisper(folder: Path, generation: dict[str, Any] | None = None, **settings: Any) -> Any:
     """Save a Whisper that hears a second, random weights, biases and norms included, and return it."""
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     sizes = {
         "vocab_size": len(TOKENS) + 3,
         "num_mel_bins": 12,
@@ -40,7 +40,7 @@ def save_whisper(folder: Path, generation: dict[str, Any] | None = None, **setti
         "decoder_ffn_dim": 40,
         "max_source_positions": 50 * SECONDS,
         "max_target_positions": 40,
-        "init_std": 0.8,
+        "init_std": 0.5,
         "pad_token_id": IDS["<|endoftext|>"],
         "bos_token_id": IDS["<|endoftext|>"],
         "eos_token_id": IDS["<|endoftext|>"],
@@ -53,7 +53,7 @@ def save_whisper(folder: Path, generation: dict[str, Any] | None = None, **setti
             if key.endswith("bias") or "norm" in key:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
         rows = model.get_input_embeddings().weight
-        rows[IDS["<|endoftext|>"]] = 1.05 * rows[IDS["o"]]  # so that some texts end
+        rows[IDS["<|endoftext|>"]] = 1.05 * rows[IDS["e"]]  # so that some texts end
     for key, value in (MULTILINGUAL if generation is None else generation).items():
         setattr(model.generation_config, key, value)
     model.save_pretrained(folder)

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from llmfast import registry
 from llmfast.bench.machine import describe_machine
 from llmfast.errors import LlmfastError
+from llmfast.processor import saturates_int8
 from llmfast.runtime import open_session, placement, usable_cores
 
 SCHEMA_VERSION = 1
@@ -70,7 +71,7 @@ class Diagnosis:
     """What this machine has.
 
     Attributes:
-        machine: as in a document of `bench`, with `all_cores`, `available_bytes` and `read_bytes_per_s`.
+        machine: as in a document of `bench`, with `all_cores`, `available_bytes`, `saturates_int8`, `read_bytes_per_s`.
         wheels: those installed that contain ONNX Runtime, with their versions.
         clash: what to do where several do, None otherwise.
         providers: each tried.
@@ -93,6 +94,7 @@ def doctor() -> Diagnosis:
     machine = describe_machine()
     machine["all_cores"] = os.cpu_count()
     machine["available_bytes"] = _available_bytes()
+    machine["saturates_int8"] = saturates_int8()
     machine["read_bytes_per_s"] = measure_read_bandwidth(usable_cores())
     wheels = installed(WHEELS)
     extras = list_extras(metadata.requires("llmfast") or [])

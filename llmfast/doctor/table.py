@@ -44,6 +44,7 @@ def _machine_rows(document: dict[str, Any]) -> list[dict[str, str]]:
         "processor": machine["cpu"],
         "cores": f"{machine['cores']} usable of {machine['all_cores']}",
         "instruction sets": " ".join(machine["isa"]) or "none of those that kernels ask for",
+        "int8": "multiplied as uint8, for without VNNI it would saturate" if machine["saturates_int8"] else None,
         "memory": ", ".join(memory),
         "read bandwidth": f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s on {machine['cores']} threads",
         "load": None if load is None else f"{load:.1f}, mean of the last minute",

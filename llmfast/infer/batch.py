@@ -7,8 +7,8 @@ A prompt that begins like one that a row still holds, an answered one too, is co
 common positions are copied. So a system prompt that all requests share is computed once.
 
 Answers do not depend on the neighbours: in a kernel whose sums run over one row alone, in an order that the number of
-rows does not change, a row of a batch gets the bits that it gets alone. ONNX Runtime's CPU kernels for float32, int8
-and 4-bit blocks of 32 are such; those for 4-bit blocks of 64 and more use another kernel for two rows than for one.
+rows does not change, a row of a batch gets the bits that it gets alone. ONNX Runtime's CPU kernels for float32 and int8
+are such, with AVX-512 those for 4-bit blocks of 32 too; others use another kernel for two rows than for one.
 As that depends on processor and version, it is not believed but audited: steps 1, 2, 4, 8, ... compute one of their
 rows again, alone, and `exact` says whether all gave the same bits. So does the first prompt that begins with a copy.
 """
