@@ -57,6 +57,21 @@ def integers(activations: type, weights: type) -> OnnxModel:
     return graph(nodes, {key: np.asarray(value) for key, value in arrays.items()})
 
 
+def rounded(by_operator: bool) -> OnnxModel:
+    arrays = {"one": np.float32(1), "zero": np.uint8(128), "none": np.int8(0), "w": np.ones((64, 8), np.int8)}
+    if by_operator:
+        product = [node("QLinearMatMul", "q one zero w one none one zero", "p")]
+    else:
+        product = [
+            node("DequantizeLinear", "q one zero", "d"),
+            node("DequantizeLinear", "w one none", "m"),
+            node("MatMul", "d m", "f"),
+            node("QuantizeLinear", "f one zero", "p"),
+        ]
+    nodes = [node("QuantizeLinear", "x one zero", "q"), *product, node("DequantizeLinear", "p one zero", "y")]
+    return graph(nodes, {key: np.asarray(value) for key, value in arrays.items()})
+
+
 def dynamic(per_token: bool) -> OnnxModel:
     one, zero = np.asarray(np.float32(1)), np.asarray(np.uint8(0))
     quantize = node("QuantizeLinear", "x one zero", "q") if per_token else node("DynamicQuantizeLinear", "x", "q s z")
@@ -161,6 +176,7 @@ CASES: dict[str, tuple[Callable[[], OnnxModel], Callable[[], OnnxModel]]] = {
         lambda: nbits(extra="z", z=np.ones((8, 1), np.uint8)),
     ),
     "integer-signs": (lambda: integers(np.int8, np.int8), lambda: integers(np.uint8, np.int8)),
+    "saturating-product": (lambda: rounded(True), lambda: rounded(False)),
     "activations-per-tensor": (lambda: dynamic(False), lambda: dynamic(True)),
     "dequantized-weight": (lambda: dequantized(False, ONES), lambda: dequantized(True, ONES)),
     "blocks-as-dequantize": (lambda: dequantized(False, INT4), lambda: dequantized(True, ONES)),

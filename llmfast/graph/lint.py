@@ -95,6 +95,12 @@ def _unfit_signs(view: GraphView) -> Iterator[onnx.NodeProto]:
             yield node
 
 
+def _saturating(view: GraphView) -> Iterator[onnx.NodeProto]:
+    for node in view.of_type("QLinearMatMul"):
+        if view.type_of(view.origin(node.input[3])) == TensorProto.INT8:
+            yield node
+
+
 def _scale_per_tensor(view: GraphView) -> Iterator[onnx.NodeProto]:
     return view.of_type("DynamicQuantizeLinear", "DynamicQuantizeMatMul")
 
@@ -218,6 +224,14 @@ RULES = (
         "the fast integer kernel multiplies unsigned activations by signed weights; this one is up to 2.7 times slower",
         "uint8 activations, int8 weights: llmfast quantize --scheme int8",
         _unfit_signs,
+    ),
+    Rule(
+        "saturating-product",
+        "quality",
+        "QLinearMatMul with int8 weights saturates on x86 processors without VNNI; for the other integer products "
+        "ONNX Runtime has a switch, which llmfast sets there",
+        f"{_QUANTIZE_AGAIN}, or write it as QuantizeLinear and DequantizeLinear around MatMul",
+        _saturating,
     ),
     Rule(
         "activations-per-tensor",
