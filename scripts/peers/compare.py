@@ -33,6 +33,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from peers.contestant import Batch, Contestant, Workload  # noqa: E402
 
+from llmfast.processor import instruction_sets, processor_name  # noqa: E402
+
 PEERS = ("onnxruntime_genai", "openvino_genai", "llama_cpp", "ctranslate2", "torch_eager")
 REFERENCE = "torch_eager"  # of quality
 PAUSE = 0.2  # seconds between turns: threads of some peers spin for a while, and would take the next one's cores
@@ -319,14 +321,10 @@ def ratio(bundle: Contestant, peer: Contestant, workload: str) -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = set(fields.get("flags", "").split())
     return {
-        "cpu": fields.get("model name", platform.processor() or platform.machine()),
+        "cpu": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "isa": " ".join(flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8") if flag in flags),
+        "isa": " ".join(instruction_sets()),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
