@@ -5,7 +5,7 @@
 1. One client alone: TTFT and decode speed of streamed answers, against `infer` of the same prompts, interleaved.
 2. --clients at once for --minutes, each asking anew when it has its answer, every other one a stream; 429 and 503 are
    counted apart from errors. /health is asked ten times a second meanwhile.
-3. The prompts answered in 2 once more by `infer --input`: the batch without a server.
+3. The first --again of the prompts answered in 2 once more by `infer --input`: the batch without a server.
 4. A stream that is left after its first piece: how long until its row is free.
 
 Prints one JSON object a line. Tokens per second in 2 and 3 are generated tokens over the whole time, prompts included.
@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--again", type=int, default=400, help="prompts that `infer` answers, at most")
     parser.add_argument("--rounds", type=int, default=7, help="of the single stream, and of streams that are left")
     parser.add_argument("--threads", type=int, help="of server and `infer`")
     arguments = parser.parse_args()
@@ -207,7 +208,9 @@ def main() -> None:
             server.wait()
             drain.wait()
         path = Path(temporary) / "prompts.jsonl"
-        path.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in seen.prompts), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps({"prompt": one}) + "\n" for one in seen.prompts[: arguments.again]), encoding="utf-8"
+        )
         options = "--max-tokens", str(tokens), "--batch-size", str(arguments.clients)
         batch = infer(
             arguments.bundle, threads, "--input", str(path), "--output", str(path.with_name("answers.jsonl")), *options
