@@ -171,18 +171,22 @@ class _Parent:
         """Return the child's wait status, and the most memory it had, in bytes."""
         self._child = child
         if self.signal:  # it came before there was a child
-            os.kill(child, self.signal)
+            self._send(self.signal)
         signal.setitimer(signal.ITIMER_REAL, _TICK_S, _TICK_S)
         _, status, usage = os.wait4(child, 0)
         self._child = 0
         signal.setitimer(signal.ITIMER_REAL, 0)
         return status, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # a handler may run right behind wait4
+            os.kill(self._child, number)
+
     def _pass_on(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         self._kill_at = time.monotonic() + self._board.numbers[0]
         if self._child and not (number == signal.SIGINT and _is_in_foreground()):  # a terminal tells both of Ctrl-C
-            os.kill(self._child, number)
+            self._send(number)
 
     def _look(self, *_: object) -> None:
         """End the child when its time is over, or its memory too much."""
@@ -191,17 +195,17 @@ class _Parent:
         now = time.monotonic()
         grace_s, timeout_s, max_bytes = self._board.numbers
         if now > self._kill_at:
-            os.kill(self._child, signal.SIGKILL)
+            self._send(signal.SIGKILL)
         elif self.signal or self.failure:
             return
         elif now - self._started > timeout_s:
             self.failure = _over(f"--timeout {timeout_s:g}", self._board.doing, "allow more time")
             self._kill_at = now + grace_s
-            os.kill(self._child, signal.SIGTERM)
+            self._send(signal.SIGTERM)
         elif max_bytes < math.inf and (held := memory_of(self._child) or 0) > max_bytes:
             what = f"--max-memory {spell_bytes(int(max_bytes))}"
             self.failure = _over(what, f"{self._board.doing}, with {spell_bytes(held)}", "allow more memory")
-            os.kill(self._child, signal.SIGKILL)  # at once: it may be taking more
+            self._send(signal.SIGKILL)  # at once: it may be taking more
 
 
 def _over(limit: str, doing: str, hint: str) -> ResourceError:
