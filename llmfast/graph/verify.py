@@ -3,10 +3,10 @@
 ONNX Runtime's matrix products and norms give a row the same bits whatever rows are beside it (4-bit ones not on every
 processor: whoever verifies compares first), but its GroupQueryAttention sums in another order for one row than for
 several. That is a difference in the last bit, which quantized activations turn into other codes and, layer by layer,
-into other logits. So for a step that
-verifies K drafted tokens (`num_logits` = K), every attention node becomes: one that writes the K keys and values
-into the cache, with as few query heads as it takes; and K that read the cache, one row each. They stand in the
-branch of an `If`; every other step takes the branch with the node as it was, at no measurable cost.
+into other logits. So for a step that verifies K drafted tokens (`num_logits` = K), every attention node becomes: one
+that writes the K keys and values into the cache, with as few query heads as it takes; and K that read the cache, one
+row each. They stand in the branch of an `If`; every other step takes the branch with the node as it was, at no
+measurable cost.
 
 Operator, with `key` of length 0 for attention that only reads:
 https://github.com/microsoft/onnxruntime/blob/main/docs/contrib_ops/cpu/gqa.md

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from llmfast.errors import LlmfastError, NativeCrashError, ResourceError
 from llmfast.infer.batch import Event
 from llmfast.report import note
-from llmfast.serve.model import Facts, Submitted
+from llmfast.serve.model import Facts
 from llmfast.worker import Worker
 
 _MOST_RESTARTS, _RESTART_WINDOW_S = 3, 60.0
@@ -177,7 +177,7 @@ class Scheduler:
             messages = [(ticket.id, ticket.fields) for ticket in self._admit()]
             cancelled, self._cancelled = self._cancelled, []
             try:
-                events = await self._call(partial(self._take_turn, messages, cancelled))
+                events = await self._call(partial(self._worker.call, "turn", messages, cancelled))
             except (NativeCrashError, ResourceError):
                 continue
             for event in events:
@@ -221,10 +221,6 @@ class Scheduler:
             del self._active[ticket.id]
         if event.is_last or event.is_first or ticket.in_pieces:
             ticket.events.put_nowait(event)
-
-    def _take_turn(self, submitted: Sequence[Submitted], cancelled: Sequence[int]) -> list[Event]:
-        events: list[Event] = self._worker.call("turn", submitted, cancelled)
-        return events
 
     async def _call(self, work: Callable[[], Made]) -> Made:
         """Call the model in its thread; after a crash it is there again when this raises, or all has ended."""

@@ -383,20 +383,3 @@ def test_a_damaged_piece_of_an_interrupted_run_is_made_again(damage: str, tmp_pa
     }
     assert os.listdir(tmp_path / "place") == ["output"]
     shutil.rmtree(output)
-
-
-def test_a_signal_right_behind_the_end_of_the_child_is_none() -> None:
-    """Row D6: the handler runs when the child has been waited for, and the parent does not know yet."""
-    program = (
-        "import os, signal\n"
-        "from llmfast import supervisor\n"
-        "wait4 = os.wait4\n"
-        "def late(*arguments):\n"
-        "    found = wait4(*arguments)\n"
-        "    signal.raise_signal(signal.SIGTERM)\n"
-        "    return found\n"
-        "os.wait4 = late\n"
-        "supervisor.supervise(lambda: print('done', flush=True))\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
