@@ -120,11 +120,15 @@ def test_another_model_is_not_there(server: Server) -> None:
 
 
 def test_log_has_one_line_a_request_and_no_prompt(server: Server) -> None:
+    time.sleep(0.2)  # lines of earlier requests come
     before = len(server.lines)
     httpx.get(f"{server.url}/v1/models?a%0Aerror: forged")
     httpx.get(f"{server.url}/%0Aerror:%20forged%1b[31m")
     chat(server, "a secret prompt", max_tokens=1)
-    time.sleep(0.2)
+    deadline = time.monotonic() + 60
+    while len(server.lines) < before + 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)  # one too many would come too
     lines = server.lines[before:]
     assert len(lines) == 3
     assert not any("secret" in line or "\x1b" in line or line.startswith("error") for line in lines)
