@@ -32,6 +32,7 @@ class FakeEngine:
         self.clock, self.table, self.prefill_s, self.decode_s = clock, table, prefill_s, decode_s
         self.vocab_size = table.shape[1]
         self.note = ""
+        self.capacity: int | None = None
         self.prompts: list[list[int]] = []
         self.session = SimpleNamespace()
         self.sessions = (self.session,)
@@ -48,6 +49,7 @@ class FakeEngine:
         return self.table[token]
 
     def score(self, ids: np.ndarray) -> np.ndarray:
+        assert self.capacity is None or len(ids) <= self.capacity
         return self.table[ids]
 
 
@@ -85,8 +87,9 @@ def make_stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
         def close(self) -> None:
             stage.closed.append(self.name)
 
-    def opener(bundle: Any, *_: Any) -> Any:
+    def opener(bundle: Any, provider: str, threads: int, max_length: int | None, *_: Any) -> Any:
         engine = stage.engines[bundle.path.name]
+        engine.capacity = max_length
         return lambda: (engine, engine.session)
 
     monkeypatch.setattr(contestants, "Worker", InProcess)

@@ -5,13 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tokenizers import Regex
+from tokenizers import Tokenizer as Backend
+from tokenizers.pre_tokenizers import Sequence, Split
 
 from llmfast.bench.stage import bench
 from llmfast.errors import LlmfastError, OptionError
 from llmfast.verdict import Gate, enforce, judge, parse_drop, parse_speedup, spell
 from tests.fake_bench import Stage, make_stage
-from tests.tiny_bench import QUICK, make_bundle, make_table, write_text
+from tests.tiny_bench import QUICK, VOCAB, make_bundle, make_table, write_text
 
 
 @pytest.fixture
@@ -111,6 +115,20 @@ def test_all_gates_of_one_run(stage: Stage, tmp_path: Path) -> None:
         bench(models, replace(QUICK, gates=(Gate("accuracy", 1, "max"),)))
 
 
+def _reverse_vocabulary(model: Path, pre_tokenizer: Any = None) -> None:
+    """Give a bundle another tokenizer: the same words, their ids from last to first, perhaps cut elsewhere."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {word: len(words) - 1 - index for word, index in words.items()}
+    backend = Backend.from_str(json.dumps(tokenizer))
+    if pre_tokenizer is not None:
+        backend.pre_tokenizer = pre_tokenizer
+    backend.save(str(model / "tokenizer.json"))
+    manifest = json.loads((model / "llmfast.json").read_text())
+    manifest["files"]["tokenizer.json"]["bytes"] = (model / "tokenizer.json").stat().st_size
+    (model / "llmfast.json").write_text(json.dumps(manifest))
+
+
 def test_models_of_different_tokenizers_compare_by_bits_per_byte(
     stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,13 +136,7 @@ def test_models_of_different_tokenizers_compare_by_bits_per_byte(
         stage.add(name)
     write_text(tmp_path / "text")
     models = [make_bundle(tmp_path, name) for name in "ab"]
-    manifest = json.loads((models[1] / "llmfast.json").read_text())
-    tokenizer = json.loads((models[1] / "tokenizer.json").read_text())
-    words = tokenizer["model"]["vocab"]
-    tokenizer["model"]["vocab"] = {word: len(words) - 1 - index for word, index in words.items()}
-    (models[1] / "tokenizer.json").write_text(json.dumps(tokenizer))
-    manifest["files"]["tokenizer.json"]["bytes"] = (models[1] / "tokenizer.json").stat().st_size
-    (models[1] / "llmfast.json").write_text(json.dumps(manifest))
+    _reverse_vocabulary(models[1])
     theirs, ours = bench(models, replace(QUICK, data=tmp_path / "text")).document()["rows"]
     assert theirs["kld"] == 0.0
     assert [ours[key] for key in ("kld", "kld_p99", "top1_agreement", "perplexity_ratio", "same_answers")] == [None] * 5
@@ -133,3 +145,21 @@ def test_models_of_different_tokenizers_compare_by_bits_per_byte(
     err = capsys.readouterr().err
     assert "`b` has another tokenizer than `a`: there is no KL divergence between them" in err
     assert "not a finite number" not in err
+
+
+def test_a_tokenizer_with_more_tokens_for_the_text_has_room_for_them(stage: Stage, tmp_path: Path) -> None:
+    for name in "ab":
+        stage.add(name)
+    ids = write_text(tmp_path / "text")
+    models = [make_bundle(tmp_path, name) for name in "ab"]
+    _reverse_vocabulary(models[1], Sequence([Split(" ", "removed"), Split(Regex("[0-9]"), "isolated")]))
+    options = replace(QUICK, data=tmp_path / "text", prompt_tokens=2, output_tokens=2)
+    _, ours = bench(models, options).document()["rows"]
+    assert ours["kld"] is None
+    # `w12` becomes three tokens that it does not know, all `w0`; the text of the first one is given.
+    logits = make_table(0).astype(np.float64)[VOCAB - 1]
+    loss = np.log(np.exp(logits).sum()) - logits[VOCAB - 1]
+    words = [[f"w{token}" for token in window[1:]] for window in np.split(ids[:18], 3)]
+    tokens = sum(sum(map(len, window)) - 1 for window in words)
+    size = sum(len(" ".join(window)) - 1 for window in words)
+    assert ours["bits_per_byte"] == pytest.approx(tokens * loss / np.log(2) / size)

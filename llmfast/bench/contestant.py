@@ -30,6 +30,7 @@ class Contestant:
         threads: intra-op threads.
         is_baseline: the others are compared with it; a failure of it ends the run.
         same_tokens: it has the baseline's tokenizer, so that predictions compare token by token.
+        own_items: metric -> the data in its own tokens, where they are not the baseline's.
         worker: the process that holds it, None before `start` and after `stop`.
         is_fresh: the process has measured nothing yet.
         vocab_size: token ids it accepts, None when unknown.
@@ -50,6 +51,7 @@ class Contestant:
     threads: int = 1
     is_baseline: bool = False
     same_tokens: bool = True
+    own_items: dict[str, list[Any]] = field(default_factory=dict)
     worker: Worker | None = None
     is_fresh: bool = True
     vocab_size: int | None = None
@@ -71,13 +73,16 @@ class Contestant:
         """Open the bundle in a worker process.
 
         Args:
-            max_length: positions a text-generation model must hold.
+            max_length: positions a text-generation model must hold, if its own tokens of the data need no more.
             options: of the run.
             **settings: further ones of `Subject`.
 
         Raises:
             LlmfastError: the bundle can't be opened; the message names it.
         """
+        if max_length is not None:
+            own = (len(item.ids) for items in self.own_items.values() for item in items)
+            max_length = max([max_length, *own])
         settings |= {"threads": self.threads, "max_length": max_length, "watts_per_core": options.watts_per_core}
         with self._named():
             provider = suit_provider(self.bundle, with_fallback(self.provider, options.allow_fallback))

@@ -7,7 +7,7 @@ more than one answer, and no file of all logits is written.
 
 import math
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -70,6 +70,20 @@ def measure_quality(
     return len(rows[baseline])
 
 
+def retokenize(contestants: Sequence[Contestant], metrics: Mapping[str, Any], items: Mapping[str, Any]) -> None:
+    """Give bundles with another tokenizer than the baseline's the data in their own tokens.
+
+    Args:
+        contestants: the bundles.
+        metrics: name -> plug-in of quality.
+        items: name -> what the plug-in's `prepare` made of the data.
+    """
+    for one in contestants:
+        if not one.same_tokens:
+            able = (name for name in items if hasattr(metrics[name], "retokenize"))
+            one.own_items = {name: metrics[name].retokenize(one.bundle, items[name]) for name in able}
+
+
 def _compare_all(
     name: str,
     metric: ModuleType,
@@ -85,15 +99,14 @@ def _compare_all(
 
         def compare(one: Contestant, item: Any) -> None:
             processes.start(one)
-            if not one.same_tokens and hasattr(metric, "retokenize"):
-                item = metric.retokenize(one.bundle, item)
             parts[one].append(one.call("compare", name, item, reference, one is order[0]))
 
         for number, item in enumerate(items, start=1):
             for one in order:
                 if one.failure is None:
                     advance(0, f"{name} {number} of {len(items)}: {one.label}")
-                    one.attempt(partial(compare, one, item))
+                    own = one.own_items.get(name)
+                    one.attempt(partial(compare, one, item if own is None else own[number - 1]))
                 advance(1)
     finish = getattr(metric, "finish", lambda rows: rows)
     return {one: finish(np.concatenate(rows)) for one, rows in parts.items() if one.failure is None}

@@ -14,7 +14,7 @@ from llmfast.bench.machine import describe_machine
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.processes import Processes
 from llmfast.bench.profile import profile_all
-from llmfast.bench.quality import measure_quality
+from llmfast.bench.quality import measure_quality, retokenize
 from llmfast.bench.result import Benchmark, make_row
 from llmfast.bench.roofline import file_rooflines
 from llmfast.bench.rounds import Rounds
@@ -82,6 +82,7 @@ def bench(
     _compare_tokenizers(task, contestants, reference, options)
     items = _prepare_data(_of_kind(metrics, "quality"), reference, replace(options, seq_len=workload.seq_len))
     machine = describe_machine() | {"threads": reference.threads}
+    retokenize(contestants, metrics, items)
     watch = Watch.start()
     if task == UNKNOWN_TASK and not items:
         report.note("note: no bundle says what its model is for: answers are not compared")

@@ -10,8 +10,9 @@ that option of `BenchOptions` is given. The kinds:
 - `quality`: `UNIT`, `DATA` (what --data takes, empty when nothing), `COMPARED` (keys that mean something without a
   baseline, so that a change is worth a verdict), and four functions. `prepare(bundle, data, options)` makes items;
   `answer(subject, item)` is an array; `compare(item, answer, baseline's answer)` gives float64 [units, fields];
-  `figures(rows)` turns the rows of all items into figures. Two more where needed: `retokenize(bundle, item)` makes the
-  item of a bundle with another tokenizer, `finish(rows)` does once what looks at all rows before figures are drawn.
+  `figures(rows)` turns the rows of all items into figures. Two more where needed: `retokenize(bundle, items)` makes the
+  items (with `ids`) of a bundle with another tokenizer, `finish(rows)` does once what looks at all rows before figures
+  are drawn.
 
 `measure`, `answer` and `compare` run in the bundle's process, the others in the parent.
 """

@@ -10,9 +10,11 @@ Of an encoder-decoder, the predictions are those of given targets (teacher forci
 is a window.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +27,9 @@ from llmfast.errors import OptionError
 from llmfast.records import Records
 from llmfast.report import Column
 from llmfast.runtime import usable_cores
+
+if TYPE_CHECKING:
+    from llmfast.tokenizer import Tokenizer
 
 ORDER = 60
 KIND = "quality"
@@ -93,12 +98,17 @@ def prepare(bundle: ModelBundle, data: Path, options: BenchOptions) -> list[Wind
     return [Window(ids, len(text.encode()), seq_len, given, None, text) for ids, text in windows]
 
 
-def retokenize(bundle: ModelBundle, window: Window) -> Window:
-    """Return a window's scored text in the tokens of a bundle with another tokenizer."""
+def retokenize(bundle: ModelBundle, windows: Sequence[Window]) -> list[Window]:
+    """Return the windows' scored texts in the tokens of a bundle with another tokenizer, as far as its context goes."""
     from llmfast.tokenizer import Tokenizer
 
-    ids, ends = Tokenizer.load(bundle.path).encode_spans(window.text)
-    ids = ids[: bundle.manifest.architecture.get("context_length")]
+    tokenizer, longest = Tokenizer.load(bundle.path), bundle.manifest.architecture.get("context_length")
+    return [_in_tokens_of(tokenizer, window, longest) for window in windows]
+
+
+def _in_tokens_of(tokenizer: "Tokenizer", window: Window, longest: int | None) -> Window:
+    ids, ends = tokenizer.encode_spans(window.text)
+    ids = ids[:longest]
     scored = window.text[int(ends[0]) : int(ends[len(ids) - 1])]
     return Window(ids, len(scored.encode()), window.width, is_comparable=False)
 
@@ -139,12 +149,12 @@ def compare(window: Window, logits: np.ndarray, reference: np.ndarray) -> np.nda
     is_itself = logits is reference or not window.is_comparable
     figures = position_figures(window.ids, logits, None if is_itself else reference, usable_cores())
     figures = figures[window.context_tokens - 1 :]
-    row = np.full((1, 6 + max(window.width, len(figures))), np.nan)
-    row[0, :6] = (len(figures), *figures.sum(axis=0), window.num_bytes)
-    row[0, 6 : 6 + len(figures)] = figures[:, 0]
+    sums, divergences = figures.sum(axis=0), figures[:, 0]
     if not window.is_comparable:
-        row[0, [_POSITIONS, _KLD, _AGREEMENTS, _BASELINE_NLL]] = np.nan
-        row[0, 6:] = np.nan
+        sums[[_KLD - 1, _AGREEMENTS - 1, _BASELINE_NLL - 1]], divergences = np.nan, divergences[:0]
+    row = np.full((1, 6 + max(window.width, len(divergences))), np.nan)
+    row[0, :6] = (len(figures) if window.is_comparable else np.nan, *sums, window.num_bytes)
+    row[0, 6 : 6 + len(divergences)] = divergences
     return row
 
 

@@ -5,6 +5,7 @@ same_answers = share of prompts without a difference. The prompts are beginnings
 O(prompts * tokens) steps of decode.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,9 +54,9 @@ def prepare(bundle: ModelBundle, data: Path, options: BenchOptions) -> list[Prom
     return [Prompt(ids[:length], min(_ANSWER_TOKENS, seq_len - length)) for ids, _ in windows]
 
 
-def retokenize(bundle: ModelBundle, prompt: Prompt) -> Prompt:
-    """Return a prompt that is not answered: other tokens can't be compared."""
-    return Prompt(prompt.ids[:0], 0, is_comparable=False)
+def retokenize(bundle: ModelBundle, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Return prompts that are not answered: other tokens can't be compared."""
+    return [Prompt(prompt.ids[:0], 0, is_comparable=False) for prompt in prompts]
 
 
 def answer(subject: Subject, prompt: Prompt) -> np.ndarray:
