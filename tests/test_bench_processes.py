@@ -81,7 +81,7 @@ def test_real_decoders_in_real_processes(tmp_path: Path) -> None:
 
 
 def write_encoder(folder: Path, name: str, task: str, table: np.ndarray) -> Path:
-    """Write an encoder whose output is the mean of its words' rows of `table`, float32 [VOCAB, width]."""
+    """Write an encoder whose output is the mean of its words' rows of `table`, float32 [vocabulary, width]."""
     floats, ints, output = TensorProto.FLOAT, TensorProto.INT64, registry.load("tasks", task).OUTPUTS[-1]
     inputs = [helper.make_tensor_value_info(name, ints, ["batch", "seq"]) for name in ("input_ids", "attention_mask")]
     nodes = [
@@ -97,6 +97,7 @@ def write_encoder(folder: Path, name: str, task: str, table: np.ndarray) -> Path
     weights = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
     outputs = [helper.make_tensor_value_info(output, floats, ["batch", table.shape[1]])]
     architecture = {"labels": ["bad", "good"], "normalize": False, "problem_type": "single_label_classification"}
+    architecture["vocab_size"] = len(table)
     return write_bundle(
         folder / name, task, helper.make_graph(nodes, "encoder", inputs, outputs, weights), architecture
     )
@@ -104,7 +105,7 @@ def write_encoder(folder: Path, name: str, task: str, table: np.ndarray) -> Path
 
 def test_real_embedders_in_real_processes(tmp_path: Path) -> None:
     base, ours = (np.random.default_rng(seed).normal(size=(VOCAB, 8)).astype(np.float32) for seed in (0, 1))
-    ours = base + ours / 4
+    ours = np.vstack([base + ours / 4, ours[:3]])  # of another vocabulary
     models = [write_encoder(tmp_path, name, "feature-extraction", table) for name, table in (("a", base), ("b", ours))]
     ids = np.random.default_rng(2).integers(VOCAB, size=(12, 2, 3))
     words = [["\t".join(" ".join(f"w{word}" for word in text) for text in pair)] for pair in ids]

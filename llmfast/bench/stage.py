@@ -22,7 +22,7 @@ from llmfast.bench.statistics import coverage, relative_spread
 from llmfast.bench.table import print_document
 from llmfast.bench.watch import Watch
 from llmfast.bench.workload import Workload, per_case, plan
-from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, ModelBundle, sha256
+from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, UNKNOWN_TASK, ModelBundle, sha256
 from llmfast.errors import InputError, OptionError
 from llmfast.runtime import resolve_threads
 from llmfast.verdict import Gate, Judgement, judge
@@ -220,9 +220,14 @@ def _compare_tokenizers(
 
 
 def _compare_vocabularies(task: str, contestants: Sequence[Contestant], baseline: Contestant) -> None:
-    """Refuse to compare predictions over different vocabularies of one tokenizer."""
+    """Refuse to compare predictions over different vocabularies of one tokenizer.
+
+    Of encoders labels, vectors and likeliest tokens are compared, whatever their vocabularies.
+    """
+    if task not in (TEXT_GENERATION, *SEQ2SEQ_TASKS):
+        return
     for one in contestants:
-        if not one.same_tokens or one.failure is not None or task == UNKNOWN_TASK:
+        if not one.same_tokens or one.failure is not None:
             continue
         if one.vocab_size is not None and one.vocab_size != baseline.vocab_size:
             raise InputError(
