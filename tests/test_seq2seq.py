@@ -298,6 +298,8 @@ def test_sources_that_do_not_fit(exported: Any) -> None:
         engine.encode(np.ones((1, 65), np.int64), np.ones((1, 65), np.int64))
     with pytest.raises(InputError, match="it has no token"):
         engine.encode(np.ones((2, 3), np.int64), np.array([[1, 1, 1], [0, 0, 0]]))
+    with pytest.raises(InputError, match="a token of the source is not in the model's vocabulary"):
+        engine.encode(np.full((1, 3), engine.vocab_size), np.ones((1, 3), np.int64))
 
 
 def test_other_bundles_are_no_encoder_decoders(fp32_bundle: Path) -> None:

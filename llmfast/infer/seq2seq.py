@@ -126,7 +126,13 @@ class Seq2SeqEngine:
             binding.bind_ortvalue_input(name, self._wrap(array))
         for name in self._cross:
             binding.bind_output(name)
-        self.encoder.run_with_iobinding(binding)
+        try:
+            self.encoder.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            if "out of data bounds" not in str(error):
+                raise
+            hint = "the tokenizer belongs to another model"
+            raise InputError("a token of the source is not in the model's vocabulary", hint) from error
         self._sources = list(binding.get_outputs())
         self._steps = {}
 
