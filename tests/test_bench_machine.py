@@ -1,5 +1,6 @@
 """llmfast bench: the machine, its disturbances and energy, and where time goes."""
 
+import ctypes
 import json
 import shutil
 from pathlib import Path
@@ -55,14 +56,50 @@ def test_energy_is_read_from_rapl_and_else_estimated(tmp_path: Path) -> None:
     (tmp_path / "intel-rapl:0:0").mkdir()  # a core's share of the package, not to be counted twice
     (package / "max_energy_range_uj").write_text("999999")
     (package / "energy_uj").write_text("900000")
-    meter = open_meter("cpu", 3.5, powercap=tmp_path)
+    meter = open_meter(["CPUExecutionProvider"], 3.5, powercap=tmp_path)
     before = meter.read()
     (package / "energy_uj").write_text("400000")  # it has wrapped
     assert meter.source == "rapl"
     assert meter.read() - before == pytest.approx(0.5)
     now = [2.0]
-    meter = open_meter("cpu", 3.5, cpu_time=lambda: now[0], powercap=tmp_path / "none")
+    meter = open_meter(["CPUExecutionProvider"], 3.5, cpu_time=lambda: now[0], powercap=tmp_path / "none")
     assert (meter.source, meter.read()) == ("estimate: CPU time x 3.5 W per core", 7.0)
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"), [(None, ("index", 0)), ("3,1", ("index", 3)), ("GPU-5a,0", ("uuid", b"GPU-5a"))]
+)
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_the_gpu_that_runs_the_model_is_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, provider: str, visible: str | None, found: tuple[str, Any]
+) -> None:
+    asked = []
+
+    class Nvml:
+        def __init__(self, library: str) -> None: ...
+
+        def nvmlInit_v2(self) -> int:
+            return 0
+
+        def nvmlDeviceGetHandleByIndex_v2(self, index: int, device: Any) -> int:
+            asked.append(("index", index))
+            return 0
+
+        def nvmlDeviceGetHandleByUUID(self, name: bytes, device: Any) -> int:
+            asked.append(("uuid", name))
+            return 0
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, device: Any, count: Any) -> int:
+            count._obj.value = 2500  # millijoules
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", Nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    meter = open_meter({"CPUExecutionProvider": 2, provider: 40}, 3.5, powercap=tmp_path)
+    assert (meter.source, meter.read()) == ("nvml", 2.5)
+    assert asked == [found]
 
 
 def test_bandwidth_is_bytes_by_seconds_of_the_best_pass() -> None:

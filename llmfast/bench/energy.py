@@ -4,8 +4,9 @@ RAPL counts a whole processor package, NVML a whole GPU: on a shared machine the
 """
 
 import ctypes
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ ESTIMATE = "estimate: CPU time x {watts:g} W per core"
 # https://docs.kernel.org/power/powercap/powercap.html: microjoules that wrap at max_energy_range_uj.
 _POWERCAP = Path("/sys/class/powercap")
 _NVML_LIBRARY = "libnvidia-ml.so.1"
+_ON_NVIDIA = {"CUDAExecutionProvider", "TensorrtExecutionProvider"}
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,23 @@ class EnergyMeter:
 
 
 def open_meter(
-    provider: str,
+    providers: Collection[str],
     watts_per_core: float,
     cpu_time: Callable[[], float] = time.process_time,
     powercap: Path = _POWERCAP,
 ) -> EnergyMeter:
-    """Return the best meter there is for a provider.
+    """Return the best meter there is for a model.
 
     Args:
-        provider: a name in `llmfast.providers`; `cuda` asks the GPU's counter.
+        providers: ONNX Runtime's names of those that run its nodes; CUDA's and TensorRT's ask the GPU's counter.
         watts_per_core: of a core at work, for the estimate.
         cpu_time: CPU seconds of this process, all threads.
         powercap: where Linux shows RAPL.
     """
-    if provider == "cuda" and (gpu := _open_nvml()):
+    on_gpu = not _ON_NVIDIA.isdisjoint(providers)
+    if on_gpu and (gpu := _open_nvml(os.environ.get("CUDA_VISIBLE_DEVICES", "0"))):
         return EnergyMeter(NVML, gpu)
-    if provider != "cuda" and (packages := _rapl_packages(powercap)):
+    if not on_gpu and (packages := _rapl_packages(powercap)):
         return EnergyMeter(RAPL, lambda: sum(package.joules() for package in packages))
     return EnergyMeter(ESTIMATE.format(watts=watts_per_core), lambda: cpu_time() * watts_per_core)
 
@@ -80,11 +83,16 @@ def _rapl_packages(powercap: Path) -> list[_Package]:
         return []
 
 
-def _open_nvml() -> Callable[[], float] | None:
-    """Return what reads the first GPU's counter (Volta and later), None where there is none.
+def _open_nvml(visible: str) -> Callable[[], float] | None:
+    """Return what reads a GPU's counter (Volta and later), None where there is none.
 
     https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html
+
+    Args:
+        visible: `CUDA_VISIBLE_DEVICES`, of which sessions run on the first: a number in the order of the PCI bus, as
+            with CUDA_DEVICE_ORDER=PCI_BUS_ID, or a UUID.
     """
+    name = visible.partition(",")[0].strip()
     try:
         library: Any = ctypes.CDLL(_NVML_LIBRARY)
     except OSError:
@@ -95,9 +103,14 @@ def _open_nvml() -> Callable[[], float] | None:
         library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(count))
         return count.value / 1e3
 
+    def find() -> int:
+        if name.isdecimal():
+            return int(library.nvmlDeviceGetHandleByIndex_v2(int(name), ctypes.byref(device)))
+        return int(library.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(device)))
+
     succeeded = (
         library.nvmlInit_v2() == 0
-        and library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)) == 0
+        and find() == 0
         and library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(count)) == 0
     )
     return joules if succeeded else None

@@ -115,7 +115,6 @@ class Subject:
         self._tokenizer: Any = None
         self._rows: Rows | None = None
         self._shared: tuple[Trial | None, dict[str, Any]] = (None, {})
-        self.meter = open_meter(provider, watts_per_core)
         self.latencies: dict[str, list[float]] = {}
         self._provider, self._is_batch = provider, is_batch
         self._other: Any = None
@@ -124,6 +123,7 @@ class Subject:
         with profiled(profile):
             self.engine, self.session = open_model()
         self.load_s = clock() - start
+        self.meter = open_meter(placement(*self.sessions), watts_per_core)
 
     @property
     def tokenizer(self) -> Any:
