@@ -212,9 +212,12 @@ def environment(name: str, module: Any, options: argparse.Namespace) -> tuple[Pa
     log.parent.mkdir(parents=True, exist_ok=True)
     settings = getattr(module, "BUILD_SETTINGS", {})
     with log.open("w") as output:
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+        unwanted = getattr(module, "UNWANTED", ())
         for command in (
             [sys.executable, "-m", "venv", str(folder)],
-            [str(python), "-m", "pip", "install", "--disable-pip-version-check", *module.REQUIREMENTS],
+            [*pip, "install", *module.REQUIREMENTS],
+            *([*pip, "uninstall", "--yes", package] for package in unwanted),
         ):
             status = subprocess.run(command, env={**os.environ, **settings}, stdout=output, stderr=subprocess.STDOUT)
             if status.returncode:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import openvino
 
 REQUIREMENTS = ("openvino-genai>=2026.0", "nncf>=3.0", "optimum-intel>=1.27", "torch>=2.10,<2.14")
+# optimum-intel brings it for images, and the index's build fails to load beside a torch of another build.
+UNWANTED = ("torchvision",)
 # Paged attention is the default; which of the two is faster depends on lengths and machine.
 FORMATS = ("int8", "int8 SDPA", "int4", "int4 SDPA")
 _BLOCK = 32  # positions in a block of the paged cache on CPUs
