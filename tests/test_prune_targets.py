@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmfast.errors import GateError, OptionError
+from llmfast.errors import GateError, OptionError, OutputExistsError
 from llmfast.prune import speedup
 from llmfast.prune.methods import choose_methods
 from llmfast.prune.options import parse_factor, parse_params, parse_ratio
@@ -73,6 +73,24 @@ def test_a_speed_is_reached_by_measuring(
     with pytest.raises(OptionError, match="makes nothing faster"):
         prune_to_speed(source, tmp_path / "x", options_of("wanda"), 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fast"]
+
+
+def test_an_output_is_refused_before_anything_is_timed(
+    checkpoints: Callable[[str], Path], own_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(speedup, "SpeedTest")
+    source = str(checkpoints("llama-tied"))
+    before = {file.name: file.read_bytes() for file in own_checkpoint.iterdir()}
+    with pytest.raises(OutputExistsError, match="output exists"):
+        prune_to_speed(source, own_checkpoint, options_of("ffn"), 1.1)
+    with pytest.raises(OutputExistsError, match="not an llmfast bundle"):
+        prune_to_speed(source, own_checkpoint, options_of("ffn", overwrite=True), 1.1)
+    with pytest.raises(OptionError, match="overlaps the input"):
+        prune_to_speed(str(own_checkpoint), own_checkpoint, options_of("ffn", overwrite=True), 1.1)
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(OptionError, match="is an ONNX model"):
+        prune_to_speed(str(tmp_path / "model.onnx"), tmp_path / "x", options_of("ffn"), 1.1)
+    assert {file.name: file.read_bytes() for file in own_checkpoint.iterdir()} == before
 
 
 def test_typed_numbers() -> None:

@@ -19,6 +19,7 @@ from llmfast.prune.checkpoint.workpiece import Workpiece, build_model, tensors_o
 from llmfast.prune.methods import STRUCTURED, choose_methods
 from llmfast.prune.options import PruneOptions
 from llmfast.prune.result import Pruned
+from llmfast.prune.stage import check_places
 from llmfast.report import note
 from llmfast.verdict import Gate
 
@@ -36,10 +37,13 @@ def prune_to_speed(source: str, output: Path, options: PruneOptions, factor: flo
 
     Raises:
         GateError: no share that leaves something is fast enough; nothing is written.
+        OptionError: methods that make nothing faster; otherwise as of `prune`.
+        OutputExistsError: the output exists.
     """
     folder, choices = choose_methods(replace(options, ratios={"": 0.0}))
     if folder != STRUCTURED:
         raise OptionError(f"{choices[0].name} makes nothing faster", "layers, ffn, heads and width do")
+    check_places(source, output, folder, choices, options.overwrite)
     checkpoint, task = open_source(source)
     shrinker = Shrinker(checkpoint.config, task, source, choices)
     names = [choice.name for choice in choices if choice.plugin.TAKES_RATIO]

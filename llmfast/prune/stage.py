@@ -1,5 +1,6 @@
 """`llmfast prune`: a checkpoint becomes smaller, or the weights of an ONNX graph get zeros."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,26 @@ def plan(source: str, output: Path, options: PruneOptions) -> list[dict[str, Any
 
 def _prepare(source: str, output: Path, options: PruneOptions) -> tuple[str, tuple[Choice, ...]]:
     folder, choices = choose_methods(options)
+    check_places(source, output, folder, choices, options.overwrite)
+    return folder, choices
+
+
+def check_places(source: str, output: Path, folder: str, choices: Sequence[Choice], overwrite: bool) -> None:
+    """Refuse an output that would destroy something, and a model that is not of the methods' kind.
+
+    Args:
+        source: as of `prune`.
+        output: as of `prune`.
+        folder: the methods'.
+        choices: the methods.
+        overwrite: what llmfast wrote may be replaced.
+
+    Raises:
+        OptionError: the output overlaps the source; or the methods work on the other kind of model.
+        OutputExistsError: the output exists.
+    """
     path = Path(source)
-    check_output(output, (path,), options.overwrite)
+    check_output(output, (path,), overwrite)
     is_graph = path.suffix == ".onnx" or any((path / name).is_file() for name in (MANIFEST, *FOREIGN_MODELS))
     names = ", ".join(choice.name for choice in choices)
     if folder == STRUCTURED and is_graph:
@@ -70,4 +89,3 @@ def _prepare(source: str, output: Path, options: PruneOptions) -> tuple[str, tup
         raise OptionError(
             f"{names} works on an ONNX model, `{source}` is a PyTorch checkpoint", "run `llmfast export` first"
         )
-    return folder, choices
