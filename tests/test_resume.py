@@ -1,12 +1,16 @@
 """Interrupted quantizations go on where they stopped, and end with the same bytes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from llmfast.bundle import stage_output
+from llmfast.commit import staging_path
 from llmfast.quantize.calibrate import Calibration
+from llmfast.quantize.checkpoint import Checkpoint
 from llmfast.quantize.stage import QuantizeOptions, quantize
 
 # Dies as the kernel would kill it, in the middle of the layers.
@@ -64,6 +68,29 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     for file in whole.path.iterdir():
         assert file.read_bytes() == (resumed.path / file.name).read_bytes(), file.name
     assert not pieces.exists()
+
+
+def test_what_other_runs_stage_is_left_to_them(fp32_bundle: Path, tmp_path: Path, text: Path) -> None:
+    _kill_in_the_middle(fp32_bundle, tmp_path / "out", text)
+    staged = staging_path(tmp_path / "out")  # names this process, which lives
+    staged.mkdir()
+    quantize(fp32_bundle, tmp_path / "out", _options(text, resume=True))
+    assert staged.is_dir()
+
+
+def test_an_output_that_was_moved_aside_comes_back(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    nobody = subprocess.Popen(["true"])
+    nobody.wait()
+    aside = tmp_path / f".out.llmfast-{nobody.pid}-0123abcd"
+    (aside / "out").mkdir(parents=True)
+    (aside / "out" / "model.onnx").write_bytes(b"old")
+    os.utime(aside, (0, 0))
+    Checkpoint(output, {}, resume=False)
+    Checkpoint(output, {}, resume=True)
+    with pytest.raises(ValueError, match="x"), stage_output(output, overwrite=True):
+        raise ValueError("x")
+    assert (output / "model.onnx").read_bytes() == b"old"
 
 
 def test_damaged_pieces_are_made_again(

@@ -47,9 +47,6 @@ class Checkpoint:
         elif resume and not known:
             note("note: nothing to resume: starting from the first layer")
         elif known:
-            for staged in output.parent.glob(f".{output.name}.llmfast-*"):
-                if staged != self._folder:  # what the interrupted run had begun to write
-                    shutil.rmtree(staged, ignore_errors=True)
             note(f"note: resuming with {len(list(self._folder.glob('*.npz')))} layers that are done")
         if not known:
             try:
