@@ -14,13 +14,17 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from llmfast.bundle import ModelBundle
 from llmfast.errors import OptionError, UnsupportedError
 from llmfast.export.stage import export
+from llmfast.graph.feeds import graph_inputs, sequence_feeds
 from llmfast.graph.model import OnnxModel
 from llmfast.infer.engine import Engine
 from llmfast.quantize.calibrate import Calibration
+from llmfast.quantize.corpus import SHIPPED_HELD_OUT, Corpus
 from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_cache
 from llmfast.quantize.options import QuantizeOptions
+from llmfast.quantize.replay import Replay
 from llmfast.quantize.stage import quantize
 from llmfast.quantize.summary import figure_columns
+from llmfast.runtime import open_session
 from tests.tiny_encoder import save_encoder
 
 PROMPT = np.random.default_rng(3).integers(0, 259, 40)
@@ -48,9 +52,15 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+def _calibration(text: Path) -> Calibration:
+    return Calibration(text, num_samples=2, seq_len=64)
+
+
 def _with_int8_cache(bundle: ModelBundle, text: Path) -> tuple[ModelBundle, dict[str, np.ndarray]]:
     model = OnnxModel.load(bundle.model)
-    ranges = measure_ranges(model, Calibration(text, num_samples=2, seq_len=64).split(bundle)[0])
+    inputs = graph_inputs(model.proto.graph)
+    samples = [sequence_feeds(inputs, ids[None]) for ids in _calibration(text).split(bundle)[0]]
+    ranges = measure_ranges(cached_values(model), Replay(model, samples, {}))
     quantize_cache(model.proto, ranges)
     path = text.parent / "int8.onnx"
     onnx.save(model.proto, path)
@@ -94,7 +104,7 @@ def test_an_encoder_has_no_cache(tmp_path: Path) -> None:
 
 
 def test_quantize_stores_the_cache_as_int8(fp32_bundle: Path, text: Path, tmp_path: Path) -> None:
-    options = QuantizeOptions("int8", calibration=Calibration(text, num_samples=2, seq_len=64), kv="int8")
+    options = QuantizeOptions("int8", calibration=_calibration(text), kv="int8")
     bundle = quantize(fp32_bundle, tmp_path / "int8", options)
     engine = Engine(bundle, threads=1, max_length=64)
     past = [entry for entry in engine.session.get_inputs() if entry.name.startswith("past_key_values.")]
@@ -106,6 +116,37 @@ def test_quantize_stores_the_cache_as_int8(fp32_bundle: Path, text: Path, tmp_pa
     assert bundle.manifest.measured["quantize"]["kld"] < 0.5
     plain = Engine(ModelBundle.open(fp32_bundle), threads=1, max_length=64).score(PROMPT)
     assert np.abs(engine.score(PROMPT) - plain).mean() < 0.05 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize("method", ["rtn", "rotate", "rotate,gptq"])
+def test_scales_are_those_of_the_values_that_are_cached(
+    method: str, fp32_bundle: Path, text: Path, tmp_path: Path
+) -> None:
+    options = QuantizeOptions("w8", method, calibration=_calibration(text), measure=False)
+    plain = quantize(fp32_bundle, tmp_path / "plain", options)
+    bundle = quantize(fp32_bundle, tmp_path / "int8", replace(options, kv="int8"))
+    scales = {name: array for name, array in _constants(bundle.model).items() if name.endswith(".scale")}
+    session = open_session(plain.model)
+    values = [
+        session.run(cached_values(OnnxModel.load(plain.model)), sequence_feeds(session.get_inputs(), ids[None]))
+        for ids in _calibration(text).split(plain)[0]
+    ]
+    assert len(scales) == 4
+    for name, *samples in zip(cached_values(OnnxModel.load(plain.model)), *values, strict=True):
+        expected = np.abs(np.concatenate(samples, axis=2)).max(axis=(0, 2)) / 127
+        np.testing.assert_allclose(scales[f"{name}.scale"][0, :, 0], expected, rtol=0.05)  # weights are rounded here
+
+
+def _constants(path: Path) -> dict[str, np.ndarray]:
+    model = OnnxModel.load(path)
+    return {name: model.read(tensor) for name, tensor in model.initializers.items()}
+
+
+def test_text_that_scales_were_measured_on_proves_nothing(fp32_bundle: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("abcdefgh" * 16, encoding="ascii")  # two windows, which leaves none over
+    bundle = quantize(fp32_bundle, tmp_path / "int8", QuantizeOptions("w8", calibration=_calibration(text), kv="int8"))
+    assert bundle.manifest.measured["quantize"]["text"]["name"] == Corpus(SHIPPED_HELD_OUT).describe()["name"]
 
 
 def test_an_unknown_cache_format_is_refused() -> None:

@@ -14,11 +14,10 @@ import onnx
 from onnx import TensorProto, helper
 
 from llmfast.errors import UnsupportedError
-from llmfast.graph.feeds import PAST, PRESENT, sequence_feeds
+from llmfast.graph.feeds import PAST, PRESENT
 from llmfast.graph.model import OnnxModel
+from llmfast.quantize.replay import Replay
 from llmfast.report import progress
-from llmfast.residency import bounded_residency
-from llmfast.runtime import open_session
 
 BITS = 8
 _LARGEST = 127
@@ -26,41 +25,33 @@ _SCALE_INPUTS = 12  # GroupQueryAttention's inputs before k_scale and v_scale
 
 
 def cached_values(model: OnnxModel) -> list[str]:
-    """Return the keys and values that a decoder's attention caches, by name, two per layer.
+    """Return the keys and values that a decoder's attention caches, by name, two per layer, in the graph's order.
 
     Raises:
         UnsupportedError: no decoder, or one whose cache GroupQueryAttention does not write.
     """
-    attention = _attention(model.proto.graph)
-    written = {name for node in attention for name in node.output[1:3]}
-    cached = [output.name for output in model.proto.graph.output if output.name.startswith(PRESENT)]
-    if not attention or set(cached) != written:
+    written = [name for node in _attention(model.proto.graph) for name in node.output[1:3]]
+    cached = {output.name for output in model.proto.graph.output if output.name.startswith(PRESENT)}
+    if not written or cached != set(written):
         raise UnsupportedError(
             f"`{model.path}` has no KV cache that GroupQueryAttention writes",
             "leave out --kv; decoders that `llmfast export` wrote have one",
         )
-    return cached
+    return written
 
 
-def measure_ranges(model: OnnxModel, samples: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def measure_ranges(names: Sequence[str], replay: Replay) -> dict[str, np.ndarray]:
     """Return the largest magnitude of each head and channel: name -> float32 [kv_heads, head_size].
 
     Args:
-        model: a float decoder.
-        samples: token ids to calibrate on, int64 [seq] each.
-
-    Raises:
-        UnsupportedError: as `cached_values`.
+        names: what `cached_values` returned.
+        replay: a run of the float decoder over the calibration text, after its transforms: they may turn the values.
     """
-    names = cached_values(model)
-    session = open_session(model.path, graph=model.proto.SerializeToString(), prepack=False)
-    ranges: dict[str, np.ndarray] = {}
-    with bounded_residency(model.path.parent), progress("calibrating the KV cache", len(samples)) as advance:
-        for ids in samples:
-            values = session.run(names, sequence_feeds(session.get_inputs(), ids[None]))
-            for name, value in zip(names, values, strict=True):
-                largest = np.abs(value).max(axis=(0, 2))
-                ranges[name] = np.maximum(ranges.get(name, largest), largest)
+    ranges = {}
+    with progress("calibrating the KV cache", len(names)) as advance:
+        for name in names:
+            largest = [np.abs(value).max(axis=(0, 2)) for value in replay.until(name)]
+            ranges[name] = np.maximum.reduce(largest)
             advance()
     return ranges
 

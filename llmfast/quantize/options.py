@@ -7,7 +7,7 @@ from pathlib import Path
 from llmfast.errors import OptionError
 from llmfast.quantize.budget import Budget
 from llmfast.quantize.calibrate import Calibration
-from llmfast.quantize.plan import DEFAULT_ROUNDING
+from llmfast.quantize.plan import DEFAULT_ROUNDING, Part
 from llmfast.verdict import Gate
 
 CACHE_FORMATS = ("int8",)
@@ -82,3 +82,8 @@ class QuantizeOptions:
             raise OptionError("--prefill-method needs --prefill", "e.g. --prefill int8")
         if self.sensitivity and not self.budget:
             raise OptionError("--sensitivity needs a budget", "e.g. --target-bits 5")
+
+
+def is_calibrated(parts: Mapping[str, Part], options: QuantizeOptions) -> bool:
+    """Return whether anything is measured on the calibration text: for a method, a budget or the KV cache."""
+    return bool(options.budget or options.kv or any(part.plan.needs_calibration for part in parts.values()))

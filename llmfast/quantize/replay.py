@@ -52,19 +52,21 @@ class Replay:
     def until(self, name: str) -> Iterable[np.ndarray]:
         """Run until a value is there, and return it for every sample, each read when it is looked at.
 
-        Values must be asked for in the graph's order: those not needed later are forgotten.
+        Values must be asked for in the graph's order: those not needed later are forgotten. What the same node makes
+        beside this one can be asked for next.
         """
         if name not in self._made_by:  # an input of the graph
             return [values[name] for values in self._samples]
         stop = self._made_by[name] + 1
         if stop > self._next:
-            self._run(self._nodes[self._next : stop], name, stop)
+            self._run(self._nodes[self._next : stop], stop)
             self._next = stop
         return self._spool.column(name, len(self._samples))
 
-    def _run(self, nodes: list[onnx.NodeProto], name: str, stop: int) -> None:
+    def _run(self, nodes: list[onnx.NodeProto], stop: int) -> None:
         made = [output for node in nodes for output in node.output]
-        wanted = [value for value in made if value and (value == name or self._last_reader.get(value, -1) >= stop)]
+        asked = set(nodes[-1].output)
+        wanted = [value for value in made if value and (value in asked or self._last_reader.get(value, -1) >= stop)]
         needed = list(dict.fromkeys(value for node in nodes for value in reads(node) if value and value not in made))
         session = open_session(self._model.path, spin=False, graph=self._piece(nodes, needed, wanted))
         inputs = [value.name for value in session.get_inputs()]
@@ -73,7 +75,7 @@ class Replay:
             for value, array in zip(wanted, session.run(wanted, feeds), strict=True):
                 self._spool.put(number, value, array)
         self._held.update(wanted)
-        for value in [value for value in self._held if value != name and self._last_reader.get(value, -1) < stop]:
+        for value in [value for value in self._held - asked if self._last_reader.get(value, -1) < stop]:
             self._held.remove(value)
             for number in range(len(self._samples)):
                 self._spool.drop(number, value)

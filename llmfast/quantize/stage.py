@@ -27,14 +27,13 @@ from llmfast.graph.model import OnnxModel
 from llmfast.graph.packed import Grid, QuantizedWeight
 from llmfast.graph.weights import WeightFile
 from llmfast.quantize import sensitivity
-from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.checkpoint import Checkpoint, kept_for_resuming
 from llmfast.quantize.corpus import Corpus
 from llmfast.quantize.fitting import Fitting, start_fitting
 from llmfast.quantize.hybrid import make_plans, require_decoder
 from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_cache
 from llmfast.quantize.measure import Proof, ProofText, require_measured, worst
-from llmfast.quantize.options import MIXED_SCHEME, QuantizeOptions
+from llmfast.quantize.options import MIXED_SCHEME, QuantizeOptions, is_calibrated
 from llmfast.quantize.pair_proof import PairProof, make_proof
 from llmfast.quantize.pairs import Values, feed_pairs, is_encoder_decoder, make_reader, takes_recordings
 from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Part, Plan, choose_layers, list_layers
@@ -79,16 +78,17 @@ def quantize(source: Path, output: Path, options: QuantizeOptions) -> ModelBundl
         for part in parts.values():
             refuse_damaged_layers(part.model, part.layers)  # before what takes long, and before it spreads
     states = {role: part.model.state() for role, part in parts.items()}
-    cache = measure_ranges(parts["model"].model, options.calibration.split(bundle)[0]) if options.kv else None
-    samples = _samples(bundle, parts, options.calibration)
+    samples = _samples(bundle, parts, options)
     proof = _prove(bundle, parts, options)
     checkpoint = None
     if options.resume or options.budget or any(part.plan.rounding.plugin.NEEDS_STATISTICS for part in parts.values()):
         checkpoint = Checkpoint(output, _facts(bundle, parts, options), options.resume)
     with kept_for_resuming(checkpoint), stage_output(output, options.overwrite) as staged:
         fitting = _start_fitting(bundle, parts, samples, options, checkpoint, staged) if options.budget else None
+        workpieces = {role: _transform(part, samples.get(role, ())) for role, part in parts.items()}
+        cache = _measure_cache(workpieces["model"]) if options.kv else None
         writers = {
-            role: _prepare_writer(role, part, samples.get(role, ()), checkpoint, proof) for role, part in parts.items()
+            role: _prepare_writer(role, part.plan, workpieces[role], checkpoint, proof) for role, part in parts.items()
         }
         while True:
             chosen = fitting.layers() if fitting else {role: part.layers for role, part in parts.items()}
@@ -127,9 +127,8 @@ def _prove(bundle: ModelBundle, parts: Mapping[str, Part], options: QuantizeOpti
     if not options.measure:
         return None
     data = Corpus(options.data, options.calibration.field) if options.data else None
-    is_calibrated = bool(options.budget or any(part.plan.needs_calibration for part in parts.values()))
     models = {role: part.model for role, part in parts.items()}
-    text = ProofText(data, options.calibration, is_calibrated, options.data_samples)
+    text = ProofText(data, options.calibration, is_calibrated(parts, options), options.data_samples)
     return make_proof(bundle, models, text, by_all=options.budget is not None)
 
 
@@ -155,18 +154,27 @@ def _start_fitting(
     )
 
 
+def _transform(part: Part, samples: Sequence[Values]) -> Workpiece:
+    """Do what the plan's transforms do to one graph."""
+    workpiece = Workpiece(part.model, part.layers, samples)
+    for transform in part.plan.transforms:
+        transform.plugin.transform(workpiece, transform.options)
+    return workpiece
+
+
+def _measure_cache(workpiece: Workpiece) -> dict[str, np.ndarray]:
+    """Return the ranges of the keys and values that a transformed decoder caches."""
+    return measure_ranges(cached_values(workpiece.model), workpiece.replay())
+
+
 def _prepare_writer(
     role: str,
-    part: Part,
-    samples: Sequence[Values],
+    plan: Plan,
+    workpiece: Workpiece,
     checkpoint: Checkpoint | None,
     proof: Proof | PairProof | None,
 ) -> Callable[[Layers, WeightFile], QuantizedGraph]:
-    """Transform one graph; return what quantizes it, as often as its grids are chosen anew."""
-    plan = part.plan
-    workpiece = Workpiece(part.model, part.layers, samples)
-    for transform in plan.transforms:
-        transform.plugin.transform(workpiece, transform.options)
+    """Return what quantizes one transformed graph, as often as its grids are chosen anew."""
     write_linear = plan.scheme.plugin.make_writer(workpiece, plan.scheme.options)
 
     def make(chosen: Layers, weights: WeightFile) -> QuantizedGraph:
@@ -270,8 +278,8 @@ def _prepare(source: Path, output: Path, options: QuantizeOptions) -> tuple[Mode
     check_output(output, inputs, options.overwrite)
     require_disk(output.parent, bundle.size_bytes // 8, "the smallest result, 4 bits of 32,")
     models = {role: OnnxModel.load(path) for role, path in bundle.graphs.items()}
-    is_calibrated = plan.needs_calibration or (options.budget and not options.sensitivity)
-    if is_calibrated and takes_recordings(models):
+    is_text_read = plan.needs_calibration or (options.budget and not options.sensitivity)
+    if is_text_read and takes_recordings(models):
         options.calibration.corpus.recordings()  # refuses what is none
     adopted = can_adopt(bundle)
     if adopted:
@@ -297,10 +305,11 @@ def _prepare(source: Path, output: Path, options: QuantizeOptions) -> tuple[Mode
     return bundle, parts
 
 
-def _samples(bundle: ModelBundle, parts: Mapping[str, Part], calibration: Calibration) -> dict[str, list[Values]]:
+def _samples(bundle: ModelBundle, parts: Mapping[str, Part], options: QuantizeOptions) -> dict[str, list[Values]]:
     """Return what graphs are calibrated on: role -> the inputs of each sample; nothing where none is."""
-    if not any(part.plan.needs_calibration for part in parts.values()):
+    if not (options.kv or any(part.plan.needs_calibration for part in parts.values())):
         return {}
+    calibration = options.calibration
     models = {role: part.model for role, part in parts.items()}
     if is_encoder_decoder(models):
         reader = make_reader(bundle, models)

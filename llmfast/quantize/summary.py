@@ -11,7 +11,7 @@ from llmfast.bundle import PREFILL, Manifest, ModelBundle, Step, sha256
 from llmfast.graph.lint import lint
 from llmfast.graph.model import OnnxModel, count_weight_bytes
 from llmfast.quantize.budget import num_parameters
-from llmfast.quantize.options import QuantizeOptions
+from llmfast.quantize.options import QuantizeOptions, is_calibrated
 from llmfast.quantize.plan import Part
 from llmfast.quantize.rewrite import LayerReport
 from llmfast.report import Column
@@ -169,7 +169,6 @@ def make_manifest(
     if PREFILL in parts:
         second = parts[PREFILL].plan
         chosen[PREFILL] = {"method": f"{second.scheme.name}:{second.method}", **second.options}
-    is_calibrated = any(part.plan.needs_calibration for part in parts.values()) or options.budget or options.kv
     step = Step(
         stage="quantize",
         method=f"{plan.scheme.name}:{plan.method}",
@@ -178,7 +177,7 @@ def make_manifest(
         | plan.options,
         versions=versions(),
         seed=options.calibration.seed,
-        calibration=options.calibration.describe() if is_calibrated else None,
+        calibration=options.calibration.describe() if is_calibrated(parts, options) else None,
     )
     return replace(
         bundle.manifest,
