@@ -26,6 +26,7 @@ from llmfast.graph.packed import Grid
 from llmfast.infer.engine import Engine
 from llmfast.quantize import stage
 from llmfast.quantize.budget import Budget
+from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.plan import block_wise_grid
 from llmfast.quantize.rounding import rtn
 from llmfast.quantize.stage import QuantizeOptions, plan_layers, quantize
@@ -107,6 +108,57 @@ def test_foreign_model_keeps_its_answers(scheme: str, tmp_path: Path) -> None:
     assert source.read_bytes() == before
     names = {tensor.name for tensor in OnnxModel.load(bundle.model).proto.graph.initializer}
     assert not names & {"table", "w1", "w2.weight"}, "a float weight was left in the file"
+
+
+def _layer_applied_twice(folder: Path) -> Path:
+    """Write a model that multiplies by one matrix twice, each time with a bias of its own."""
+    rng = np.random.default_rng(0)
+    constants = {"w": rng.standard_normal((64, 64)) / 8, "b1": rng.standard_normal(64), "b2": rng.standard_normal(64)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h1"], name="/first/MatMul"),
+        helper.make_node("Add", ["h1", "b1"], ["h2"]),
+        helper.make_node("Relu", ["h2"], ["h3"]),
+        helper.make_node("MatMul", ["h3", "w"], ["h4"], name="/second/MatMul"),
+        helper.make_node("Add", ["h4", "b2"], ["y"]),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", 64]) for name in ("x", "y")]
+    initializers = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "twice", values[:1], values[1:], initializers)
+    path = folder / "twice.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings"), [*((scheme, {}) for scheme in SCHEMES), ("int8", {"granularity": "tensor"})]
+)
+def test_layers_that_share_a_weight_share_its_codes(scheme: str, settings: dict[str, str], tmp_path: Path) -> None:
+    source = _layer_applied_twice(tmp_path)
+    bundle = quantize(source, tmp_path / "out", QuantizeOptions(scheme, settings=settings))
+    x = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
+    assert np.corrcoef(_answer(source, x).ravel(), _answer(bundle.model, x).ravel())[0, 1] > KEPT.get(scheme, 0.999)
+    (row,) = bundle.manifest.measured["quantize"]["layers"]
+    assert (row["layers"], row["num_parameters"]) == (1, 64 * 64)
+    large = [one for one in OnnxModel.load(bundle.model).initializers.values() if np.prod(one.dims) > 64 * 64 / 8]
+    assert len(large) == 1
+
+
+@pytest.mark.parametrize("form", ["qdq", "operator"])
+def test_encoder_blocks_that_share_weights_are_rounded_once(form: str, albert: Path, tmp_path: Path) -> None:
+    settings = {"activations": "static", "form": form}
+    calibration = Calibration(num_samples=4, seq_len=16)
+    options = QuantizeOptions("int8", "gptq", settings=settings, calibration=calibration)
+    bundle = quantize(albert, tmp_path / "out", options)
+    rows = bundle.manifest.measured["quantize"]["layers"]
+    assert {row["layers"] for row in rows if row["role"] in ("query", "key", "value", "ffn")} == {1}
+    assert bundle.manifest.measured["quantize"]["cosine"] > 0.99
+
+
+@pytest.fixture(scope="module")
+def albert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("albert")
+    save_encoder(folder / "checkpoint", "albert")
+    return export(str(folder / "checkpoint"), folder / "fp32").path
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -139,7 +139,9 @@ def store_blocks(graph: GraphBuilder, name: str, weight: QuantizedWeight) -> lis
     scale = f"{name}.weight_scale"
     half = np.clip(weight.scales, 0, _HALF_RANGE[1]).astype(np.float16)
     if np.array_equal(half.astype(np.float32), weight.scales):
-        graph.op("Cast", [graph.weight(f"{scale}{HALF}", half)], scale, to=TensorProto.FLOAT)
+        stored_half = graph.weight(f"{scale}{HALF}", half)
+        if not graph.has(scale):  # several layers may share the weight
+            graph.op("Cast", [stored_half], scale, to=TensorProto.FLOAT)
     else:
         graph.weight(scale, weight.scales)
     stored = [graph.weight(f"{name}.weight_q{weight.grid.bits}", weight.pack()), scale]

@@ -1,7 +1,8 @@
 """Writing the quantized graph: linear layers and embeddings replaced, everything else kept."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -82,7 +83,9 @@ class QuantizedGraph:
         self._round_weight = round_weight
         self._inputs_of = inputs_of
         self._tables = {table.weight for table in layers.embeddings}
-        self._shared: dict[str, Weight] = {}
+        self._uses = Counter(linear.weight for linear in layers.linears)
+        self._uses.update(table.weight for table in layers.embeddings)
+        self._rounded: dict[str, Weight] = {}
         self._blocks: dict[str, list[str]] = {}
         self.reports: list[LayerReport] = []
 
@@ -118,11 +121,16 @@ class QuantizedGraph:
         return graph.rewrite(self._model)
 
     def _quantized_linears(self) -> Iterator[Linear]:
-        """Yield the layers to replace; a kernel of integers adds the bias as it scales its sums."""
+        """Yield the layers to replace; a kernel of integers adds the bias as it scales its sums.
+
+        Layers that share a weight have one name, under which it is stored once.
+        """
         adds = lone_adds(self._model)
-        for linear in self._layers.linears:
-            grid = self._layers.grids.get(linear.weight)
+        names: dict[str, str] = {}
+        for layer in self._layers.linears:
+            grid = self._layers.grids.get(layer.weight)
             if grid is not None:
+                linear = replace(layer, name=names.setdefault(layer.weight, layer.name))
                 yield linear if isinstance(grid, FloatFormat) else with_bias(self._model, linear, adds)
 
     def _keep(self, graph: GraphBuilder, names: list[str]) -> None:
@@ -132,16 +140,16 @@ class QuantizedGraph:
             graph.weight(name, array)
 
     def _replace_linear(self, graph: GraphBuilder, linear: Linear) -> None:
+        def read() -> np.ndarray:
+            return self._edits.read(linear)
+
         if linear.weight in self._layers.block_wise:
-            weight, stored = self._store(graph, linear.weight, linear.name, HEAD_ROLE, lambda: self._edits.read(linear))
+            weight, stored = self._store(graph, linear.weight, linear.name, HEAD_ROLE, read)
             write_matmul_nbits(graph, stored, weight, linear.input, linear.output, linear.bias)
         elif linear.weight in self._tables:
-            read = self._edits.read
-            self._write_linear(
-                graph, linear, self._quantize_once(linear.weight, linear.name, HEAD_ROLE, lambda: read(linear))
-            )
+            self._write_linear(graph, linear, self._quantize_once(linear.weight, linear.name, HEAD_ROLE, read))
         else:
-            rounded = self._quantize(linear.weight, linear.name, linear.role, self._edits.read(linear), linear)
+            rounded = self._quantize_once(linear.weight, linear.name, linear.role, read, linear)
             self._write_linear(graph, linear, rounded)
 
     def _replace_embedding(self, graph: GraphBuilder, table: Embedding) -> None:
@@ -159,11 +167,14 @@ class QuantizedGraph:
             weight, stored = self._store(graph, table.weight, name, EMBEDDING_ROLE, read)
             write_gather(graph, stored, weight, table.node.input[1], table.node.output[0])
 
-    def _quantize_once(self, weight: str, name: str, role: str, read: Callable[[], np.ndarray]) -> Weight:
-        """Quantize a weight once, for the embedding and the head that share it."""
-        if weight not in self._shared:
-            self._shared[weight] = self._quantize(weight, name, role, read(), None)
-        return self._shared[weight]
+    def _quantize_once(
+        self, weight: str, name: str, role: str, read: Callable[[], np.ndarray], linear: Linear | None = None
+    ) -> Weight:
+        """Quantize a weight once for all nodes that read it, and hold it until the last of them is replaced."""
+        if weight not in self._rounded:
+            self._rounded[weight] = self._quantize(weight, name, role, read(), linear)
+        self._uses[weight] -= 1
+        return self._rounded[weight] if self._uses[weight] else self._rounded.pop(weight)
 
     def _store(
         self, graph: GraphBuilder, weight: str, name: str, role: str, read: Callable[[], np.ndarray]

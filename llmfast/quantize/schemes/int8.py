@@ -113,14 +113,15 @@ def _measure_ranges(workpiece: Workpiece, options: Options) -> Ranges:
 
 def _write_qdq(ranges: Ranges, graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -> None:
     """Add QuantizeLinear, DequantizeLinear and MatMul, which providers fuse into an integer product."""
-    name, hidden = linear.name, linear.input
+    hidden, matrix = linear.input, f"{linear.name}.weight_dequantized"
     if not graph.has(f"{hidden}.dequantized"):
         codes, *static = _quantize_statically(graph, hidden, *ranges[hidden])
         graph.op("DequantizeLinear", [codes, *static], f"{hidden}.dequantized")
-    matrix = graph.op("DequantizeLinear", _store(graph, name, weight), f"{name}.weight_dequantized", axis=1)
+    if not graph.has(matrix):  # several layers may share the weight
+        graph.op("DequantizeLinear", _store(graph, linear.name, weight), matrix, axis=1)
     inputs = [f"{hidden}.dequantized", matrix]
     if linear.bias:
-        graph.op("Add", [graph.op("MatMul", inputs, f"{name}.unbiased"), linear.bias], linear.output)
+        graph.op("Add", [graph.op("MatMul", inputs, f"{linear.output}.unbiased"), linear.bias], linear.output)
     else:
         graph.op("MatMul", inputs, linear.output)
 
@@ -189,7 +190,8 @@ def write_per_token(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight
     ]
     product = graph.op("MatMulIntegerToFloat", inputs, f"{linear.output}.per_row", CONTRIB)
     if linear.bias:
-        graph.op("Add", [graph.op("Mul", [product, row_scale], f"{name}.unbiased"), linear.bias], linear.output)
+        unbiased = graph.op("Mul", [product, row_scale], f"{linear.output}.unbiased")
+        graph.op("Add", [unbiased, linear.bias], linear.output)
     else:
         graph.op("Mul", [product, row_scale], linear.output)
 
