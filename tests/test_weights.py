@@ -55,6 +55,21 @@ def test_graphs_share_a_table(tmp_path: Path) -> None:
         np.testing.assert_allclose(run(path), TABLE[IDS] @ MATRICES[role] @ TABLE.T, rtol=1e-4, atol=1e-4)
 
 
+def test_graphs_may_have_a_large_and_a_small_weight_of_one_name(tmp_path: Path) -> None:
+    weights = WeightFile(tmp_path)
+    biases = {"model": RNG.normal(size=512).astype(np.float32), "prefill": RNG.normal(size=4).astype(np.float32)}
+    models = {}
+    for role, bias in biases.items():
+        graph = GraphBuilder(weights)
+        graph.op("Add", ["input_ids", graph.weight("bias", bias)], "y")
+        values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [len(bias)]) for name in ("input_ids", "y")]
+        models[role] = graph.build(role, values[:1], values[1:])
+    weights.save_all(models)
+    for role, bias in biases.items():
+        session = onnxruntime.InferenceSession(tmp_path / f"{role}.onnx", providers=["CPUExecutionProvider"])
+        np.testing.assert_array_equal(session.run(None, {"input_ids": np.zeros_like(bias)})[0], bias)
+
+
 def test_every_graph_of_a_bundle_is_quantized(tmp_path: Path) -> None:
     source = write_two_graphs(tmp_path / "two")
     options = QuantizeOptions("int4")

@@ -72,7 +72,7 @@ class WeightFile:
         if self._end > SINGLE_FILE_BYTES:
             return self.save_all({self._stem: model})
         self._file.close()
-        for tensor in self._stored(model):
+        for tensor in _outside(model):
             _move_inside(tensor, self._path)
         self._path.unlink()
         graph_file = self._folder / f"{self._stem}.onnx"
@@ -88,20 +88,21 @@ class WeightFile:
         data_file = self._folder / f"{self._stem}.{self._digest.hexdigest()[:8]}.onnx.data"
         self._path.rename(data_file)
         for name, model in models.items():
-            for tensor in self._stored(model):
+            for tensor in _outside(model):
                 entries = {entry.key: entry.value for entry in tensor.external_data}
                 _set_external(tensor, location=data_file.name, offset=entries["offset"], length=entries["length"])
             onnx.save(model, self._folder / f"{name}.onnx")
         return [*(self._folder / f"{name}.onnx" for name in models), data_file]
 
-    def _stored(self, model: onnx.ModelProto) -> list[TensorProto]:
-        names = {tensor.name for tensor in self._external.values()}
-        return [tensor for tensor in model.graph.initializer if tensor.name in names]
-
     def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._digest.update(data)
         self._end += len(data)
+
+
+def _outside(model: onnx.ModelProto) -> list[TensorProto]:
+    """Return the tensors that lie in the data file; a small one of the same name in another graph does not."""
+    return [tensor for tensor in model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
 
 
 def _set_external(tensor: TensorProto, **entries: object) -> None:
