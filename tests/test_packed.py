@@ -1,6 +1,7 @@
 """Quantized weights: packing against blocks written by hand, kernels against NumPy float64."""
 
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -113,15 +114,20 @@ def test_matmul_nbits_computes_what_dequantize_says(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_gather_reads_the_rows_of_the_head(bits: int, tmp_path) -> None:
-    table = np.random.default_rng(0).standard_normal((50, 128)).astype(np.float32)
+@pytest.mark.parametrize("features", [128, 100])
+@pytest.mark.parametrize(
+    ("rank", "ids"),
+    [(2, [[0, 49, 7], [3, 3, 1]]), (1, [0, 49, 7]), (0, 49), (3, [[[4], [2]]]), (None, [[0, 49]]), (None, [7, 3])],
+)
+def test_gather_reads_the_rows_of_the_head(bits: int, features: int, rank: int | None, ids: Any, tmp_path) -> None:
+    table = np.random.default_rng(0).standard_normal((50, features)).astype(np.float32)
     quantized = rtn.quantize_weight(table, Grid(bits, 32), rtn.Options())
     weights = WeightFile(tmp_path)
     graph = GraphBuilder(weights)
-    write_gather(graph, store_blocks(graph, "table", quantized), quantized, "ids", "y")
-    session = _session(graph, weights, [helper.make_tensor_value_info("ids", INT64, ["batch", "seq"])], tmp_path)
-    ids = np.array([[0, 49, 7], [3, 3, 1]])
-    np.testing.assert_allclose(session.run(None, {"ids": ids})[0], quantized.dequantize()[ids], rtol=1e-6)
+    write_gather(graph, store_blocks(graph, "table", quantized), quantized, "ids", "y", rank)
+    feeds = [helper.make_tensor_value_info("ids", INT64, [None] * np.ndim(ids))]
+    session = _session(graph, weights, feeds, tmp_path)
+    np.testing.assert_allclose(session.run(None, {"ids": np.array(ids)})[0], quantized.dequantize()[ids], rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-9])

@@ -161,6 +161,32 @@ def albert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(str(folder / "checkpoint"), folder / "fp32").path
 
 
+@pytest.mark.parametrize("is_stated", [True, False])
+def test_a_table_of_any_width_is_looked_up_by_any_indices(is_stated: bool, tmp_path: Path) -> None:
+    """Its width is no multiple of a block, and its indices are a vector."""
+    table = np.random.default_rng(0).standard_normal((3600, 300)).astype(np.float32)
+    nodes = [
+        helper.make_node("Squeeze", ["ids", "first"], ["row"]),
+        helper.make_node("Gather", ["table", "row"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "positions",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, [1, "n"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 300])],
+        [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array([0]), "first")],
+        value_info=[helper.make_tensor_value_info("row", TensorProto.INT64, ["n"])] if is_stated else [],
+    )
+    source = tmp_path / "positions.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), source)
+    bundle = quantize(source, tmp_path / "out", QuantizeOptions("int8"))
+    operators = {node.op_type for node in OnnxModel.load(bundle.model).proto.graph.node}
+    assert "GatherBlockQuantized" in operators
+    assert ("Shape" in operators) != is_stated
+    ids = np.array([[0, 3599, 7]])
+    np.testing.assert_allclose(_answer(bundle.model, ids), table[ids[0]], atol=np.abs(table).max() / 120)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_decoder_computes_with_the_rounded_weights(
     scheme: str, checkpoints: Callable[[str], Path], fp32_bundle: Path, tmp_path: Path

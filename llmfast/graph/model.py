@@ -65,6 +65,13 @@ class OnnxModel:
         """Constant tensors by name."""
         return {tensor.name: tensor for tensor in self.proto.graph.initializer}
 
+    def rank(self, name: str) -> int | None:
+        """Return how many axes a value has, None where the graph does not state it."""
+        graph = self.proto.graph
+        stated = (value for value in (*graph.input, *graph.value_info) if value.name == name)
+        shapes = (value.type.tensor_type.shape for value in stated if value.type.tensor_type.HasField("shape"))
+        return next((len(shape.dim) for shape in shapes), None)
+
     @property
     def data_files(self) -> list[str]:
         """Names, relative to the graph's folder, of the files that hold its external weights."""

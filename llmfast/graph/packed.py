@@ -179,14 +179,24 @@ def write_blocks(graph: GraphBuilder, linear: Linear, weight: QuantizedWeight) -
     write_matmul_nbits(graph, stored, weight, linear.input, linear.output, linear.bias)
 
 
-def write_gather(graph: GraphBuilder, stored: list[str], weight: QuantizedWeight, indices: str, output: str) -> None:
-    """Add a look-up of rows of a block-wise weight, sharing its storage with a MatMulNBits."""
+def write_gather(
+    graph: GraphBuilder, stored: list[str], weight: QuantizedWeight, indices: str, output: str, rank: int | None
+) -> None:
+    """Add a look-up of rows of a block-wise weight, sharing its storage with a MatMulNBits.
+
+    Args:
+        graph: gets the nodes.
+        stored: what `store_blocks` returned.
+        weight: the table.
+        indices: the value that says which rows.
+        output: what they are called.
+        rank: how many axes the indices have; None finds it out at run time.
+    """
     scales = graph.constant(f"{stored[1]}.shape", [*weight.scales.shape, 1])
-    merged = graph.constant(f"{stored[0]}.merged", [0, 0, weight.in_features])
     column = f"{stored[1]}.column"
     if not graph.has(column):  # one table may be looked up several times: encoder and decoder of one vocabulary
         graph.op("Reshape", [stored[1], scales], column)
-    rows = graph.op(
+    blocks = graph.op(
         "GatherBlockQuantized",
         [stored[0], indices, column],
         f"{output}.blocks",
@@ -196,7 +206,18 @@ def write_gather(graph: GraphBuilder, stored: list[str], weight: QuantizedWeight
         gather_axis=0,
         quantize_axis=2,
     )
-    graph.op("Reshape", [rows, merged], output)
+    width = weight.codes.shape[1] * weight.codes.shape[2]
+    if rank is None:
+        sizes = [graph.op("Shape", [indices], f"{output}.rows"), graph.constant(f"{stored[0]}.width", [width])]
+        merged = graph.op("Concat", sizes, f"{output}.shape", axis=0)
+    else:
+        merged = graph.constant(f"{stored[0]}.merged.{rank}", [*[0] * rank, width])
+    if width == weight.in_features:
+        graph.op("Reshape", [blocks, merged], output)
+        return
+    filled_up = graph.op("Reshape", [blocks, merged], f"{output}.filled_up")
+    ends = [graph.constant(f"{stored[0]}.{name}", [end]) for name, end in (("first", 0), ("last", weight.in_features))]
+    graph.op("Slice", [filled_up, *ends, graph.constant("last_axis", [-1])], output)
 
 
 def allow_int8_kernels(path: Path) -> None:

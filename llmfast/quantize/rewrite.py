@@ -165,7 +165,8 @@ class QuantizedGraph:
             write_float_rows(graph, table, floats)
         else:
             weight, stored = self._store(graph, table.weight, name, EMBEDDING_ROLE, read)
-            write_gather(graph, stored, weight, table.node.input[1], table.node.output[0])
+            indices = table.node.input[1]
+            write_gather(graph, stored, weight, indices, table.node.output[0], self._model.rank(indices))
 
     def _quantize_once(
         self, weight: str, name: str, role: str, read: Callable[[], np.ndarray], linear: Linear | None = None
