@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,9 @@ from llmfast.cli import app
 from llmfast.errors import GateError, InputError, OptionError
 from llmfast.export.stage import export
 from llmfast.infer.engine import Engine
+from llmfast.quantize.budget import Budget
 from llmfast.quantize.calibrate import Calibration
+from llmfast.quantize.comparison import Comparison
 from llmfast.quantize.measure import SEQ_LEN, parse_drop
 from llmfast.quantize.stage import QuantizeOptions, quantize
 from llmfast.tokenizer import Tokenizer
@@ -79,17 +82,55 @@ def test_encoders_are_compared_by_their_vectors(tmp_path: Path) -> None:
     assert not (tmp_path / "strict").exists()
 
 
-def _graph(path: Path, input_type: int = TensorProto.FLOAT) -> Path:
+def test_labels_that_hold_on_their_own_are_compared_on_their_own() -> None:
+    rng = np.random.default_rng(0)
+    theirs, ours = rng.normal(size=(2, 4, 5)).astype(np.float32) * 2
+    comparison = Comparison(["logits"], predicts_tokens=False, problem_type="multi_label_classification")
+    comparison.add({}, [ours], [theirs])
+    p, q = (1 / (1 + np.exp(-one.astype(np.float64))) for one in (theirs, ours))
+    kld = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    assert comparison.figures() == {
+        "kld": pytest.approx(kld.mean()),
+        "flipped_labels": pytest.approx(((p > 0.5) != (q > 0.5)).mean()),
+    }
+
+
+@pytest.mark.parametrize(("width", "problem_type"), [(1, ""), (1, "multi_label_classification"), (3, "regression")])
+def test_scores_are_compared_by_their_error(width: int, problem_type: str) -> None:
+    theirs, ours = np.random.default_rng(0).normal(size=(2, 4, width)).astype(np.float32)
+    comparison = Comparison(["logits"], predicts_tokens=False, problem_type=problem_type)
+    comparison.add({}, [ours], [theirs])
+    error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+    assert comparison.figures() == {"relative_error": pytest.approx(error, rel=1e-6)}
+
+
+def test_a_budget_of_a_ranker_is_divided_by_the_error_of_its_scores(heads: Callable[..., Any], tmp_path: Path) -> None:
+    source = heads("text-ranking").bundle.path
+    bundle = quantize(source, tmp_path / "out", QuantizeOptions("int4", budget=Budget(max_bits=10)))
+    measured = bundle.manifest.measured["quantize"]
+    assert "kld" not in measured
+    assert 0 < measured["relative_error"] < 0.5
+    damages = json.loads((bundle.path / "sensitivity.json").read_text())["layers"]
+    assert all(row["damage"] > 0 for row in damages if row["name"].endswith(("query", "value", "dense")))
+    with pytest.raises(GateError, match="relative_error"):
+        quantize(source, tmp_path / "x", QuantizeOptions("int4", gates=(parse_drop("relative_error=0.000001"),)))
+
+
+def _graph(path: Path, input_type: int = TensorProto.FLOAT, is_argmax: bool = False) -> Path:
     weight = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
     nodes = [
         helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT),
         helper.make_node("MatMul", ["h", "w"], ["y"]),
     ]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 32])
+    if is_argmax:
+        nodes.append(helper.make_node("ArgMax", ["y"], ["label"], axis=1, keepdims=0))
+        output = helper.make_tensor_value_info("label", TensorProto.INT64, ["rows"])
     graph = helper.make_graph(
         nodes,
         "lone",
         [helper.make_tensor_value_info("x", input_type, ["rows", 64])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 32])],
+        [output],
         [numpy_helper.from_array(weight, "w")],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
@@ -117,6 +158,15 @@ def test_a_graph_that_refuses_random_inputs_is_not_compared(tmp_path: Path, caps
         quantize(source, tmp_path / "gated", QuantizeOptions("int4", gates=(Gate("kld", 1, "max"),)))
 
 
+def test_a_graph_without_float_outputs_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = _graph(tmp_path / "labels.onnx", is_argmax=True)
+    bundle = quantize(source, tmp_path / "out", QuantizeOptions("int4"))
+    assert "`labels.onnx` can't be compared with the float model" in capsys.readouterr().err
+    assert not {"relative_error", "kld"} & set(bundle.manifest.measured["quantize"])
+    with pytest.raises(GateError, match="not measured"):
+        quantize(source, tmp_path / "gated", QuantizeOptions("int4", gates=(Gate("relative_error", 1, "max"),)))
+
+
 def test_a_missed_gate_leaves_nothing(fp32_bundle: Path, text: Path, tmp_path: Path) -> None:
     gates = (Gate("kld", 1e-6, "max"), parse_drop("top1_agreement=0"))
     with pytest.raises(GateError, match=r"`out` kld 0\.\d+, asked at most 1e-06; `out` top1_agreement"):
@@ -134,6 +184,7 @@ def test_drops_are_limits() -> None:
     assert parse_drop("top1_agreement=5") == Gate("top1_agreement", 0.95, "min")
     assert parse_drop("cosine=0.01") == Gate("cosine", 0.99, "min")
     assert parse_drop("flipped_labels=2") == Gate("flipped_labels", 0.02, "max")
+    assert parse_drop("relative_error=0.1") == Gate("relative_error", 0.1, "max")
 
 
 def test_gates_without_a_comparison_are_refused(text: Path) -> None:

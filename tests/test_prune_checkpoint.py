@@ -100,6 +100,13 @@ def test_a_pruned_classifier_exports_and_keeps_its_labels(tmp_path: Path) -> Non
     assert bundle.manifest.lineage[0].stage == "prune"
 
 
+def test_scores_of_a_pruned_ranker_are_compared_by_their_error(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "bert", auto_model="AutoModelForSequenceClassification", num_labels=1)
+    measured = prune(str(tmp_path / "bert"), tmp_path / "pruned", options_of("ffn", ratios={"": 0.5})).document()
+    assert measured["rows"][1]["relative_error"] > 0
+    assert "kld" not in measured["rows"][1]
+
+
 def test_sentence_transformers_files_go_along(tmp_path: Path) -> None:
     source = tmp_path / "bert"
     save_encoder(source)

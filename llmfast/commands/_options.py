@@ -45,7 +45,9 @@ SampleSeed = Annotated[int | None, typer.Option(help="Pick the samples at random
 DataSamples = Annotated[int | None, typer.Option(help="Windows, or an encoder's lines, of it to compare.")]
 MaxDrop = Annotated[
     list[str] | None,
-    typer.Option(metavar="METRIC=X", help="Gate: top1_agreement or flipped_labels in points, or cosine."),
+    typer.Option(
+        metavar="METRIC=X", help="Gate: top1_agreement or flipped_labels in points, cosine or relative_error."
+    ),
 ]
 
 

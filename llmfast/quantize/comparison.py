@@ -1,8 +1,9 @@
 """How far the outputs of a graph moved from another's, sample by sample.
 
 What is compared follows from the outputs: next-token predictions of decoders (kld, top1_agreement,
-perplexity_ratio), labels (flipped_labels, kld), vectors (cosine), and for any other graph relative_error
-= |y - y'| / |y| over all its float outputs.
+perplexity_ratio), labels (flipped_labels, kld), vectors (cosine), and for any other graph, or logits that are scores
+and choose nothing, relative_error = |y - y'| / |y| over all its float outputs. Without float outputs there is nothing
+to compare.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,24 @@ from llmfast.errors import UnsupportedError
 
 _VECTORS = ("sentence_embedding", "last_hidden_state")
 
+# What kind of classifier a manifest's `problem_type` says: of which each label holds or not, and which has no labels.
+_MULTI_LABEL, _REGRESSION = "multi_label_classification", "regression"
+
 Values = dict[str, np.ndarray]
+
+
+def choices_of(logits: np.ndarray, problem_type: str) -> np.ndarray | None:
+    """Return logits [..., choices] whose softmax says how likely each choice is; None where they are scores.
+
+    Each label of a multi-label classifier is a choice of its own: sigmoid(x) is the softmax of x and 0.
+
+    Args:
+        logits: a graph's, float [..., labels].
+        problem_type: the manifest's; empty where one of the labels holds.
+    """
+    if logits.shape[-1] == 1 or problem_type == _REGRESSION:
+        return None
+    return np.stack([logits, np.zeros_like(logits)], -1) if problem_type == _MULTI_LABEL else logits
 
 
 class Comparison:
@@ -23,15 +41,17 @@ class Comparison:
     Args:
         outputs: the graph's, those of its cache among them.
         predicts_tokens: its logits are those of the next tokens.
+        problem_type: what kind of classifier it is, as of `choices_of`.
 
     Attributes:
         outputs: the ones that are compared.
     """
 
-    def __init__(self, outputs: Sequence[str], predicts_tokens: bool) -> None:
+    def __init__(self, outputs: Sequence[str], predicts_tokens: bool, problem_type: str = "") -> None:
         vector = next((name for name in _VECTORS if name in outputs), None)
         self.outputs = [name for name in outputs if not name.startswith("present")]
         self._predicts_tokens = predicts_tokens
+        self._problem_type = problem_type
         self._compare: Callable[[Values, list[np.ndarray], list[np.ndarray]], Mapping[str, float]] = self._errors
         if "logits" in outputs:
             self.outputs, self._compare = ["logits"], self._labels
@@ -54,7 +74,7 @@ class Comparison:
             self._samples.append(self._compare(values, ours, theirs))
 
     def figures(self) -> dict[str, float]:
-        """Return the figures over all samples."""
+        """Return the figures over all samples; none where nothing can be compared."""
         if self._rows:
             figures = prediction_figures(np.concatenate(self._rows))
             return {key: float(value) for key, value in figures.items() if value is not None and key != "perplexity"}
@@ -70,10 +90,12 @@ class Comparison:
         assert ratio is not None
         return {"perplexity": float(after), "baseline_perplexity": float(after / ratio)}
 
-    @staticmethod
-    def _labels(values: Values, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mapping[str, float]:
-        moved = kl_divergence(log_softmax(ours[0]), log_softmax(theirs[0])).mean()
-        flipped = (ours[0].argmax(-1) != theirs[0].argmax(-1)).mean()
+    def _labels(self, values: Values, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mapping[str, float]:
+        chosen, expected = (choices_of(one[0], self._problem_type) for one in (ours, theirs))
+        if chosen is None or expected is None:
+            return self._errors(values, ours, theirs)
+        moved = kl_divergence(log_softmax(chosen), log_softmax(expected)).mean()
+        flipped = (chosen.argmax(-1) != expected.argmax(-1)).mean()
         return {"kld": float(moved), "flipped_labels": float(flipped)}
 
     @staticmethod
@@ -88,6 +110,8 @@ class Comparison:
             for one, other in zip(ours, theirs, strict=True)
             if other.dtype.kind == "f"
         ]
+        if not pairs:
+            return {}
         moved = sum(float(np.square(one - other).sum()) for one, other in pairs)
         power = sum(float(np.square(other).sum()) for _, other in pairs)
         return {"relative_error": float(np.sqrt(moved / max(power, 1e-30)))}

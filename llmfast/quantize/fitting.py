@@ -14,7 +14,7 @@ from llmfast.quantize.budget import Budget, GridChoice, file_bytes, num_paramete
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.checkpoint import Checkpoint
 from llmfast.quantize.comparison import damage_of
-from llmfast.quantize.measure import SEQ_LEN, ProofText, hold_out
+from llmfast.quantize.measure import SEQ_LEN, ProofText, hold_out, problem_type_of
 from llmfast.quantize.pairs import Values, feed_pairs, is_encoder_decoder, make_reader, takes_recordings
 from llmfast.quantize.plan import Layers, Part
 from llmfast.quantize.rewrite import RoundWeight
@@ -180,7 +180,8 @@ def start_fitting(
     else:
         samples = _probe_samples(bundle, models, calibration)
         with progress("measuring what each layer costs", len(targets_of(parts))) as advance:
-            damages = sensitivity.measure_damages(parts, samples, roundings, checkpoint, advance)
+            problem_type = problem_type_of(bundle)
+            damages = sensitivity.measure_damages(parts, samples, roundings, checkpoint, problem_type, advance)
     costliest = sorted(damages, key=lambda one: -one.damage)[:_NUM_PRINTED]
     note(
         f"what layers cost when they alone are rounded to {sensitivity.PROBE.bits} bits (all are in "

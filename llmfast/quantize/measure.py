@@ -35,13 +35,18 @@ _ACTIVATION_ROWS = 64
 _HIGHER_IS_BETTER = ("top1_agreement", "cosine")
 
 # Figure -> what one unit of --max-drop is of it, and its value when nothing moved.
-_DROPS = {"top1_agreement": (0.01, 1.0), "cosine": (1.0, 1.0), "flipped_labels": (0.01, 0.0)}
+_DROPS = {
+    "top1_agreement": (0.01, 1.0),
+    "cosine": (1.0, 1.0),
+    "flipped_labels": (0.01, 0.0),
+    "relative_error": (1.0, 0.0),
+}
 
 RowsOf = Callable[[Linear], np.ndarray | None]
 
 
 def parse_drop(text: str) -> Gate:
-    """Read `METRIC=VALUE`: top1_agreement and flipped_labels in points of a hundred, cosine as it is.
+    """Read `METRIC=VALUE`: top1_agreement and flipped_labels in points of a hundred, the others as they are.
 
     Raises:
         OptionError: not of that form, or another metric.
@@ -189,6 +194,7 @@ class Proof:
 
     def __init__(self, bundle: ModelBundle, models: Mapping[str, OnnxModel], text: ProofText) -> None:
         self._predicts_tokens = bundle.manifest.task == TEXT_GENERATION
+        self._problem_type = problem_type_of(bundle)
         self._paths = {role: model.path for role, model in models.items()}
         # As they are now: transforms change them, and the graph of another exporter was adapted in memory.
         self._graphs = {role: model.proto.SerializeToString() for role, model in models.items()}
@@ -208,20 +214,23 @@ class Proof:
         """Run both on the same samples, and return the figures of each graph that can be compared."""
         start = time.perf_counter()
         known = {role: candidates[role] for role, one in self._held_out.items() if one.samples}
-        if not known:
-            return {}
         compared = {role: self._compare(role, candidate) for role, candidate in known.items()}
-        where = self.text["name"] if self.text else "random inputs"
-        count = max(len(one.samples) for one in self._held_out.values())
-        note(f"compared with the float model on {count} samples of {where}: {time.perf_counter() - start:.1f} s")
-        return compared
+        found = {role: figures for role, figures in compared.items() if figures}
+        for path in (self._paths[role] for role in compared if role not in found):
+            note(f"note: `{path.name}` can't be compared with the float model: it has no float outputs")
+        if found:
+            where = self.text["name"] if self.text else "random inputs"
+            count = max(len(one.samples) for one in self._held_out.values())
+            note(f"compared with the float model on {count} samples of {where}: {time.perf_counter() - start:.1f} s")
+        return found
 
     def _compare(self, role: str, candidate: OnnxModel) -> dict[str, float]:
         path = self._paths[role]
         # Weights as they lie in the file: ordered for speed they would take the float model's size in memory.
         theirs = open_session(path, spin=False, graph=self._graphs[role], prepack=False)
         ours = open_session(candidate.path, spin=False)
-        comparison = Comparison([output.name for output in ours.get_outputs()], self._predicts_tokens)
+        names = [output.name for output in ours.get_outputs()]
+        comparison = Comparison(names, self._predicts_tokens, self._problem_type)
         samples = self._held_out[role].samples
         with bounded_residency(path.parent), progress("comparing with the float model", len(samples)) as advance:
             for values in samples:
@@ -229,6 +238,11 @@ class Proof:
                 comparison.add(values, ours.run(comparison.outputs, _with_own_cache(values, ours)), reference)
                 advance()
         return comparison.figures()
+
+
+def problem_type_of(bundle: ModelBundle) -> str:
+    """Return what kind of classifier a bundle is, as of `choices_of`."""
+    return str(bundle.manifest.architecture.get("problem_type", ""))
 
 
 def worst(compared: Iterable[Mapping[str, float]]) -> dict[str, float]:

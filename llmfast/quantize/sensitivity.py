@@ -25,7 +25,7 @@ from llmfast.graph.feeds import CROSS
 from llmfast.graph.linear import Embedding, Linear
 from llmfast.graph.packed import Grid
 from llmfast.quantize.checkpoint import Checkpoint
-from llmfast.quantize.comparison import Comparison, damage_of
+from llmfast.quantize.comparison import Comparison, choices_of, damage_of
 from llmfast.quantize.plan import EMBEDDING_ROLE, HEAD_ROLE, Part
 from llmfast.quantize.rewrite import RoundWeight
 from llmfast.quantize.rounding import rtn
@@ -129,24 +129,30 @@ class WeightProbe:
     Args:
         parts: its graphs by role, each before the one that reads what it makes.
         samples: role -> the inputs of each sample, those that an earlier graph makes as the float model makes them.
+        problem_type: what kind of classifier it is, as of `choices_of`.
     """
 
-    def __init__(self, parts: Mapping[str, Part], samples: Mapping[str, Sequence[Values]]) -> None:
+    def __init__(
+        self, parts: Mapping[str, Part], samples: Mapping[str, Sequence[Values]], problem_type: str = ""
+    ) -> None:
+        self._problem_type = problem_type
         self._graphs = [_open(part, samples[role]) for role, part in parts.items()]
         self._last = self._graphs[-1]
         self._all_outputs = [output.name for output in self._last.session.get_outputs()]
+        # Logits that choose are kept as log probabilities, so that the reference's are computed once.
+        self._chooses = self._choices(self._last.run(self._last.samples[0])) is not None
         self._references = [self._digest(self._last.run(values)) for values in self._last.samples]
 
     def damage(self, weight: str, values: np.ndarray) -> float:
         """Return how far the answers move with another value of a weight, float32 of its stored shape."""
         answers = (self._answers(number, weight, values) for number in range(len(self._references)))
-        if self._last.outputs == ["logits"]:
+        if self._chooses:
             moved = [
                 kl_divergence(self._digest(ours)[0], reference[0]).mean()
                 for ours, reference in zip(answers, self._references, strict=True)
             ]
             return float(max(np.mean(moved), 0.0))
-        comparison = Comparison(self._all_outputs, predicts_tokens=False)
+        comparison = Comparison(self._all_outputs, predicts_tokens=False, problem_type=self._problem_type)
         for sample, ours, reference in zip(self._last.samples, answers, self._references, strict=True):
             comparison.add(dict(sample), ours, reference)
         return damage_of(comparison.figures())[1]
@@ -162,8 +168,11 @@ class WeightProbe:
         return outputs
 
     def _digest(self, outputs: list[np.ndarray]) -> list[np.ndarray]:
-        """Keep log probabilities in place of logits, so that the reference's are computed once."""
-        return [log_softmax(outputs[0], np.float32)] if self._last.outputs == ["logits"] else outputs
+        choices = self._choices(outputs)
+        return outputs if choices is None else [log_softmax(choices, np.float32)]
+
+    def _choices(self, outputs: list[np.ndarray]) -> np.ndarray | None:
+        return choices_of(outputs[0], self._problem_type) if self._last.outputs == ["logits"] else None
 
 
 def _open(part: Part, samples: Sequence[Values]) -> _OpenGraph:
@@ -188,6 +197,7 @@ def measure_damages(
     samples: Mapping[str, Sequence[Values]],
     roundings: Mapping[str, RoundWeight],
     checkpoint: Checkpoint,
+    problem_type: str,
     advance: Callable[[], None],
 ) -> list[LayerDamage]:
     """Round one weight after the other, and measure what it does to the answers.
@@ -197,9 +207,10 @@ def measure_damages(
         samples: the inputs to measure on, as of `WeightProbe`.
         roundings: role -> the method's, for weights and activations as they are in the float graph.
         checkpoint: holds the damages that are known, and gets those that become known.
+        problem_type: as of `WeightProbe`.
         advance: called once per weight.
     """
-    probe = WeightProbe(parts, samples)
+    probe = WeightProbe(parts, samples, problem_type)
     damages = []
     for weight, target in targets_of(parts).items():
         damage = checkpoint.record(weight)

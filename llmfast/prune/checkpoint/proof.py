@@ -51,7 +51,8 @@ class Proof:
             )
             return {}
         pooling = read_pooling(self._checkpoint.path) if "sentence_embedding" in outputs else None
-        comparison = Comparison(outputs, self._task == TEXT_GENERATION)
+        problem_type = self._checkpoint.config.problem_type or ""
+        comparison = Comparison(outputs, self._task == TEXT_GENERATION, problem_type)
         with progress("comparing with the original", len(self._samples)) as advance:
             for sample in self._samples:
                 ours, theirs = (_outputs(one, sample, comparison.outputs, pooling) for one in (model, original))
