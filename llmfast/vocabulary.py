@@ -69,7 +69,11 @@ def choose_tokens(document: Mapping[str, Any], ids: Iterable[int], rows: int) ->
 
 
 def trim_tokenizer(document: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return tokenizer.json with the kept tokens only, under their new ids."""
+    """Return tokenizer.json with the kept tokens only, under their new ids.
+
+    Raises:
+        UnsupportedError: a token that the tokenizer puts around texts was left out.
+    """
     trimmed = copy.deepcopy(dict(document))
     model = trimmed["model"]
     renumbered = {old: new for new, old in enumerate(vocabulary.kept.tolist())}
@@ -85,8 +89,8 @@ def trim_tokenizer(document: Mapping[str, Any], vocabulary: Vocabulary) -> dict[
             for merge in model["merges"]
             if all(part in known for part in _pair(merge)) and "".join(_pair(merge)) in known
         ]
-    for entry in trimmed.get("added_tokens", []):
-        entry["id"] = renumbered[entry["id"]]
+    added = [entry for entry in trimmed.get("added_tokens", []) if entry["id"] in renumbered]
+    trimmed["added_tokens"] = [entry | {"id": renumbered[entry["id"]]} for entry in added]
     if trimmed.get("post_processor") is not None:
         _renumber_processor(trimmed["post_processor"], renumbered)
     return trimmed
@@ -170,11 +174,18 @@ def _pair(merge: Any) -> tuple[str, str]:
 
 
 def _renumber_processor(processor: dict[str, Any], renumbered: Mapping[int, int]) -> None:
+    def new_id(old: int) -> int:
+        if old not in renumbered:
+            raise UnsupportedError(
+                f"token {old}, which the tokenizer puts around texts, is no special token that the model has a row for"
+            )
+        return renumbered[old]
+
     for inner in processor.get("processors", []):
         _renumber_processor(inner, renumbered)
     if processor["type"] == "TemplateProcessing":
         for entry in processor["special_tokens"].values():
-            entry["ids"] = [renumbered[old] for old in entry["ids"]]
+            entry["ids"] = [new_id(old) for old in entry["ids"]]
     for name in ("sep", "cls"):  # BertProcessing and RobertaProcessing
         if isinstance(processor.get(name), list):
-            processor[name][1] = renumbered[processor[name][1]]
+            processor[name][1] = new_id(processor[name][1])

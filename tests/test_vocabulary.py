@@ -81,6 +81,35 @@ def test_the_corpus_is_encoded_as_before(make) -> None:
     assert after.decode(after.encode(OTHER).ids) == before.decode(before.encode(OTHER).ids)
 
 
+@pytest.mark.parametrize("make", [_byte_level, _word_piece, _unigram])
+def test_added_tokens_that_the_model_has_no_row_for_are_left_out(make) -> None:
+    before = make()
+    rows = before.get_vocab_size()
+    before.add_special_tokens(["<image_soft_token>"])
+    document = json.loads(before.to_str())
+    vocabulary = choose_tokens(document, before.encode(CORPUS).ids, rows)
+    after = Backend.from_str(json.dumps(trim_tokenizer(document, vocabulary)))
+    assert after.token_to_id("<image_soft_token>") is None
+    assert after.get_vocab_size() == len(vocabulary.kept)
+    assert vocabulary.kept[after.encode(CORPUS).ids].tolist() == before.encode(CORPUS).ids
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 600)]),
+        processors.BertProcessing(("<end>", 600), ("<s>", 1)),
+    ],
+)
+def test_a_token_around_texts_needs_a_row(processor) -> None:
+    before = _byte_level()
+    before.add_special_tokens(["<end>"])
+    before.post_processor = processor
+    document = json.loads(before.to_str())
+    with pytest.raises(UnsupportedError, match="token 600, which the tokenizer puts around texts"):
+        trim_tokenizer(document, choose_tokens(document, [10], 600))
+
+
 def test_coverage_is_what_good_and_turing_estimate() -> None:
     document = json.loads(_byte_level().to_str())
     assert choose_tokens(document, [10, 10, 11, 11, 12], 600).coverage == pytest.approx(0.8)
