@@ -23,7 +23,8 @@ from llmfast.export.stage import export
 from llmfast.lineage import LINEAGE, read_lineage
 from llmfast.prune.checkpoint.workpiece import Workpiece
 from llmfast.prune.stage import plan, prune
-from tests.tiny_encoder import save_encoder
+from llmfast.tokenizer import Tokenizer
+from tests.tiny_encoder import WORDS, save_encoder
 from tests.tiny_prune import CALIBRATION, METHODS, options_of
 
 
@@ -121,6 +122,27 @@ def test_sentence_transformers_files_go_along(tmp_path: Path) -> None:
     assert kept == pooling | {"word_embedding_dimension": 16}
     assert (tmp_path / "pruned" / "modules.json").is_file()
     assert not (tmp_path / "pruned" / "model.py").exists()
+
+
+def test_an_older_tokenizer_of_sentence_transformers_is_converted(tmp_path: Path) -> None:
+    source = tmp_path / "bert"
+    save_encoder(source)
+    (source / "tokenizer.json").unlink()
+    (source / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    templates = [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]  # which get a folder
+    settings = {"tokenizer_class": "BertTokenizer", "chat_template": templates}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    (source / "modules.json").write_text(json.dumps([{"type": "a.Pooling", "path": "1_Pooling"}]))
+    (source / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 24}))
+    prune(str(source), tmp_path / "pruned", options_of("ffn", ratios={"": 0.5}))
+    assert Tokenizer.load(tmp_path / "pruned").encode("the cat") == [2, 4, 5, 3]
+    names = ("1_Pooling/config.json", "modules.json", "sentence_bert_config.json")
+    assert all((tmp_path / "pruned" / name).read_bytes() == (source / name).read_bytes() for name in names)
+    assert not (tmp_path / "pruned" / "additional_chat_templates").exists()
+    bundle = export(str(tmp_path / "pruned"), tmp_path / "fp32")
+    assert bundle.manifest.architecture["max_seq_length"] == 24
 
 
 def test_the_same_options_give_the_same_bytes(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:

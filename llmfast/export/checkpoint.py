@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -271,18 +272,20 @@ def _without_code_fields(document: Any) -> Any:
 
 def copy_companions(source: Path, folder: Path, has_tokenizer: bool = True) -> None:
     """Copy tokenizer and config files; a tokenizer in an older form is converted to tokenizer.json, if there is one."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    _copy_files(source, folder)
     if has_tokenizer and not (folder / "tokenizer.json").is_file():
         _check_template_names(source)
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
-        kept = {folder / name for name in COMPANIONS}
-        for file in set(folder.iterdir()) - kept:
-            if file.suffix != ".onnx" and not file.name.endswith(".data"):
-                file.unlink()
+        with tempfile.TemporaryDirectory() as converted:  # it writes more than the companions
+            AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(converted)
+            _copy_files(Path(converted), folder)
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _check_template_names(folder: Path) -> None:
