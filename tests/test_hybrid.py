@@ -108,6 +108,13 @@ def test_settings_go_to_the_graph_whose_method_has_them() -> None:
         make_plans(QuantizeOptions("int4", settings={"granularity": "tensor"}, prefill="int8"))
 
 
+@pytest.mark.parametrize("name", ["int8.head_bits", "int8.head-bits"])
+def test_the_second_graphs_own_head_bits_are_kept_however_they_are_spelled(name: str) -> None:
+    plan, second = make_plans(QuantizeOptions("int4", settings={name: "4", "head-bits": "32"}, prefill="int8"))
+    assert second is not None
+    assert (plan.scheme.options.head_bits, second.scheme.options.head_bits) == (32, 4)
+
+
 def test_what_the_graphs_share_is_stored_once(hybrid: ModelBundle, fp32_bundle: Path, tmp_path: Path) -> None:
     alone = quantize(fp32_bundle, tmp_path / "int4", QuantizeOptions("int4", measure=False))
     models = {role: OnnxModel.load(path) for role, path in hybrid.graphs.items()}

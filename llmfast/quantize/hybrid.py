@@ -27,16 +27,17 @@ def make_plans(options: QuantizeOptions) -> tuple[Plan, Plan | None]:
     Raises:
         OptionError: as `Plan.make`; or methods after which the graphs would cache different values.
     """
+    given = {typed.replace("-", "_"): value for typed, value in options.settings.items()}
     if options.prefill is None:
-        return Plan.make(options.scheme, options.method, options.settings), None
+        return Plan.make(options.scheme, options.method, given), None
     method = options.prefill_method
     if method is None:
         method = _SMOOTHED if options.prefill == _W8A8 else DEFAULT_ROUNDING
     ours, theirs = _names(options.scheme, options.method), _names(options.prefill, method)
-    owners = {typed: typed.replace("-", "_").rpartition(".")[0] for typed in options.settings}
-    settings = {typed: value for typed, value in options.settings.items() if owners[typed] not in theirs - ours}
+    owners = {name: name.rpartition(".")[0] for name in given}
+    settings = {name: value for name, value in given.items() if owners[name] not in theirs - ours}
     first = Plan.make(options.scheme, options.method, settings)
-    settings = {typed: value for typed, value in options.settings.items() if owners[typed] in theirs}
+    settings = {name: value for name, value in given.items() if owners[name] in theirs}
     key = f"{options.prefill}.{_HEAD_BITS}"
     if hasattr(first.scheme.options, _HEAD_BITS) and _has_head_bits(options.prefill):
         settings.setdefault(key, str(first.scheme.options.head_bits))  # what is alike is stored once
