@@ -13,12 +13,15 @@ import pytest
 import torch
 
 from llmfast.errors import GateError, InputError, UnsafeInputError, UnsupportedError
-from llmfast.export import requirements
+from llmfast.export import requirements, traced_parity
 from llmfast.export.pooling import Pooling, pool, read_pooling
+from llmfast.export.stage import ExportOptions
+from llmfast.export.stage import export as export_bundle
 from llmfast.export.traced import TracedExport, detect_task, supported_model_types, write_traced
 from llmfast.export.traced_parity import Reference, prove_traced
 from llmfast.graph.model import OnnxModel
 from tests.tiny_encoder import save_encoder
+from tests.tiny_images import save_clip, save_image_encoder
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 MEAN = {"pooling_mode_mean_tokens": True}
@@ -385,3 +388,21 @@ def test_a_difference_to_pytorch_is_a_missed_gate(exported: Callable[[str], Expo
         prove_traced(Wrong(bert.model, outputs, Pooling()), bert.staged / "model.onnx", inputs, 40)
     with pytest.raises(GateError, match="can't run the exported model at 1x41"):
         prove_traced(Reference(bert.model, outputs, Pooling()), bert.staged / "model.onnx", inputs, 41)
+
+
+@pytest.mark.parametrize("save", [save_encoder, lambda path: save_image_encoder(path, "vit"), save_clip])
+def test_threads_are_those_of_the_comparison(
+    save: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    opened = traced_parity.open_session
+
+    def open_session(graph: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
+        session = opened(graph, threads=threads)
+        asked.append((threads, session.get_session_options().intra_op_num_threads))
+        return session
+
+    monkeypatch.setattr(traced_parity, "open_session", open_session)
+    save(tmp_path / "source")
+    export_bundle(str(tmp_path / "source"), tmp_path / "bundle", ExportOptions(threads=3))
+    assert asked == [(3, 3)]

@@ -39,7 +39,7 @@ class ExportOptions:
 
     Attributes:
         task: a name in `llmfast.tasks`; None reads it from the checkpoint.
-        threads: threads for the parity runs; None takes the cores this process may use.
+        threads: threads of ONNX Runtime for the parity runs; None takes the cores this process may use.
         overwrite: replace an existing bundle.
         context_length: positions that a decoder is exported for; None takes all that it was made for, or with
             longrope those that its short factors are for.
@@ -275,7 +275,7 @@ def _export_traced(source: str, task: str, staged: Path, options: ExportOptions)
     if load_config(folder).model_type in supported_contrastive_model_types():
         write = write_traced_contrastive
     with progress("tracing and comparing with PyTorch"):
-        traced = write(folder, task, staged)
+        traced = write(folder, task, staged, options.threads)
     copy_companions(folder, staged, has_tokenizer="input_ids" in traced.graphs["model"]["inputs"])
     manifest = Manifest(
         task=task,

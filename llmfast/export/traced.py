@@ -113,13 +113,14 @@ def detect_task(config: Mapping[str, Any], source: Path) -> str:
     return task
 
 
-def write_traced(source: Path, task: str, staged: Path) -> TracedExport:
+def write_traced(source: Path, task: str, staged: Path, threads: int | None = None) -> TracedExport:
     """Trace an encoder with its real weights, write model.onnx, and compare it with PyTorch.
 
     Args:
         source: a Hugging Face folder with safetensors weights.
         task: `feature-extraction`, `text-classification`, or another task of an encoder.
         staged: the directory to write to.
+        threads: threads of ONNX Runtime for the comparison.
 
     Raises:
         InputError: weights are truncated, missing or not finite.
@@ -143,7 +144,7 @@ def write_traced(source: Path, task: str, staged: Path) -> TracedExport:
         inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if token_types(model) > 1 else [])
         program = _trace(module, inputs, plugin.OUTPUTS, limit)
         write_graph(program.model, dict(model.named_parameters()), staged)
-        parity = prove_traced(Reference(model, plugin.OUTPUTS, pooling), staged / MODEL, inputs, limit)
+        parity = prove_traced(Reference(model, plugin.OUTPUTS, pooling), staged / MODEL, inputs, limit, threads)
     return TracedExport(
         graphs={"model": {"file": MODEL, "inputs": inputs, "outputs": list(plugin.OUTPUTS)}},
         architecture=describe_text(model.config, limit)

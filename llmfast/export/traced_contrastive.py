@@ -48,13 +48,14 @@ def contrastive_tasks() -> list[str]:
     return list(_INPUTS)
 
 
-def write_traced_contrastive(source: Path, task: str, staged: Path) -> TracedExport:
+def write_traced_contrastive(source: Path, task: str, staged: Path, threads: int | None = None) -> TracedExport:
     """Trace a model of texts and images, or one of its halves, write model.onnx, and compare it with PyTorch.
 
     Args:
         source: a Hugging Face folder with safetensors weights, tokenizer and preprocessor_config.json.
         task: see `contrastive_tasks`.
         staged: the directory to write to.
+        threads: threads of ONNX Runtime for the comparison.
 
     Raises:
         InputError: weights are truncated, missing or not finite, or the processor makes images of another size
@@ -86,7 +87,7 @@ def write_traced_contrastive(source: Path, task: str, staged: Path) -> TracedExp
         write_graph(program.model, dict(model.named_parameters()), staged)
         feeds = _feeds(config.text_config, limit, shape)
         samples = ({name: one[name] for name in inputs} for one in feeds)
-        parity = prove(_Reference(model, outputs), staged / MODEL, samples)
+        parity = prove(_Reference(model, outputs), staged / MODEL, samples, threads)
     return TracedExport(
         graphs={"model": {"file": MODEL, "inputs": list(inputs), "outputs": list(outputs)}},
         architecture=_describe(config, inputs, limit, shape),

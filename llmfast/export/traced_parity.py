@@ -43,7 +43,9 @@ class Reference:
             return [read_output(result, name, mask, self.pooling).numpy() for name in self.outputs]
 
 
-def prove_traced(reference: Reference, graph: Path, inputs: list[str], limit: int) -> dict[str, Any]:
+def prove_traced(
+    reference: Reference, graph: Path, inputs: list[str], limit: int, threads: int | None = None
+) -> dict[str, Any]:
     """Compare ONNX Runtime with PyTorch at several batch sizes and lengths, padding included.
 
     Args:
@@ -51,6 +53,7 @@ def prove_traced(reference: Reference, graph: Path, inputs: list[str], limit: in
         graph: the ONNX side.
         inputs: names of the graph's inputs.
         limit: the longest sequence the model takes.
+        threads: threads of ONNX Runtime.
 
     Returns:
         `max_abs_diff`; `max_rel_diff`, over the largest value of the same output; `shapes`;
@@ -61,10 +64,13 @@ def prove_traced(reference: Reference, graph: Path, inputs: list[str], limit: in
     """
     rng = np.random.default_rng(0)
     shapes = sorted({(batch, min(length, limit)) for batch, length in (*_SHAPES, (1, _LONGEST))})
-    return prove(reference, graph, (_feeds(rng, shape, reference.model.config, inputs) for shape in shapes))
+    samples = (_feeds(rng, shape, reference.model.config, inputs) for shape in shapes)
+    return prove(reference, graph, samples, threads)
 
 
-def prove_signals(reference: Reference, graph: Path, name: str, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+def prove_signals(
+    reference: Reference, graph: Path, name: str, shapes: Sequence[tuple[int, ...]], threads: int | None = None
+) -> dict[str, Any]:
     """Compare ONNX Runtime with PyTorch on noise with the mean and variance of normalized images and sound.
 
     Args:
@@ -72,6 +78,7 @@ def prove_signals(reference: Reference, graph: Path, name: str, shapes: Sequence
         graph: the ONNX side.
         name: the graph's input.
         shapes: of the inputs, batch first.
+        threads: threads of ONNX Runtime.
 
     Returns:
         As `prove_traced` does.
@@ -80,7 +87,8 @@ def prove_signals(reference: Reference, graph: Path, name: str, shapes: Sequence
         GateError: a difference over the tolerance, or a value that is not a number.
     """
     rng = np.random.default_rng(0)
-    return prove(reference, graph, ({name: rng.standard_normal(shape, np.float32)} for shape in shapes))
+    samples = ({name: rng.standard_normal(shape, np.float32)} for shape in shapes)
+    return prove(reference, graph, samples, threads)
 
 
 class Runnable(Protocol):
@@ -94,9 +102,11 @@ class Runnable(Protocol):
         """Return the outputs for the graph's inputs."""
 
 
-def prove(reference: Runnable, graph: Path, samples: Iterable[dict[str, np.ndarray]]) -> dict[str, Any]:
+def prove(
+    reference: Runnable, graph: Path, samples: Iterable[dict[str, np.ndarray]], threads: int | None = None
+) -> dict[str, Any]:
     """Compare ONNX Runtime with PyTorch on samples of inputs, see `prove_traced`."""
-    session = open_session(graph)
+    session = open_session(graph, threads=threads)
     max_abs, max_rel = 0.0, 0.0
     agreed: list[bool] = []
     shapes = []

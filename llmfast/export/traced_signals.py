@@ -66,13 +66,14 @@ def signal_tasks(name: str) -> list[str]:
     return list(_TASKS[name])
 
 
-def write_traced_signals(source: Path, task: str, staged: Path) -> TracedExport:
+def write_traced_signals(source: Path, task: str, staged: Path, threads: int | None = None) -> TracedExport:
     """Trace an encoder of images or sound with its real weights, write model.onnx, and compare it with PyTorch.
 
     Args:
         source: a Hugging Face folder with safetensors weights and preprocessor_config.json.
         task: a task that has an `INPUT`.
         staged: the directory to write to.
+        threads: threads of ONNX Runtime for the comparison.
 
     Raises:
         InputError: weights are truncated, missing or not finite, or the processor makes images of another size
@@ -104,7 +105,8 @@ def write_traced_signals(source: Path, task: str, staged: Path) -> TracedExport:
         examples = {plugin.INPUT: torch.zeros(signal.traced)}
         program = run_exporter(module, examples, {plugin.INPUT: axes}, plugin.OUTPUTS)
         write_graph(program.model, dict(model.named_parameters()), staged)
-        parity = prove_signals(Reference(model, plugin.OUTPUTS, None), staged / MODEL, plugin.INPUT, signal.proven)
+        reference = Reference(model, plugin.OUTPUTS, None)
+        parity = prove_signals(reference, staged / MODEL, plugin.INPUT, signal.proven, threads)
     return TracedExport(
         graphs={"model": {"file": MODEL, "inputs": [plugin.INPUT], "outputs": list(plugin.OUTPUTS)}},
         architecture=describe_signal(model.config)
