@@ -1,5 +1,6 @@
 """Checkpoints: what is read from safetensors, and how damaged ones are refused."""
 
+import io
 import json
 import re
 import shutil
@@ -9,19 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
+import sentencepiece
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
 from llmfast.export.architectures import describe
 from llmfast.export.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from llmfast.export.decoder import DecoderGraph
 from llmfast.export.hub import resolve_folder
-from llmfast.export.stage import export
+from llmfast.export.stage import ExportOptions, export
+from llmfast.tokenizer import Tokenizer as LlmfastTokenizer
+from tests.tiny_encoder import save_encoder
 
 
 def test_weights_are_those_of_pytorch_in_one_file_and_in_shards(own_checkpoint: Path, tmp_path: Path) -> None:
@@ -184,3 +190,57 @@ def test_incomplete_checkpoint_names_the_weight(own_checkpoint: Path, tmp_path: 
 def test_missing_sources_are_refused_without_a_network(source: str) -> None:
     with pytest.raises(InputError, match="not found"):
         resolve_folder(source)
+
+
+@pytest.fixture
+def hub(own_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the repository `a/b` of a hub that lies on the disk; its weights are a pickle, another is in a folder."""
+    state = load_file(own_checkpoint / "model.safetensors")
+    (own_checkpoint / "model.safetensors").unlink()
+    torch.save({name: torch.from_numpy(value) for name, value in state.items()}, own_checkpoint / "pytorch_model.bin")
+    (own_checkpoint / "old").mkdir()
+    (own_checkpoint / "old" / "old.pt").touch()
+    cache = tmp_path / "hub" / "models--a--b" / "snapshots" / "c0ffee"
+    names = [str(file.relative_to(own_checkpoint)) for file in own_checkpoint.rglob("*") if file.is_file()]
+
+    def snapshot_download(repository: str, revision: str | None = None, **patterns: Any) -> str:
+        assert (repository, revision) in (("a/b", None), ("a/b", cache.name))
+        for name in filter_repo_objects(names, **patterns):
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(own_checkpoint / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository, revision: names)
+    return cache
+
+
+def test_pickles_of_the_hub_are_downloaded_only_with_leave(hub: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsafeInputError, match=r"`a/b/pytorch_model\.bin` is a pickle") as caught:
+        export("a/b", tmp_path / "bundle")
+    assert "--allow-pickle" in caught.value.hint
+    assert not list(hub.rglob("*.bin"))
+    bundle = export("a/b", tmp_path / "bundle", ExportOptions(allow_pickle=True, threads=1))
+    assert not list(hub.rglob("*.pt"))
+    assert bundle.manifest.source["id"] == "a/b"
+    assert bundle.manifest.source["revision"] == "c0ffee"
+    assert list(bundle.manifest.source["sha256"]) == ["pytorch_model.bin"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"), [("xlm-roberta", "sentencepiece.bpe.model"), ("deberta-v2", "spm.model")]
+)
+def test_a_sentencepiece_model_alone_is_a_tokenizer(model_type: str, name: str, tmp_path: Path) -> None:
+    source, written = tmp_path / "source", io.BytesIO()
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=written, vocab_size=200, pad_id=3, minloglevel=2
+    )
+    save_encoder(source, model_type)
+    for file in source.glob("tokenizer*.json"):
+        file.unlink()
+    (source / name).write_bytes(written.getvalue())
+    bundle = export(str(source), tmp_path / "bundle", ExportOptions(task="feature-extraction", threads=1))
+    expected = AutoTokenizer.from_pretrained(source)
+    for line in lines[:20]:
+        assert list(LlmfastTokenizer.load(bundle.path).encode(line)) == expected(line)["input_ids"]

@@ -14,6 +14,7 @@ from llmfast.errors import InputError, UnsafeInputError, UnsupportedError
 from llmfast.export.architectures import supported_model_types
 from llmfast.export.hub import resolve_folder
 from llmfast.export.packed_checkpoint import PackedLayer, read_packing
+from llmfast.export.pickle_checkpoint import PICKLES, refusal
 from llmfast.export.safetensors_file import FLOATS, SafetensorsFile
 from llmfast.preprocessor import PREPROCESSOR
 
@@ -27,7 +28,15 @@ _CODE_FIELDS = (
 # Models of texts and images whose part for texts is a decoder of the direct route, stored under one of these names.
 TEXT_PARTS = ("gemma3",)
 _TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+)
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -343,10 +352,6 @@ def _weight_files(path: Path) -> list[Path]:
     missing = [name for name in names if not (path / name).is_file()]
     if not missing:
         return [path / name for name in names]
-    pickles = [*path.glob("pytorch_model*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
-    if pickles:
-        raise UnsafeInputError(
-            f"`{pickles[0]}` is a pickle, which can run code when it is read",
-            "add --allow-pickle to read its tensors and nothing else, or convert it to safetensors where you trust it",
-        )
+    if pickle := next((file for pattern in PICKLES for file in path.glob(pattern)), None):
+        raise refusal(str(pickle))
     raise InputError(f"weights missing from `{path}`: {', '.join(missing[:3])}", "download the folder again")

@@ -19,6 +19,8 @@ from llmfast.errors import InputError, ResourceError, UnsafeInputError
 from llmfast.supervisor import tell_staged
 from llmfast.worker import Worker
 
+# Names of the files that `torch.save` writes weights to.
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
 _INDEX = "pytorch_model.bin.index.json"
 _MAX_PROGRAM_BYTES = 64 << 20  # of the pickle itself, which only names tensors
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
@@ -28,7 +30,7 @@ def find_pickles(folder: Path) -> list[Path]:
     """Return the files that `torch.save` wrote the weights of a checkpoint to."""
     index = folder / _INDEX
     if not index.is_file():
-        return sorted({*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")})
+        return sorted({file for pattern in PICKLES for file in folder.glob(pattern)})
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
     except (AttributeError, KeyError, TypeError) as error:
@@ -39,6 +41,14 @@ def find_pickles(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise InputError(f"weights missing from `{folder}`: {name}", "download the folder again")
     return [folder / name for name in names]
+
+
+def refusal(name: str) -> UnsafeInputError:
+    """Return the error for weights that are a pickle, of the file of that name."""
+    return UnsafeInputError(
+        f"`{name}` is a pickle, which can run code when it is read",
+        "add --allow-pickle to read its tensors and nothing else, or convert it to safetensors where you trust it",
+    )
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def _export_pickle(source: str, output: Path, options: ExportOptions) -> ModelBu
     from llmfast.export.hub import resolve_folder
     from llmfast.export.pickle_checkpoint import convert, find_pickles
 
-    folder = resolve_folder(source)
+    folder = resolve_folder(source, allow_pickle=True)
     files = find_pickles(folder)
     if not files or any(folder.glob("*.safetensors")):
         return _export(source, output, options)
