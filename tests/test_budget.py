@@ -205,6 +205,15 @@ def test_impossible_budgets_are_refused(values: dict) -> None:
         Budget(**values)
 
 
+@pytest.mark.parametrize(("name", "value"), [("block_size", "128"), ("int4.block-size", "32"), ("head-bits", "4")])
+def test_what_a_budget_chooses_is_not_set(name: str, value: str) -> None:
+    budget = Budget(max_bits=6.0)
+    with pytest.raises(OptionError, match=f"--set {name}={value} does not go with a budget"):
+        QuantizeOptions("int4", settings={name: value}, budget=budget)
+    QuantizeOptions("int4", settings={name: value})
+    QuantizeOptions("int4", settings={"head_bits": "32", "symmetric": "true"}, budget=budget)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 9}', '{"format": 1, "layers": [{"weight": "w"}]}'])
 def test_malformed_sensitivity_is_named(content: str, fp32_bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "sensitivity.json"

@@ -7,12 +7,14 @@ from pathlib import Path
 from llmfast.errors import OptionError
 from llmfast.quantize.budget import Budget
 from llmfast.quantize.calibrate import Calibration
-from llmfast.quantize.plan import DEFAULT_ROUNDING, Part
+from llmfast.quantize.plan import DEFAULT_ROUNDING, FLOAT_BITS, Part
 from llmfast.verdict import Gate
 
 CACHE_FORMATS = ("int8",)
 # The scheme of a budget: blocks, of any width.
 MIXED_SCHEME = "int4"
+# What a budget chooses by itself; heads and embeddings may be kept out of it.
+_OF_BUDGETS = ("block_size", "head_bits")
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class QuantizeOptions:
         overwrite: replace an existing bundle.
 
     Raises:
-        OptionError: gates or a budget without a comparison, a count that is not positive, an unknown cache format, or a
-            second graph that can't be.
+        OptionError: gates or a budget without a comparison, a count that is not positive, an unknown cache format, a
+            setting that the budget chooses, or a second graph that can't be.
     """
 
     scheme: str
@@ -78,6 +80,13 @@ class QuantizeOptions:
             raise OptionError(
                 "--prefill does not go with a budget, which gives each layer one format", "choose a --scheme"
             )
+        for typed, value in self.settings.items() if self.budget else ():
+            name = typed.rpartition(".")[2].replace("-", "_")
+            if name in _OF_BUDGETS and (name, value) != ("head_bits", str(FLOAT_BITS)):
+                raise OptionError(
+                    f"--set {typed}={value} does not go with a budget, which chooses bits and block size of each layer",
+                    f"leave it out; head_bits={FLOAT_BITS} keeps embedding and head in floats",
+                )
         if not self.prefill and self.prefill_method is not None:
             raise OptionError("--prefill-method needs --prefill", "e.g. --prefill int8")
         if self.sensitivity and not self.budget:
