@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoModelForCausalLM
 
 from llmfast import registry
@@ -224,6 +225,41 @@ def test_rescaling_leaves_the_function_as_it_is(
     ids = np.random.default_rng(0).integers(3, 259, 48)
     expected = Engine(ModelBundle.open(fp32_bundle)).score(ids)
     assert np.corrcoef(expected.ravel(), Engine(bundle).score(ids).ravel())[0, 1] > 0.995
+
+
+def _normed(scale: np.ndarray, axis: int) -> Workpiece:
+    """Return a norm of opset 23 before a linear layer."""
+    weight = np.random.default_rng(1).standard_normal((8, 6)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("RMSNormalization", ["x", "scale"], ["normed"], axis=axis, epsilon=1e-6),
+            helper.make_node("MatMul", ["normed", "weight"], ["hidden"]),
+            helper.make_node("Relu", ["hidden"], ["y"]),
+        ],
+        "normed",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 6])],
+        [numpy_helper.from_array(scale, "scale"), numpy_helper.from_array(weight, "weight")],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    model = OnnxModel(proto, Path("normed.onnx"))
+    sample = {"x": np.random.default_rng(2).standard_normal((4, 8)).astype(np.float32)}
+    return Workpiece(model, choose_layers(model, Plan.make("int8", "rtn", {}), "", ""), [sample])
+
+
+def test_norms_of_opset_23_can_be_rescaled(capsys: pytest.CaptureFixture[str]) -> None:
+    scale = np.random.default_rng(3).uniform(0.5, 2, 8).astype(np.float32)
+    workpiece = _normed(scale, axis=-1)
+    (site,) = workpiece.fold_sites()
+    (normed,), (hidden,) = (list(workpiece.replay().until(name)) for name in ("normed", "hidden"))
+    factors = np.linspace(0.5, 2, 8, dtype=np.float32)
+    divide(workpiece.edits, site, factors)
+    (rescaled,), (same,) = (list(workpiece.replay().until(name)) for name in ("normed", "hidden"))
+    np.testing.assert_allclose(rescaled * factors, normed, rtol=1e-5)
+    np.testing.assert_allclose(same, hidden, rtol=1e-5, atol=1e-6)
+    assert capsys.readouterr().err == ""
+    assert _normed(np.ones((4, 8), np.float32), axis=-2).fold_sites() == [], "its scale is not one per channel"
+    assert "no norm that feeds linear layers alone was found" in capsys.readouterr().err
 
 
 def test_smoothquant_uses_its_formula(fp32_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

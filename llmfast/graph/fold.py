@@ -18,6 +18,7 @@ from llmfast.graph.model import OnnxModel, walk
 # Operator -> inputs that hold one value per channel of its first output.
 _NORMS = {
     "LayerNormalization": (1, 2),
+    "RMSNormalization": (1,),
     "SimplifiedLayerNormalization": (1,),
     "SkipLayerNormalization": (2, 3),
     "SkipSimplifiedLayerNormalization": (2,),
@@ -76,10 +77,17 @@ def find_fold_sites(model: OnnxModel, linears: list[Linear]) -> list[FoldSite]:
         if node.op_type in _NORMS:
             vectors = tuple(node.input[index] for index in _NORMS[node.op_type] if index < len(node.input))
             vectors = tuple(vector for vector in vectors if vector)
-            if all(vector in model.initializers and len(readers[vector]) == 1 for vector in vectors):
+            shape = [layers[0].shape[1]]
+            if all(len(readers[vector]) == 1 and _shape(model, vector) == shape for vector in vectors):
                 sites.append(FoldSite(name, layers, vectors=vectors))
         elif node.op_type == "Mul":
             factor = next((layer_of[value] for value in reversed(node.input) if value in layer_of), None)
             if factor is not None and len(readers[factor.output]) == 1 and not factor.bias:
                 sites.append(FoldSite(name, layers, rows_of=factor))
     return sites
+
+
+def _shape(model: OnnxModel, name: str) -> list[int] | None:
+    """Return the shape of a weight, None where a node makes the value or an input brings it."""
+    tensor = model.initializers.get(name)
+    return None if tensor is None else list(tensor.dims)

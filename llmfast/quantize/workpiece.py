@@ -76,7 +76,7 @@ class Workpiece:
         """Return where activations can be rescaled; says so when that is nowhere."""
         sites = find_fold_sites(self.model, self.linears)
         if not sites:
-            note(f"note: `{self.model.path}`: nothing to rescale: every norm feeds more than linear layers")
+            note(f"note: `{self.model.path}`: nothing to rescale: no norm that feeds linear layers alone was found")
         return sites
 
     def measure(self, names: Sequence[str], gram: bool = False) -> Iterator[tuple[str, Statistics]]:
