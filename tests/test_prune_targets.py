@@ -1,6 +1,7 @@
 """Pruning to a number of parameters or to a speed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from llmfast.errors import GateError, OptionError, OutputExistsError
 from llmfast.prune import speedup
+from llmfast.prune.checkpoint import stage
 from llmfast.prune.methods import choose_methods
 from llmfast.prune.options import parse_factor, parse_params, parse_ratio
 from llmfast.prune.speedup import prune_to_speed
@@ -35,6 +37,34 @@ def test_a_target_is_divided_by_what_is_lost(
     assert len(losses) >= 2
     best = min(losses, key=lambda name: losses[name])
     assert best == ", ".join(f"{name} {ratio:.1%}" for name, ratio in measured["ratios"].items())
+
+
+def test_the_two_parts_of_the_calibration_text_do_not_overlap(
+    checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proven: list[bytes] = []
+    probed: list[bytes] = []
+
+    class Proof(stage.Proof):
+        def __init__(self, checkpoint: Any, task: str, samples: list[Any]) -> None:
+            proven.extend(one.tobytes() for one in samples)
+            super().__init__(checkpoint, task, samples)
+
+    def prune_part(workpiece: Any, *others: Any) -> Any:
+        probed.extend(one.tobytes() for one in workpiece.samples)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "Proof", Proof)
+    monkeypatch.setattr(stage, "_prune", prune_part)
+    source = str(checkpoints("llama-tied"))
+    options = options_of("heads,ffn", target_params=0.75, allocation="sensitivity", measure=False)
+    with pytest.raises(KeyboardInterrupt):
+        prune(source, tmp_path / "pruned", options)
+    assert (len(proven), len(probed)) == (4, 2)
+    assert not set(proven) & set(probed)
+    few = replace(options, calibration=replace(options.calibration, num_samples=4))
+    with pytest.raises(OptionError, match="4 samples of the calibration text do not make two parts"):
+        prune(source, tmp_path / "pruned", few)
 
 
 class _FakeTimes:

@@ -7,7 +7,7 @@ from typing import Any
 
 import llmfast
 from llmfast.bundle import SEQ2SEQ_TASKS, Step, stage_output
-from llmfast.errors import UnsupportedError
+from llmfast.errors import OptionError, UnsupportedError
 from llmfast.export.checkpoint import SafetensorsCheckpoint
 from llmfast.export.encoder_decoder import detect_seq2seq_task
 from llmfast.export.hub import resolve_folder
@@ -30,7 +30,7 @@ from llmfast.verdict import Judgement, enforce, judge
 
 _VERSIONED = ("numpy", "torch", "transformers")
 # Of the calibration text, when several divisions of a target are tried.
-_PROBE_SAMPLES, _PROVEN_SAMPLES = 8, 4
+_MOST_PROBE_SAMPLES, _PROVEN_SAMPLES = 8, 4
 _ROUNDED = 0.005
 
 
@@ -159,11 +159,20 @@ def _allocate(
     choices: Sequence[Choice],
     target: float,
 ) -> Shrinking:
-    """Divide a target between the methods by what is lost, on two parts of the calibration text."""
+    """Divide a target between the methods by what is lost, on two parts of the calibration text.
+
+    Raises:
+        OptionError: too few samples for two parts.
+    """
     model, samples = workpiece.model, workpiece.samples
+    if len(samples) <= _PROVEN_SAMPLES:
+        raise OptionError(
+            f"--allocation sensitivity: {len(samples)} samples of the calibration text do not make two parts",
+            f"at least {_PROVEN_SAMPLES + 1} do: more --num-samples, a shorter --seq-len, or more text",
+        )
     takers = [one for one in choices if one.plugin.TAKES_RATIO]
     proof = Proof(checkpoint, workpiece.task, samples[-_PROVEN_SAMPLES:])
-    workpiece.samples = samples[:_PROBE_SAMPLES]
+    workpiece.samples = samples[:-_PROVEN_SAMPLES][:_MOST_PROBE_SAMPLES]
 
     def loss_of(candidate: Shrinking) -> float:
         _prune(workpiece, takers, candidate, None)
