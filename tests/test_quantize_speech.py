@@ -1,6 +1,7 @@
 """Whisper calibrated and compared on recordings, against PyTorch and plain computation."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.export.stage import export
 from llmfast.graph.model import OnnxModel
 from llmfast.infer.seq2seq import Seq2SeqEngine
+from llmfast.prune.options import PruneOptions
+from llmfast.prune.stage import plan as prune_plan
+from llmfast.prune.stage import prune
 from llmfast.quantize import sensitivity
 from llmfast.quantize.budget import Budget
 from llmfast.quantize.calibrate import Calibration
@@ -179,6 +183,17 @@ def test_what_can_not_be_heard_is_refused(whisper: Any, sounds: Path, fp32_bundl
         with pytest.raises(InputError, match="cannot read"):  # a text is wanted
             run(fp32_bundle, output, QuantizeOptions("int4", "gptq", calibration=Calibration(sounds)))
     assert not output.exists()
+
+
+def test_a_plan_to_prune_takes_the_recordings_that_pruning_takes(whisper: Any, sounds: Path, tmp_path: Path) -> None:
+    _, bundle = whisper
+    options = PruneOptions("magnitude", {"": 0.5}, data=sounds)
+    rows = prune_plan(str(bundle.path), tmp_path / "out", options)
+    pruned = prune(str(bundle.path), tmp_path / "out", options)
+    assert rows == [{key: row[key] for key in rows[0]} for row in pruned.layers or ()]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no \.wav file in"):
+        prune_plan(str(bundle.path), tmp_path / "other", replace(options, data=tmp_path / "empty"))
 
 
 def test_budgets_are_by_what_both_graphs_do(whisper: Any, sounds: Path, tmp_path: Path) -> None:

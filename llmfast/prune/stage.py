@@ -9,9 +9,9 @@ from llmfast.errors import OptionError
 from llmfast.prune.methods import MASKS, STRUCTURED, choose_methods
 from llmfast.prune.options import PruneOptions
 from llmfast.prune.result import Pruned
+from llmfast.quantize.pairs import check_data
 from llmfast.quantize.plan import Choice
 from llmfast.report import note
-from llmfast.text import read_text
 
 
 def prune(source: str, output: Path, options: PruneOptions) -> Pruned:
@@ -43,13 +43,14 @@ def prune(source: str, output: Path, options: PruneOptions) -> Pruned:
 def plan(source: str, output: Path, options: PruneOptions) -> list[dict[str, Any]]:
     """Check everything `prune` checks before it works, and return what would be pruned: sizes, or rows of layers."""
     folder, choices = _prepare(source, output, options)
-    for file in (options.calibration.path, options.data):
-        if file is not None:
-            read_text(file)
+    files = (options.calibration.path, options.data)
     if folder == MASKS:
         from llmfast.prune.graph.stage import list_layers, open_graphs
 
-        return list_layers(open_graphs(Path(source), output, choices[0], options)[1].values())
+        _, graphs = open_graphs(Path(source), output, choices[0], options)
+        check_data(files, {role: model for role, (model, _) in graphs.items()})
+        return list_layers(graphs.values())
+    check_data(files, {})  # a checkpoint reads texts
     from llmfast.prune.checkpoint.stage import list_sizes
 
     if options.allocation == "sensitivity":

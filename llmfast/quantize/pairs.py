@@ -5,8 +5,9 @@ file gives no targets, as with recordings, the float model writes them greedily:
 at run time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from llmfast.report import note, progress
 from llmfast.residency import bounded_residency
 from llmfast.runtime import open_session
 from llmfast.spectrogram import SpectrogramProcessor
+from llmfast.text import read_text
 
 Values = Mapping[str, np.ndarray]
 
@@ -50,6 +52,20 @@ def takes_recordings(models: Mapping[str, OnnxModel]) -> bool:
     """Return whether graphs, by role, are those of an encoder-decoder whose sources are spectrograms."""
     encoder = models.get("encoder")
     return encoder is not None and any(one.name == FEATURES for one in graph_inputs(encoder.proto.graph))
+
+
+def check_data(files: Iterable[Path | None], models: Mapping[str, OnnxModel]) -> None:
+    """Refuse files that are no texts, or no recordings where the graphs, by role, hear those.
+
+    Raises:
+        InputError: missing or malformed.
+    """
+    hears = takes_recordings(models)
+    for file in filter(None, files):
+        if hears:
+            Corpus(file).recordings()
+        else:
+            read_text(file)
 
 
 def make_reader(bundle: ModelBundle, models: Mapping[str, OnnxModel]) -> "PairReader | RecordingReader":

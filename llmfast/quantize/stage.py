@@ -35,7 +35,7 @@ from llmfast.quantize.kv_cache import cached_values, measure_ranges, quantize_ca
 from llmfast.quantize.measure import Proof, ProofText, require_measured, worst
 from llmfast.quantize.options import MIXED_SCHEME, QuantizeOptions, is_calibrated
 from llmfast.quantize.pair_proof import PairProof, make_proof
-from llmfast.quantize.pairs import Values, feed_pairs, is_encoder_decoder, make_reader, takes_recordings
+from llmfast.quantize.pairs import Values, check_data, feed_pairs, is_encoder_decoder, make_reader, takes_recordings
 from llmfast.quantize.plan import DEFAULT_ROUNDING, Layers, Part, Plan, choose_layers, list_layers
 from llmfast.quantize.rewrite import LayerReport, QuantizedGraph, RoundWeight, Weight, refuse_damaged_layers
 from llmfast.quantize.summary import describe_graphs, make_manifest, slow_forms, summarize, versions
@@ -255,12 +255,7 @@ def plan_layers(source: Path, output: Path, options: QuantizeOptions) -> list[di
     if options.trim_vocabulary:
         note("note: embedding and head are listed as they are before the vocabulary is trimmed")
     parts = _prepare(source, output, options)[1]
-    hears = takes_recordings({role: part.model for role, part in parts.items()})
-    for file in filter(None, (options.calibration.path, options.data)):
-        if hears:
-            Corpus(file).recordings()
-        else:
-            read_text(file)
+    check_data((options.calibration.path, options.data), {role: part.model for role, part in parts.items()})
     if options.trim_vocabulary:
         read_text(options.trim_vocabulary)
     if PREFILL in parts:
