@@ -149,6 +149,15 @@ def head(everywhere: bool) -> OnnxModel:
     return graph(nodes, arrays, {"x": FLOAT, "past_key_values.0.key": FLOAT}, "logits")
 
 
+def norm_before_head(first: str) -> OnnxModel:
+    """Return a head behind norms that multiply a weight, or what a Constant makes, by the activations."""
+    scale = node("Constant", "", "scale", value=numpy_helper.from_array(np.ones(64, np.float32)))
+    nodes = [scale, *(node("Mul", f"{first} l{i}", f"l{i + 1}") for i in range(9))]
+    nodes = [node("Relu", "x", "l0"), *nodes, node("MatMul", "l9 w", "logits")]
+    arrays = {"w": np.ones((64, 8), np.float32), "weight": np.ones(64, np.float32)}
+    return graph(nodes, arrays, {"x": FLOAT, "past_key_values.0.key": FLOAT}, "logits")
+
+
 def table(of_floats: bool) -> OnnxModel:
     arrays = {
         "t": np.ones((100 if of_floats else 1, 64), np.float32),
@@ -206,6 +215,11 @@ def test_rule_finds_its_form_and_nothing_else(rule: str) -> None:
     assert found(without) == []
     (finding,) = lint(with_form)
     assert all(name.startswith("the_") for name in finding.nodes)
+
+
+@pytest.mark.parametrize("first", ["weight", "scale"])
+def test_a_head_is_followed_past_what_its_norm_multiplies_first(first: str) -> None:
+    assert found(norm_before_head(first)) == ["logits-everywhere"]
 
 
 def test_unsigned_weights_are_found_behind_their_zero_point() -> None:

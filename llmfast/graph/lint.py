@@ -172,7 +172,8 @@ def _logits_everywhere(view: GraphView) -> Iterator[onnx.NodeProto]:
         maker = view.producers.get(name)
         if maker is None or maker.op_type in ("Slice", "Gather", "GatherND", "GatherElements"):
             return
-        name = maker.input[0]
+        # Past weights and constants, which a norm may multiply first.
+        name = next((one for one in maker.input if one in view.producers and view.producers[one].input), "")
     yield view.producers["logits"]
 
 
