@@ -25,6 +25,7 @@ from llmfast.tune.optimizers import learning_rate_at
 from llmfast.tune.options import TuneOptions
 from llmfast.tune.rows import epoch_batches
 from llmfast.tune.snapshots import Snapshots
+from llmfast.tune.stage import describe_tuning
 from tests.tiny_tune import TEXT, losses, run, same, weights, write_encoder, write_labelled, write_text
 
 LENGTH = 32
@@ -381,6 +382,8 @@ def test_the_output_exports_and_says_what_was_done(decoder: Path, text: Path, tm
         ({"lora": 4, "quantize_aware": "int4"}, "does not go with --lora"),
         ({"quantize_aware": "fp16"}, "rounds each value by itself"),
         ({"quantize_aware": "int4:block_size=48"}, "block_size 48"),
+        ({"quantize_aware": "int9"}, "unknown scheme `int9`"),
+        ({"quantize_aware": "int8:granularity=tensor"}, "dynamic scale per token only"),
         ({"parallel": "fsdp"}, "needs several processes"),
         ({"accumulate": 9}, "a step has 8 rows only"),
         ({"patience": 2}, "needs a validation"),
@@ -393,6 +396,9 @@ def test_options_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(OptionError, match=message):
         _tune(decoder, tmp_path / "out", text, **options)
+    settings = {"batch_size": 8, "validation_split": 0, "device": "cpu"} | options
+    with pytest.raises(OptionError, match=message):
+        describe_tuning(str(decoder), tmp_path / "out", TuneOptions(text, **settings))
     assert not (tmp_path / "out").exists()
 
 

@@ -118,9 +118,13 @@ def tune(source: str | None, output: Path, options: TuneOptions) -> Tuned:
 
 def describe_tuning(source: str | None, output: Path, options: TuneOptions) -> str:
     """Check what can be checked without training, and say in one line what `tune` would do."""
+    from llmfast.tune.fake_quantize import parse_scheme
+
     _require_packages(options)
     folder, plugin = _prepare(source, output, options)
     chosen = registry.make_options(plugin, options.settings)
+    if options.quantize_aware:
+        parse_scheme(options.quantize_aware)  # refuses what can't be trained
     if options.module:
         return f"would run `{folder}` and train what it makes on `{options.data}` into `{output}`"
     from llmfast.tune.parallel import Parallel
