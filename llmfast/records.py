@@ -33,9 +33,14 @@ Made = TypeVar("Made")
 Parse = Callable[[str], Sequence[str]]
 
 
+def is_json_lines(path: Path) -> bool:
+    """Return whether a file holds a JSON value a line, by its name."""
+    return path.suffix.lower() in _JSON_LINES
+
+
 def is_table(path: Path) -> bool:
     """Return whether the columns of a file have names, or may have: .csv, .tsv, JSON lines."""
-    return path.suffix.lower() in (*_JSON_LINES, ".csv", ".tsv")
+    return is_json_lines(path) or path.suffix.lower() in (".csv", ".tsv")
 
 
 class _Streamed(Collection[Item]):
@@ -99,7 +104,7 @@ class Records(_Streamed[tuple[str, ...]]):
     @property
     def form(self) -> str:
         """What a line of the file is like."""
-        if self.path.suffix.lower() in _JSON_LINES:
+        if is_json_lines(self.path):
             return "{" + ", ".join(f'"{name}": ...' for name in self._columns) + "}"
         if self.path.suffix.lower() == ".csv":
             return f"{','.join(self._columns)}, after a first line with these names"
@@ -120,7 +125,7 @@ class Records(_Streamed[tuple[str, ...]]):
 
     def _fields(self) -> Iterator[tuple[int, Sequence[str]]]:
         suffix = self.path.suffix.lower()
-        read = self._json_lines if suffix in _JSON_LINES else {".csv": self._csv, ".tsv": self._tsv}.get(suffix)
+        read = self._json_lines if is_json_lines(self.path) else {".csv": self._csv, ".tsv": self._tsv}.get(suffix)
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as file:
                 yield from (read or self._plain)(file)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import processors
 
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError, OptionError, UnsupportedError
@@ -50,6 +52,22 @@ def test_conversations_go_through_the_chat_template(fp32_bundle: Path, tmp_path:
     ids = np.concatenate(Corpus(path).samples(chatty, 4)).tolist()
     assert "user: hi;assistant: hello there;".startswith(Tokenizer.load(folder).decode(ids))
     assert len(ids) >= 28
+
+
+def test_a_rendered_conversation_gets_no_second_bos(fp32_bundle: Path, tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(fp32_bundle / "tokenizer.json"))
+    bos = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    template = "<s>{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    plain = ModelBundle.open(fp32_bundle)
+    bundle = ModelBundle(tmp_path, plain.manifest, plain.model)
+    turn = {"messages": [{"role": "user", "content": "hi there"}]}
+    for records, count in (([turn, turn], 2), ([{"text": "hi there"}, turn], 2), ([turn, {"text": "hi there"}], 1)):
+        ids = np.concatenate(Corpus(_json_lines(tmp_path / "data.JSONL", *records)).samples(bundle, 1)).tolist()
+        assert ids[0] == bos
+        assert ids.count(bos) == count
 
 
 @pytest.mark.parametrize("line", ["[1]", "not json", '{"text": 3}', '{"messages": []}', '{"messages": ["hi"]}', "{}"])

@@ -17,7 +17,7 @@ import numpy as np
 
 from llmfast.bundle import TEXT_GENERATION, ModelBundle, sha256
 from llmfast.errors import InputError, UnsupportedError
-from llmfast.records import Records
+from llmfast.records import Records, is_json_lines
 from llmfast.text import read_lines, read_text
 from llmfast.tokenizer import Tokenizer
 
@@ -27,7 +27,6 @@ SHIPPED = _TEXTS / "calibration.txt"
 # More of the same kind, which nothing is ever calibrated on.
 SHIPPED_HELD_OUT = _TEXTS / "held_out.txt"
 
-_JSON_LINES = (".jsonl", ".ndjson")
 _CHAT_FIELD = "messages"
 _WAVE = ".wav"
 
@@ -66,8 +65,10 @@ class Corpus:
             return [np.array(tokenizer.encode(line)[:length], np.int64) for line in self._lines(tokenizer)]
         texts = self._texts(tokenizer)
         seq_len = min(seq_len, bundle.manifest.architecture.get("context_length", seq_len))
-        # A rendered conversation has the special tokens that it needs, and so has every text but the first.
-        ids = [token for number, text in enumerate(texts) for token in tokenizer.encode(text, number == 0)]
+        # The stream begins as a text does; a rendered conversation has the special tokens that it needs.
+        begins = [number == 0 and not text.is_rendered for number, text in enumerate(texts)]
+        encoded = [tokenizer.encode(text.value, begin) for text, begin in zip(texts, begins, strict=True)]
+        ids = [token for part in encoded for token in part]
         held = len(ids) // seq_len
         if held == 0:
             raise InputError(
@@ -121,20 +122,18 @@ class Corpus:
         lines = [f"{sha256(file)}  {file.name}\n" for file in self.recordings()]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    @property
-    def _is_json(self) -> bool:
-        return self.path.suffix in _JSON_LINES
-
     def _lines(self, tokenizer: Tokenizer) -> list[str]:
-        return [text.strip() for text in self._texts(tokenizer)] if self._is_json else read_lines(self.path)
+        if not is_json_lines(self.path):
+            return read_lines(self.path)
+        return [text.value.strip() for text in self._texts(tokenizer)]
 
-    def _texts(self, tokenizer: Tokenizer) -> list[str]:
+    def _texts(self, tokenizer: Tokenizer) -> list["_Text"]:
         text = read_text(self.path)
-        if not self._is_json:
-            return [text]
+        if not is_json_lines(self.path):
+            return [_Text(text)]
         return [self._record(line, number, tokenizer) for number, line in _numbered(text)]
 
-    def _record(self, line: str, number: int, tokenizer: Tokenizer) -> str:
+    def _record(self, line: str, number: int, tokenizer: Tokenizer) -> "_Text":
         where = f"`{self.path}`: line {number}"
         try:
             record = json.loads(line)
@@ -144,13 +143,21 @@ class Corpus:
             raise InputError(f"not a JSON object: {where}", "JSON lines hold one object a line")
         value = record.get(self.field, record.get(_CHAT_FIELD))
         if isinstance(value, str) and value.strip():
-            return value + "\n\n"
+            return _Text(value + "\n\n")
         if value and isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value):
-            return tokenizer.apply_chat_template(value, add_generation_prompt=False)
+            return _Text(tokenizer.apply_chat_template(value, add_generation_prompt=False), is_rendered=True)
         raise InputError(
             f"no text in field `{self.field}`: {where}",
             f"--calibration-field names the field; this line has: {', '.join(map(str, record)) or 'none'}",
         )
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text, and whether a chat template made it of a conversation."""
+
+    value: str
+    is_rendered: bool = False
 
 
 def pick(samples: Sequence[Sample], count: int, seed: int | None) -> tuple[list[Sample], list[Sample]]:
