@@ -22,7 +22,8 @@ class Options:
     """Options of SmoothQuant.
 
     Attributes:
-        alpha: how much of the difficulty moves to the weights; 0 leaves it all in the activations.
+        alpha: how much of the difficulty moves to the weights, from 0 to 1; 0 moves the weights' differences into the
+            activations, it does not switch smoothing off.
     """
 
     alpha: float = 0.6
