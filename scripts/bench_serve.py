@@ -195,9 +195,13 @@ def main() -> None:
     server = subprocess.Popen([*command, str(arguments.clients), *threads], stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as temporary:
+        drain = None
         try:
-            found = re.search(r"on (http://\S+)", server.stderr.readline())
-            assert found is not None, server.stderr.read()
+            first = server.stderr.readline()
+            found = re.search(r"on (http://\S+)", first)
+            if found is None:
+                server.terminate()
+                raise SystemExit(f"the server did not start: {first}{server.stderr.read()}")
             url = found.group(1)
             drain = subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL)  # its log
             measure_alone(url, arguments.bundle, threads, prompts, tokens, arguments.rounds)
@@ -206,7 +210,8 @@ def main() -> None:
         finally:
             server.terminate()
             server.wait()
-            drain.wait()
+            if drain is not None:
+                drain.wait()
         path = Path(temporary) / "prompts.jsonl"
         path.write_text(
             "".join(json.dumps({"prompt": one}) + "\n" for one in seen.prompts[: arguments.again]), encoding="utf-8"

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -186,3 +188,10 @@ def test_the_page_talks_with_the_model(server: Server, bundle: Path, browser: An
     assert shown == ["hello", infer_text(bundle, "hello", 400)]
     assert browser.find_element(By.ID, "model").text == "tiny"
     assert [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]] == []
+
+
+def test_the_script_that_puts_load_on_it_says_why_no_server_starts(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "scripts" / "bench_serve.py"
+    run = subprocess.run([sys.executable, script, tmp_path / "nowhere"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"the server did not start: error: not found: `{tmp_path / 'nowhere'}`")
