@@ -57,6 +57,8 @@ def test_rounds_end(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     stage.fail = slow_down
     document = bench([make_bundle(tmp_path, "a")], replace(QUICK, rounds=None), clock=lambda: 0.0).document()
     assert document["settings"]["rounds"] == 12
+    document = bench([tmp_path / "a"], replace(QUICK, rounds=13), clock=lambda: 0.0).document()
+    assert document["settings"]["rounds"] == 13, "as many as were asked for"
 
 
 def test_processes_begin_anew_when_rounds_are_worth_it(stage: Stage, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ Item = TypeVar("Item")
 # A launch is to be followed by this many times the rounds that it costs.
 _LAUNCH_WORTH = 2
 
-# Enough for any precision worth having, and an end for models so quick that time never runs out.
+# Enough for any precision worth having, and an end for models so quick that time never runs out; --rounds may ask for
+# more.
 MOST_ROUNDS = 200
 
 
@@ -110,7 +111,7 @@ class Rounds:
         yield from range(options.warmup)
         start = self._launched = self._clock()
         self._launch_s += start - opened
-        for done in range(MOST_ROUNDS):
+        for done in range(max(MOST_ROUNDS, options.fewest_rounds)):
             if done >= options.fewest_rounds:
                 spent = self._clock() - start
                 if spent + spent / done > options.time_limit or self._is_precise():
