@@ -155,6 +155,18 @@ def test_ci_fails_on_a_planted_regression_and_passes_without(document: dict[str,
         assert CliRunner().invoke(app, ["bench", "--compare", *arguments]).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--prompt-tokens", "128"), ("--rounds", "5"), ("--warmup", "0"), ("--baseline", "x"), ("--provider", "cuda")]
+    + [(flag, None) for flag in ("--verify", "--profile", "--no-tuned", "--tune-session")],
+)
+def test_a_comparison_refuses_what_is_for_runs(option: str, value: str | None) -> None:
+    arguments = [option, value] if value else [option]
+    result = CliRunner().invoke(app, ["bench", "--compare", "old.json", "new.json", *arguments])
+    assert result.exit_code == 2
+    assert f"--compare has no use for {option}" in result.stderr
+
+
 def test_foreign_names_are_escaped_everywhere(document: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     name = "<script>alert(1)</script>|\x1b[31m=cmd()&\x00"
     document["rows"][1]["bundle"] = document["verdict"][0]["bundle"] = name

@@ -263,6 +263,8 @@ def test_what_it_has_no_use_for_is_refused(bundle: ModelBundle, tmp_path: Path) 
         ([path, "--max-kld", "1"], "no use for --gates"),
         ([path, "--save", "x.json"], "no use for --save"),
         ([path, "-p", "1,2"], "one length of prompts"),
+        ([path, "--provider", "cpu,cuda"], "takes one provider, not 2"),
+        ([path, "--warmup", "0"], "no use for --warmup"),
     ]:
         result = run(app, ["bench", *arguments, "--tune-session"])
         assert result.exit_code == 2, arguments

@@ -195,17 +195,20 @@ def tune_session(models: Sequence[Path], options: BenchOptions) -> dict[str, Any
         `output_tokens` and `rows`: the scores of both passes.
 
     Raises:
-        OptionError: not one model, or one that generates no text.
+        OptionError: not one model and one provider, or a model that generates no text.
         UnsupportedError: the model was not written by llmfast.
         ResourceError: the settings can't be written.
     """
     if len(models) != 1:
         raise OptionError(f"--tune-session takes one model, not {len(models)}", "llmfast bench MODEL --tune-session")
+    if len(options.providers) != 1:
+        raise OptionError(f"--tune-session takes one provider, not {len(options.providers)}", "e.g. --provider cpu")
+    (provider,) = options.providers
     bundle = ModelBundle.open(models[0])
     if bundle.manifest.task != TEXT_GENERATION:
         raise OptionError(f"--tune-session is for {TEXT_GENERATION}; `{models[0]}` is for {bundle.manifest.task}")
     digest = bundle.digest  # a model without one is refused before anything is measured
-    provider = suit_provider(bundle, options.provider)
+    suit_provider(bundle, provider)  # refuses one that runs it slowly
     length = (numbers(options.prompt_tokens) or (DEFAULT_PROMPT_TOKENS,))[0]
     output_tokens = options.output_tokens or DEFAULT_OUTPUT_TOKENS
     vocab_size = int(bundle.manifest.architecture.get("vocab_size", 1))
@@ -227,7 +230,7 @@ def tune_session(models: Sequence[Path], options: BenchOptions) -> dict[str, Any
     measured: Mapping[str, Any] = {"prompt_tokens": length, "output_tokens": output_tokens, "rows": rows}
     path = None
     if not disturbances:
-        path = keep_settings(bundle, options.provider, found if found != default else None, measured)
+        path = keep_settings(bundle, provider, found if found != default else None, measured)
     return {
         "bundle": bundle.name,
         "model": digest,

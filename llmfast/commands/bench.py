@@ -1,6 +1,6 @@
 """`llmfast bench`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,8 +76,9 @@ def bench(
         ),
     ] = None,
     provider: Annotated[
-        str, typer.Option(help=f"Execution provider, or a list: {', '.join(registry.names('providers'))}.")
-    ] = "cpu",
+        str | None,
+        typer.Option(help=f"Execution provider, or a list: {', '.join(registry.names('providers'))}; default: cpu."),
+    ] = None,
     allow_fallback: AllowFallback = False,
     threads: Annotated[
         str | None, typer.Option(help="Threads, or a sweep: 1,2; the default is the cores this process may use.")
@@ -164,38 +165,41 @@ def bench(
     check_engine(engine, cluster)
     if engine == "ray" and (compare or tune):
         raise OptionError(f"--engine ray does not go with {'--compare' if compare else '--tune-session'}")
+    settings = {
+        "prompt_tokens": _numbers("--prompt-tokens", prompt_tokens),
+        "output_tokens": output_tokens,
+        "batch": _numbers("--batch", batch),
+        "shapes": shapes,
+        "rounds": rounds,
+        "max_time": max_time,
+        "precision": precision,
+        "warmup": warmup,
+        "data": data,
+        "num_samples": num_samples,
+        "seq_len": seq_len,
+        "context_tokens": context_tokens,
+        "false_negative_cost": false_negative_cost,
+        "tasks": _names(tasks),
+        "tasks_dir": tasks_dir,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "download": download,
+        "provider": provider,
+        "allow_fallback": allow_fallback,
+        "threads": _threads(threads),
+        "price_per_hour": price_per_hour,
+        "watts_per_core": watts_per_core,
+        "profile": profile,
+        "seed": seed,
+    }
+    idle = given(settings | {"baseline": baseline})
     if compare:
+        idle |= {"verify": verify, "no_tuned": no_tuned, "tune_session": tune}
+        _refuse_idle("--compare", idle, "it takes gates, --inconclusive, --save and --junit")
         document, show = _compare(models or [], judging)
     else:
-        settings = {
-            "prompt_tokens": _numbers("--prompt-tokens", prompt_tokens),
-            "output_tokens": output_tokens,
-            "batch": _numbers("--batch", batch),
-            "shapes": shapes,
-            "rounds": rounds,
-            "max_time": max_time,
-            "precision": precision,
-            "warmup": warmup,
-            "data": data,
-            "num_samples": num_samples,
-            "seq_len": seq_len,
-            "context_tokens": context_tokens,
-            "false_negative_cost": false_negative_cost,
-            "tasks": _names(tasks),
-            "tasks_dir": tasks_dir,
-            "limit": limit,
-            "num_fewshot": num_fewshot,
-            "download": download,
-            "provider": provider,
-            "allow_fallback": allow_fallback,
-            "threads": _threads(threads),
-            "price_per_hour": price_per_hour,
-            "watts_per_core": watts_per_core,
-            "profile": profile,
-            "seed": seed,
-        }
         if tune:
-            _check_tuning(given(settings | {"baseline": baseline, "save": save, "junit": junit, "html": html}), judging)
+            _check_tuning(idle | given({"save": save, "junit": junit, "html": html}), judging)
         if verify:
             _verify([*(models or []), *([baseline] if baseline else [])])
         if tune:
@@ -238,14 +242,21 @@ def _run(
 
 def _check_tuning(settings: dict[str, Any], judging: dict[str, Any]) -> None:
     """Refuse options that a search for session settings has no use for."""
-    idle = [name for name, value in settings.items() if value not in (None, False) and name not in _TUNING]
-    idle += [name for name in ("gates", "max_drops") if judging[name]]
-    if idle:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        usable = ", ".join(f"--{name.replace('_', '-')}" for name in _TUNING)
-        raise OptionError(f"--tune-session has no use for {flags}", f"it takes {usable}")
+    idle = {name: value for name, value in settings.items() if name not in _TUNING}
+    idle |= {name: judging[name] or None for name in ("gates", "max_drops")}
+    _refuse_idle("--tune-session", idle, f"it takes {_spell_flags(_TUNING)}")
     if len(settings.get("prompt_tokens", ())) > 1:
         raise OptionError("--tune-session takes one length of prompts", "e.g. -p 512")
+
+
+def _refuse_idle(mode: str, idle: Mapping[str, Any], hint: str) -> None:
+    """Refuse options that are given, and that a mode has no use for."""
+    if names := [name for name, value in idle.items() if value is not None and value is not False]:
+        raise OptionError(f"{mode} has no use for {_spell_flags(names)}", hint)
+
+
+def _spell_flags(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _tune(models: list[Path], settings: dict[str, Any], output_format: str) -> None:
