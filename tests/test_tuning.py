@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from llmfast.bench import tuning
 from llmfast.bench.options import BenchOptions
+from llmfast.bench.stage import bench
+from llmfast.bench.table import make_footer
 from llmfast.bench.tuning import candidates, search
 from llmfast.bundle import ModelBundle
 from llmfast.cli import app
@@ -22,6 +24,8 @@ from llmfast.quantize.options import QuantizeOptions
 from llmfast.quantize.stage import quantize
 from llmfast.tuned import IGNORE, SessionSettings, ignoring_tuned, keep_settings, settings_for, settings_path
 from llmfast.worker import Worker
+from tests.fake_bench import make_stage
+from tests.tiny_bench import QUICK, make_bundle
 from tests.tiny_encoder import save_encoder
 
 DEFAULT = SessionSettings(4)
@@ -157,6 +161,16 @@ def test_kept_settings_are_used_and_said(bundle: ModelBundle, capsys: pytest.Cap
     keep_settings(bundle, "cpu", None, {})
     assert not path.exists()
     assert settings_for(bundle) == SessionSettings()
+
+
+def test_bench_says_the_threads_that_were_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, path = make_stage(monkeypatch), make_bundle(tmp_path, "a")
+    stage.add("a")
+    keep_settings(ModelBundle.open(path), "cpu", SessionSettings(7), {})
+    for asked, used in ((None, [7]), (3, [3]), ((3, 7), [3, 7])):
+        document = bench([path], replace(QUICK, threads=asked)).document()
+        assert [row["threads"] for row in document["rows"]] == document["settings"]["threads"] == used
+        assert any(f"cpu, {', '.join(map(str, used))} threads" in line for line in make_footer(document))
 
 
 def test_another_machine_or_model_has_other_settings(

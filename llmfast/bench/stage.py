@@ -24,7 +24,6 @@ from llmfast.bench.watch import Watch
 from llmfast.bench.workload import Workload, per_case, plan
 from llmfast.bundle import SEQ2SEQ_TASKS, TEXT_GENERATION, UNKNOWN_TASK, ModelBundle, sha256
 from llmfast.errors import InputError, OptionError
-from llmfast.runtime import resolve_threads
 from llmfast.verdict import Gate, Judgement, judge
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ def bench(
     _note_placement(contestants)
     rows = [make_row(one) for one in contestants]
     verdict = judge([row.document() for row in rows], reference.label, gates, options.inconclusive)
-    settings = _settings(options, workload, counted, units) | {"tasks": asked}
+    settings = _settings(options, workload, counted, units, contestants) | {"tasks": asked}
     judged = [Judgement(**entry) for entry in verdict]
     return Benchmark(machine, settings, warnings, reference.label, rows, judged)
 
@@ -236,7 +235,9 @@ def _compare_vocabularies(task: str, contestants: Sequence[Contestant], baseline
             )
 
 
-def _settings(options: BenchOptions, workload: Workload, rounds: int, units: dict[str, int]) -> dict[str, Any]:
+def _settings(
+    options: BenchOptions, workload: Workload, rounds: int, units: dict[str, int], contestants: Sequence[Contestant]
+) -> dict[str, Any]:
     """Return all options, resolved; a data file by name and content, as its path means nothing elsewhere."""
     settings = asdict(options)
     for name in ("gates", "max_drops", "inconclusive"):
@@ -250,16 +251,12 @@ def _settings(options: BenchOptions, workload: Workload, rounds: int, units: dic
         "shapes": list(workload.shapes),
         "seq_len": workload.seq_len,
         "rounds": rounds,
-        "threads": [resolve_threads(count) for count in _as_list(options.threads)],
+        "threads": list(dict.fromkeys(one.threads for one in contestants)),
         "provider": list(options.providers),
     }
     if options.data is not None:
         settings["data"] = {"name": options.data.name, "sha256": sha256(options.data)} | units
     return settings
-
-
-def _as_list(threads: int | tuple[int, ...] | None) -> Sequence[int | None]:
-    return threads if isinstance(threads, tuple) else (threads,)
 
 
 def _noise(metrics: Metrics, contestants: Sequence[Contestant], workload: Workload, rounds: int) -> list[str]:
