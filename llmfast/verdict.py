@@ -99,7 +99,7 @@ def parse_speedup(text: str) -> Gate:
     return Gate(f"{metric}_ratio", limit, "min")
 
 
-def parse_drop(text: str, higher_is_better: Mapping[str, bool], compared: Sequence[str]) -> Gate:
+def parse_drop(text: str, higher_is_better: Mapping[str, bool], compared: Sequence[str] = ()) -> Gate:
     """Read `METRIC=X`: the metric is worse than the baseline's by X at most, shares in points of a hundred.
 
     Args:

@@ -20,10 +20,10 @@ from llmfast.infer.engine import Engine
 from llmfast.quantize.budget import Budget
 from llmfast.quantize.calibrate import Calibration
 from llmfast.quantize.comparison import Comparison
-from llmfast.quantize.measure import SEQ_LEN, parse_drop
+from llmfast.quantize.measure import HIGHER_IS_BETTER, SEQ_LEN
 from llmfast.quantize.stage import QuantizeOptions, quantize
 from llmfast.tokenizer import Tokenizer
-from llmfast.verdict import Gate
+from llmfast.verdict import Gate, parse_drop
 from tests.tiny_encoder import save_encoder
 
 
@@ -77,8 +77,9 @@ def test_encoders_are_compared_by_their_vectors(tmp_path: Path) -> None:
     small = quantize(fp32.path, tmp_path / "int8", QuantizeOptions("int8"))
     measured = small.manifest.measured["quantize"]
     assert 0.99 < measured["cosine"] < 1
+    gates = (parse_drop("cosine=0.0000001", HIGHER_IS_BETTER),)
     with pytest.raises(GateError, match="`strict` cosine"):
-        quantize(fp32.path, tmp_path / "strict", QuantizeOptions("int4", gates=(parse_drop("cosine=0.0000001"),)))
+        quantize(fp32.path, tmp_path / "strict", QuantizeOptions("int4", gates=gates))
     assert not (tmp_path / "strict").exists()
 
 
@@ -168,7 +169,7 @@ def test_a_graph_without_float_outputs_is_not_compared(tmp_path: Path, capsys: p
 
 
 def test_a_missed_gate_leaves_nothing(fp32_bundle: Path, text: Path, tmp_path: Path) -> None:
-    gates = (Gate("kld", 1e-6, "max"), parse_drop("top1_agreement=0"))
+    gates = (Gate("kld", 1e-6, "max"), parse_drop("top1_agreement=0", HIGHER_IS_BETTER))
     with pytest.raises(GateError, match=r"`out` kld 0\.\d+, asked at most 1e-06; `out` top1_agreement"):
         quantize(fp32_bundle, tmp_path / "out", QuantizeOptions("int4", data=text, gates=gates))
     assert list(tmp_path.iterdir()) == []
@@ -177,14 +178,14 @@ def test_a_missed_gate_leaves_nothing(fp32_bundle: Path, text: Path, tmp_path: P
 @pytest.mark.parametrize("drop", ["", "top1_agreement", "top1_agreement=x", "accuracy=1", "cosine=-1=2"])
 def test_malformed_drops_are_refused(drop: str) -> None:
     with pytest.raises(OptionError, match="--max-drop"):
-        parse_drop(drop)
+        parse_drop(drop, HIGHER_IS_BETTER)
 
 
 def test_drops_are_limits() -> None:
-    assert parse_drop("top1_agreement=5") == Gate("top1_agreement", 0.95, "min")
-    assert parse_drop("cosine=0.01") == Gate("cosine", 0.99, "min")
-    assert parse_drop("flipped_labels=2") == Gate("flipped_labels", 0.02, "max")
-    assert parse_drop("relative_error=0.1") == Gate("relative_error", 0.1, "max")
+    assert parse_drop("top1_agreement=5", HIGHER_IS_BETTER) == Gate("top1_agreement", 0.95, "min")
+    assert parse_drop("cosine=0.01", HIGHER_IS_BETTER) == Gate("cosine", 0.99, "min")
+    assert parse_drop("flipped_labels=2", HIGHER_IS_BETTER) == Gate("flipped_labels", 0.02, "max")
+    assert parse_drop("relative_error=0.1", HIGHER_IS_BETTER) == Gate("relative_error", 0.1, "max")
 
 
 def test_gates_without_a_comparison_are_refused(text: Path) -> None:

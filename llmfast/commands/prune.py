@@ -119,10 +119,12 @@ def prune(
     from llmfast.prune.stage import prune as run
     from llmfast.prune.summary import LAYER_COLUMNS, PLAN_COLUMNS
     from llmfast.quantize.calibrate import Calibration
-    from llmfast.quantize.measure import parse_drop
-    from llmfast.verdict import Gate
+    from llmfast.quantize.measure import HIGHER_IS_BETTER
+    from llmfast.verdict import Gate, parse_drop
 
     limits = given({"kld": max_kld, "perplexity_ratio": max_perplexity_ratio})
+    gates = [Gate(key, limit, "max") for key, limit in limits.items()]
+    gates += [parse_drop(text, HIGHER_IS_BETTER) for text in max_drop or []]
     samples = {"path": calibration, "field": calibration_field, "seed": seed}
     options = PruneOptions(
         method=method,
@@ -135,7 +137,7 @@ def prune(
         measure_speed=measure_speed,
         data=data,
         threads=threads,
-        gates=(*(Gate(key, limit, "max") for key, limit in limits.items()), *map(parse_drop, max_drop or [])),
+        gates=tuple(gates),
         overwrite=overwrite,
         **given({"allocation": allocation, "include": include, "exclude": exclude, "data_samples": data_samples}),
     )

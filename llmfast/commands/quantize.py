@@ -147,15 +147,16 @@ def quantize(
     )
     from llmfast.quantize.budget import Budget
     from llmfast.quantize.calibrate import Calibration
-    from llmfast.quantize.measure import parse_drop
+    from llmfast.quantize.measure import HIGHER_IS_BETTER
     from llmfast.quantize.options import MIXED_SCHEME, QuantizeOptions
     from llmfast.quantize.stage import plan_layers
     from llmfast.quantize.stage import quantize as run
     from llmfast.quantize.summary import LAYER_COLUMNS
-    from llmfast.verdict import Gate
+    from llmfast.verdict import Gate, parse_drop
 
     # A budget keeps its own limit, in whatever the model's answers are compared by.
     gates = [Gate("kld", max_kld, "max")] if max_kld is not None and "max_kld" not in budget else []
+    gates += [parse_drop(text, HIGHER_IS_BETTER) for text in max_drop or []]
     samples = {"path": calibration, "field": calibration_field, "seed": seed}
     options = QuantizeOptions(
         scheme=scheme or MIXED_SCHEME,
@@ -165,7 +166,7 @@ def quantize(
         sensitivity=sensitivity,
         measure=measure,
         data=data,
-        gates=(*gates, *map(parse_drop, max_drop or [])),
+        gates=tuple(gates),
         kv=kv,
         trim_vocabulary=trim_vocabulary,
         resume=resume,

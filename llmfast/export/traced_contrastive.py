@@ -71,7 +71,8 @@ def write_traced_contrastive(source: Path, task: str, staged: Path, threads: int
     config = checkpoint.config
     if not inputs:
         raise UnsupportedError(
-            f"`{source}`: a `{config.model_type}` can't be exported for {task}", f"tasks: {', '.join(_INPUTS)}"
+            f"`{source}`: a `{config.model_type}` can't be exported for {task}",
+            f"tasks: {', '.join(contrastive_tasks())}",
         )
     outputs = registry.load("tasks", task).OUTPUTS
     limit = int(config.text_config.max_position_embeddings)

@@ -87,8 +87,8 @@ def write_traced_signals(source: Path, task: str, staged: Path, threads: int | N
 
     plugin = registry.load("tasks", task)
     checkpoint = SafetensorsCheckpoint(source, has_tokenizer=False)
-    known = _MODEL_TYPES[plugin.INPUT]
-    if checkpoint.config.model_type not in known or task not in _TASKS[plugin.INPUT]:
+    known = supported_signal_model_types(plugin.INPUT)
+    if checkpoint.config.model_type not in known or task not in signal_tasks(plugin.INPUT):
         raise UnsupportedError(
             f"`{source}`: a `{checkpoint.config.model_type}` can't be exported for {task}",
             f"encoders for it: {', '.join(known)}",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmfast.bundle import TEXT_GENERATION, ModelBundle
-from llmfast.errors import GateError, InputError, OptionError, UnsupportedError
+from llmfast.errors import GateError, InputError, UnsupportedError
 from llmfast.example_inputs import random_inputs
 from llmfast.graph.feeds import DTYPES, PAST, GraphInput, graph_inputs, sequence_feeds
 from llmfast.graph.linear import Linear
@@ -32,38 +32,10 @@ _RANDOM_LENGTH = 32  # of the axes that a graph leaves open
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 _FLOAT = "tensor(float)"
 _ACTIVATION_ROWS = 64
-_HIGHER_IS_BETTER = ("top1_agreement", "cosine")
-
-# Figure -> what one unit of --max-drop is of it, and its value when nothing moved.
-_DROPS = {
-    "top1_agreement": (0.01, 1.0),
-    "cosine": (1.0, 1.0),
-    "flipped_labels": (0.01, 0.0),
-    "relative_error": (1.0, 0.0),
-}
+# Figures that --max-drop limits, and which way they get better.
+HIGHER_IS_BETTER = {"top1_agreement": True, "cosine": True, "flipped_labels": False, "relative_error": False}
 
 RowsOf = Callable[[Linear], np.ndarray | None]
-
-
-def parse_drop(text: str) -> Gate:
-    """Read `METRIC=VALUE`: top1_agreement and flipped_labels in points of a hundred, the others as they are.
-
-    Raises:
-        OptionError: not of that form, or another metric.
-    """
-    metric, _, typed = text.partition("=")
-    if metric not in _DROPS:
-        raise OptionError(f"--max-drop `{text}`: unknown metric", f"choose from: {', '.join(_DROPS)}")
-    try:
-        drop = float(typed)
-    except ValueError as error:
-        raise OptionError(
-            f"--max-drop `{text}`: not METRIC=VALUE", "for example --max-drop top1_agreement=5"
-        ) from error
-    unit, unmoved = _DROPS[metric]
-    if unmoved:
-        return Gate(metric, unmoved - drop * unit, "min")
-    return Gate(metric, drop * unit, "max")
 
 
 def require_measured(measured: Mapping[str, Any], gates: Iterable[Gate]) -> None:
@@ -251,7 +223,7 @@ def worst(compared: Iterable[Mapping[str, float]]) -> dict[str, float]:
     for figures in compared:
         for key, value in figures.items():
             values.setdefault(key, []).append(value)
-    return {key: min(ones) if key in _HIGHER_IS_BETTER else max(ones) for key, ones in values.items()}
+    return {key: min(ones) if HIGHER_IS_BETTER.get(key) else max(ones) for key, ones in values.items()}
 
 
 def input_rows(workpiece: Workpiece, samples: Sequence[Mapping[str, np.ndarray]]) -> RowsOf:

@@ -76,7 +76,6 @@ class Objective(Protocol):
     validation: Sequence[Row]
     metric: str
     """Name of the figure that `score` returns."""
-    higher_is_better: bool
 
     def loss(self, model: "torch.nn.Module", rows: Sequence[Row]) -> "tuple[torch.Tensor, torch.Tensor]":
         """Return the sum of the losses of all items of the rows, and a prediction for each row.

@@ -30,12 +30,6 @@ DYNAMIC, STATIC = "dynamic", "static"
 TOKEN, TENSOR = "token", "tensor"
 QDQ, OPERATOR = "qdq", "operator"
 
-_CHOICES = {
-    "activations": (DYNAMIC, STATIC),
-    "granularity": (TOKEN, TENSOR),
-    "activation_range": RANGES,
-    "form": (QDQ, OPERATOR),
-}
 Ranges = dict[str, tuple[float, float]]
 
 

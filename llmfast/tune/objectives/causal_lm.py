@@ -55,7 +55,6 @@ class CausalLm:
     """A decoder and windows of a text."""
 
     metric = "perplexity"
-    higher_is_better = False
 
     def __init__(self, model: Any, train: Sequence[Row], validation: Sequence[Row]) -> None:
         self.model = model

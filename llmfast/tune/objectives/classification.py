@@ -105,7 +105,6 @@ class Classification:
     """A classifier and labelled texts."""
 
     metric = "accuracy"
-    higher_is_better = True
 
     def __init__(self, model: Any, train: Sequence[Row], validation: Sequence[Row], options: Options) -> None:
         self.model = model

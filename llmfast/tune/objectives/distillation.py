@@ -117,7 +117,6 @@ class Distillation:
         self._device: Any = None
         self._is_decoder = model_class(student.config) == DECODER_CLASS
         self.metric = "cosine" if pooling else "perplexity" if self._is_decoder else "accuracy"
-        self.higher_is_better = not self._is_decoder
         widths = [model.config.hidden_size for model in (student, teacher)]
         self._compares_hidden = options.hidden_weight > 0 and widths[0] == widths[1]
         if options.hidden_weight > 0 and not self._compares_hidden:

@@ -106,7 +106,6 @@ class Regression:
     """An encoder and scored pairs."""
 
     metric = "spearman"
-    higher_is_better = True
 
     def __init__(self, model: Any, train: Sequence[Row], validation: Sequence[Row], pooling: Pooling | None) -> None:
         self.model = model

@@ -70,7 +70,6 @@ class Tensors:
         self._device: Any = None
         self._are_classes = train[0].target.dtype == np.int64
         self.metric = "accuracy" if self._are_classes else "rmse"
-        self.higher_is_better = self._are_classes
 
     def loss(self, model: Any, rows: Sequence[Row]) -> "tuple[torch.Tensor, torch.Tensor]":
         """Return the summed loss, and how many labels of each row are right, or its squared error."""
