@@ -96,12 +96,15 @@ def test_messages_go_through_the_chat_template(tiny: Path, tmp_path: Path) -> No
         ({"prompt": "a", "max_new_tokens": 0}, "must be at least 1"),
         ({"prompt": "a", "max_new_tokens": "5"}, "`max_new_tokens` is not a whole number"),
         ({"prompt": "a", "temperature": True}, "`temperature` is not a number"),
+        ({"prompt": "a", "temperature": 10**400}, "`temperature` is not a finite number"),
+        ({"prompt": "a", "repetition_penalty": 10**400}, "`repetition_penalty` is not a finite number"),
         ({"prompt": "a", "top_p": 7}, "--top-p 7"),
         ({"prompt": "a", "stop": [""]}, "the empty string"),
         ({"prompt": "a", "stop": 1}, "`stop` is neither"),
         ('{"prompt": "a", "id": "\\ud800"}', "`id` is neither"),
         ('{"prompt": "\\ud800"}', "not UTF-8 text"),
         ({"prompt": "a", "id": {}}, "`id` is neither"),
+        ('{"prompt": "a", "id": 1e999}', "`id` is neither"),
     ],
 )
 def test_a_bad_line_is_named_and_the_others_go_on(line: Any, reason: str, tiny: Path, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_same_seed_same_answer(server: Server) -> None:
         ({"n": 5}, "n"),
         ({"stop": ["a"] * 17}, "stop"),
         ({"temperature": -1}, None),
+        ({"temperature": 10**400}, None),
         ({"logprobs": True}, "logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"extra_body": {"top_q": 1}}, "top_q"),

@@ -7,6 +7,7 @@ When all is done, the answers are put into the order of the input. Both files ar
 
 import hashlib
 import json
+import math
 import os
 import time
 from array import array
@@ -118,8 +119,7 @@ def _parse(content: bytes, number: int, place: str, text_field: str, is_json: bo
         return refused(f"not JSON: {error}")
     if not isinstance(fields, dict):
         return refused("not a JSON object")
-    name = fields.get("id", number)
-    if isinstance(name, (dict, list)) or (isinstance(name, str) and not _is_unicode(name)):
+    if not _is_name(fields.get("id", number)):
         return refused("`id` is neither a text nor a number")
     return Line(number, key, fields, place=place)
 
@@ -128,9 +128,11 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _is_unicode(text: str) -> bool:
-    """Return whether a text has no half of a surrogate pair, which JSON can spell and UTF-8 can't."""
-    return not any("\ud800" <= char <= "\udfff" for char in text)
+def _is_name(value: Any) -> bool:
+    """Return whether an answer can say it: no half of a surrogate pair or 1e999, which JSON can spell, is written."""
+    if isinstance(value, str):
+        return not any("\ud800" <= char <= "\udfff" for char in value)
+    return not isinstance(value, (dict, list)) and not (isinstance(value, float) and math.isinf(value))
 
 
 class AnswerFile:

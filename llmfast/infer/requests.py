@@ -1,5 +1,6 @@
 """A line of a file of prompts becomes a request of the batch."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,3 +87,9 @@ def _check_number(name: str, value: Any) -> None:
     kinds = (int,) if name in _WHOLE else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise InputError(f"`{name}` is not a {'whole ' if name in _WHOLE else ''}number")
+    try:
+        is_finite = name in _WHOLE or math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        is_finite = False
+    if not is_finite:
+        raise InputError(f"`{name}` is not a finite number")
