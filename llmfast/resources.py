@@ -24,6 +24,11 @@ def available_memory() -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
+def is_forced() -> bool:
+    """Return whether the user insists on work that may not fit."""
+    return bool(os.environ.get(FORCE))
+
+
 def require_memory(need: int, what: str, hint: str = "") -> None:
     """Refuse work for which memory is too small, unless the user insists.
 
@@ -36,7 +41,7 @@ def require_memory(need: int, what: str, hint: str = "") -> None:
         ResourceError: the message says how much is needed and how much there is.
     """
     have = available_memory()
-    if have is not None and need > have and not os.environ.get(FORCE):
+    if have is not None and need > have and not is_forced():
         raise ResourceError(
             f"{what} needs {spell_bytes(need)} of memory, {spell_bytes(have)} are available",
             hint or "free memory, use a smaller model, or try all the same with `llmfast --force ...`",
@@ -58,7 +63,7 @@ def require_disk(folder: Path, need: int, what: str) -> None:
     while not place.exists():
         place = place.parent
     have = shutil.disk_usage(place).free
-    if need > have and not os.environ.get(FORCE):
+    if need > have and not is_forced():
         raise ResourceError(
             f"{what} needs about {spell_bytes(need)}, {spell_bytes(have)} are free at `{place}`",
             "make room, choose another -o, or try all the same with `llmfast --force ...`",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmfast import resources
 from llmfast.bundle import ModelBundle
 from llmfast.errors import InputError, OptionError, ResourceError
 from llmfast.export.stage import export
@@ -299,7 +300,7 @@ def test_logits_that_are_not_finite_end_their_requestanswer_alone(tokenizer: Tok
 
 def test_memory_is_planned(tiny: ModelBundle, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     position = 2 * 16 * 4  # key and value of one head, float32
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 10 * CONTEXT * position)
+    monkeypatch.setattr(memory, "available_memory", lambda: 10 * CONTEXT * position)
     plan = plan_memory(tiny, engine, CONTEXT, most_rows=100)
     assert (plan.rows, plan.cache_bytes) == (5, 5 * CONTEXT * position)
     assert plan_memory(tiny, engine, CONTEXT, most_rows=2).rows == 2
@@ -307,18 +308,32 @@ def test_memory_is_planned(tiny: ModelBundle, engine: Engine, monkeypatch: pytes
     with pytest.raises(ResourceError, match="12 rows of 96 positions") as raised:
         plan_memory(tiny, engine, CONTEXT, 100, batch_size=12)
     assert "--batch-size 10" in raised.value.hint
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda: None)
+    monkeypatch.setattr(memory, "available_memory", lambda: None)
     assert plan_memory(tiny, engine, CONTEXT, 100).rows == memory.DEFAULT_ROWS
 
 
-def test_the_cgroup_caps_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    assert memory.free_memory_bytes() is None
+def test_who_insists_plans_more_than_there_is(
+    tiny: ModelBundle, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(resources.MAX_MEMORY, "1000")
+    with pytest.raises(ResourceError, match="9 rows of 96 positions"):
+        plan_memory(tiny, engine, CONTEXT, 100, batch_size=9)
+    monkeypatch.setenv(resources.FORCE, "1")
+    assert plan_memory(tiny, engine, CONTEXT, 100, batch_size=9).rows == 9
+
+
+def test_the_cgroup_and_the_user_cap_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(resources, "_CGROUP", tmp_path)
+    assert resources.available_memory() is None
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
-    assert memory.free_memory_bytes() == 4000 * 1024
+    assert resources.available_memory() == 4000 * 1024
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("400000\n")
-    assert memory.free_memory_bytes() == 600000
+    (tmp_path / "memory.stat").write_text("active_file 70000\ninactive_file 50000\n")
+    assert resources.available_memory() == 650_000
+    monkeypatch.setenv(resources.MAX_MEMORY, "3000")
+    assert resources.available_memory() == 3000
+    monkeypatch.delenv(resources.MAX_MEMORY)
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_memory_bytes() == 4000 * 1024
+    assert resources.available_memory() == 4000 * 1024

@@ -157,9 +157,3 @@ def test_bundles_are_opened_in_turn_when_memory_is_short(
             assert row[key] == other[key]
         assert len(row["samples"]["tpot_s"]) == QUICK.rounds
         assert row["size_bytes"] == other["size_bytes"]
-
-
-def test_memory_that_is_free_is_read(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  5 kB\n")
-    assert processes.available_memory(tmp_path / "meminfo") == 5 * 1024
-    assert processes.available_memory(tmp_path / "none") is None

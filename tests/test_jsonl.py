@@ -166,7 +166,7 @@ def test_mistakes_are_explained(arguments: list[str], code: int, words: list[str
 
 def test_a_cache_that_does_not_fit_is_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_lines(tmp_path / "p.jsonl", *[{"prompt": "ab"}] * 5)
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 30_000)  # one row of 96 positions takes 12,288
+    monkeypatch.setattr(memory, "available_memory", lambda: 30_000)  # one row of 96 positions takes 12,288
     result = infer_file(tiny, source, tmp_path / "a.jsonl", "--max-tokens", 99, "--batch-size", 5)
     assert result.exit_code == 6
     assert "not enough memory: 5 rows of 96 positions" in result.stderr

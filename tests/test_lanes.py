@@ -176,7 +176,7 @@ def test_few_requests_stay_in_one_lane_and_have_all_threads(tiny: ModelBundle, o
 
 
 def test_one_lane_where_a_model_does_not_fit_twice(tiny: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 3 * tiny.size_bytes)
+    monkeypatch.setattr(memory, "available_memory", lambda: 3 * tiny.size_bytes)
     rows, plan = open_lanes(tiny, "cpu", 2, 8, most_rows=100, batch_size=16, fast_alone=True)
     assert len(rows) == 1
     assert plan.model_bytes == tiny.size_bytes
@@ -187,7 +187,7 @@ def test_one_lane_with_all_threads_where_memory_has_room_for_few_rows(
 ) -> None:
     row = open_rows(tiny, "cpu", 2, CAPACITY, 100, batch_size=1)[1].cache_bytes
     opened.clear()
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2 * 15 * row)
+    monkeypatch.setattr(memory, "available_memory", lambda: 2 * 15 * row)
     rows, plan = open_lanes(tiny, "cpu", 2, CAPACITY, most_rows=100, batch_size=None)
     assert plan.rows == 15
     assert [part.count for part in rows] == [15]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -10,8 +9,8 @@ from llmfast import report
 from llmfast.bench.contestant import Contestant
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.workload import Workload
+from llmfast.resources import available_memory
 
-_MEMINFO = Path("/proc/meminfo")
 # ONNX Runtime copies the weights of most layers into the order that its kernels like.
 _BYTES_PER_STORED_BYTE = 2
 
@@ -97,13 +96,3 @@ class Processes:
 
         if one.failure is None:
             one.attempt(describe)
-
-
-def available_memory(meminfo: Path = _MEMINFO) -> int | None:
-    """Return the bytes that can be used without swapping, None where the system does not say."""
-    try:
-        lines = meminfo.read_text().splitlines()
-    except OSError:
-        return None
-    line = next((line for line in lines if line.startswith("MemAvailable:")), None)
-    return None if line is None else int(line.split()[1]) * 1024

@@ -13,7 +13,6 @@ from typing import Any
 
 from llmfast import report
 from llmfast.bench.options import BenchOptions, numbers
-from llmfast.bench.processes import available_memory
 from llmfast.bench.rounds import rotated
 from llmfast.bench.statistics import Interval, decide, launch_interval, median, paired_ratios, simultaneous
 from llmfast.bench.subject import Trial
@@ -21,6 +20,7 @@ from llmfast.bench.watch import Watch
 from llmfast.bundle import TEXT_GENERATION, ModelBundle
 from llmfast.errors import OptionError
 from llmfast.report import Column
+from llmfast.resources import available_memory
 from llmfast.runtime import suit_provider, usable_cores
 from llmfast.tuned import SessionSettings, keep_settings
 from llmfast.worker import Worker

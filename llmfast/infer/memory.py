@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import numpy as np
 
@@ -10,14 +9,13 @@ from llmfast.bundle import ModelBundle
 from llmfast.errors import OptionError, ResourceError
 from llmfast.graph.feeds import DTYPES, PAST
 from llmfast.infer.decoder import Decoder
+from llmfast.resources import available_memory, is_forced
 
 # Measured with SmolLM2 on two busy cores: 32 rows decode 3 (int8) to 6 (float32) times the tokens of one row; 64 hardly
 # more, since attention does not get cheaper. `scripts/bench_batch.py --batch-sizes` compares.
 DEFAULT_ROWS = 32
 # Of the memory that is free, the share that is taken without being asked for.
 _SHARE = 0.5
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class MemoryPlan:
         capacity: positions of each.
         cache_bytes: of the KV cache.
         model_bytes: of graph and weights.
-        free_bytes: what the machine had; None where the system does not say.
+        free_bytes: what could be had; None where the system does not say.
     """
 
     rows: int
@@ -68,11 +66,11 @@ def plan_memory(
 
     Raises:
         OptionError: batch_size below 1.
-        ResourceError: the rows asked for, or a single one, do not fit.
+        ResourceError: the rows asked for, or a single one, do not fit, and the user does not insist.
     """
     if batch_size is not None and batch_size < 1:
         raise OptionError(f"--batch-size {batch_size}: must be at least 1")
-    free = free_memory_bytes()
+    free = available_memory()
     free = None if free is None else free // neighbours
     row = capacity * sum(
         prod((entry.shape[1], entry.shape[3])) * np.dtype(DTYPES[entry.type]).itemsize
@@ -83,7 +81,7 @@ def plan_memory(
     if batch_size is None and free is not None:
         rows = max(1, min(rows, int(free * _SHARE) // max(row, 1)))
     plan = MemoryPlan(rows, capacity, rows * row, copies * bundle.size_bytes, free)
-    if free is not None and plan.cache_bytes > free:
+    if free is not None and plan.cache_bytes > free and not is_forced():
         raise ResourceError(
             f"not enough memory: {plan}",
             "shorter prompts or fewer --max-tokens" if rows == 1 else f"--batch-size {max(1, free // row)}",
@@ -93,22 +91,8 @@ def plan_memory(
 
 def fits(size: int) -> bool:
     """Return whether so many bytes may be taken for what is not needed, only better."""
-    free = free_memory_bytes()
+    free = available_memory()
     return free is None or size <= free * _SHARE
-
-
-def free_memory_bytes() -> int | None:
-    """Return the memory that can still be taken: the machine's, capped by the cgroup's limit; None when unknown."""
-    try:
-        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    try:
-        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):
-        return free  # no cgroup v2, or no limit (`max`)
-    return min(free, max(0, limit - used))
 
 
 def _spell(size: int) -> str:
