@@ -176,7 +176,7 @@ def test_stop_strings_are_each_requests_own(engine: Engine, tokenizer: Tokenizer
 
 def test_one_row_serves_engines_that_have_no_more(engine: Engine, tokenizer: Tokenizer) -> None:
     requests = [request for request in _requests(8, CONTEXT) if request.id % 2]
-    batch = Batch(OneRow(engine, CHUNK), tokenizer)
+    batch = Batch(OneRow(engine), tokenizer)
     answers = _run(batch, requests)
     assert batch.counts.shared_tokens > 0
     assert all(_same(answers[request.id], answer_alone(engine, tokenizer, request)) for request in requests)

@@ -17,9 +17,11 @@ from llmfast.errors import InputError, LlmfastError, UnsupportedError
 from llmfast.graph.adapt import adapt
 from llmfast.graph.model import OnnxModel
 from llmfast.graph.skeleton import read_skeleton
+from llmfast.infer.batch import Batch, Request
 from llmfast.infer.engine import Engine
 from llmfast.infer.growing import GrowingEngine
 from llmfast.infer.opening import open_decoder
+from llmfast.infer.rows import OneRow
 from llmfast.infer.stage import infer
 from llmfast.quantize.stage import QuantizeOptions, quantize
 from llmfast.tokenizer import Tokenizer
@@ -113,6 +115,53 @@ def test_logits_are_pytorchs(folders, references, ids, form):
     engine.rollback(30)
     for position in range(30, 40):
         assert close(engine.decode(int(ids[position])), expected[position])
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Return the tokens of every pass of a growing engine."""
+    found = []
+    append = GrowingEngine._append
+
+    def follow(self, ids):
+        found.append(len(ids))
+        return append(self, ids)
+
+    monkeypatch.setattr(GrowingEngine, "_append", follow)
+    return found
+
+
+def test_rows_over_a_growing_cache_copy_nothing_at_a_step(folders, ids, monkeypatch):
+    engine = open_decoder(ModelBundle.open(folders("growing")), threads=1, max_length=64)
+    rows = OneRow(engine)
+    rows.prefill(0, ids[:20])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_forget", lambda length: pytest.fail("the cache is copied"))
+        for position in range(20, 24):
+            logits = rows.decode([int(ids[position])], [position])[0]
+    assert np.abs(logits - rows.prefill(0, ids[:24])).max() < 1e-4
+
+
+def test_prompts_go_through_rows_in_the_passes_of_the_engine(folders, ids, passes):
+    engine = open_decoder(ModelBundle.open(folders("growing")), threads=1, max_length=64, chunk_tokens=16)
+    passes.clear()
+    alone = engine.prefill(ids)
+    assert passes == [16, 16, 8]
+    assert np.array_equal(OneRow(engine).prefill(0, ids), alone)
+    assert passes == [16, 16, 8] * 2
+    OneRow(engine).prefill(0, ids, 20)
+    assert passes[6:] == [12, 8]  # cut at whole chunks from 0 all the same
+
+
+def test_a_graph_that_takes_several_tokens_only_at_the_start_reads_whole_prompts(folders, ids, passes, monkeypatch):
+    monkeypatch.setattr(GrowingEngine, "_probe", lambda self, *_: (self.capacity, 1))
+    bundle = ModelBundle.open(folders("growing"))
+    batch = Batch(OneRow(open_decoder(bundle, threads=1, max_length=64)), Tokenizer.load(bundle.path))
+    for name in range(2):
+        batch.submit(Request(name, ids, max_tokens=1))
+        batch.step()
+    assert passes == [len(ids)] * 2
+    assert batch.counts.shared_tokens == 0
 
 
 @pytest.mark.parametrize("form", ["fp32", *GROWING])

@@ -209,6 +209,8 @@ class Batch:
 
     def _longest_beginning(self, row: int, ids: np.ndarray) -> tuple[int, int]:
         """Return the row that holds most of a prompt's beginning, and how many positions of it."""
+        if not self.rows.resumes_prompts:
+            return row, 0
         lengths = [common_beginning(held, ids) for held in self._held]
         longest = max(lengths)
         source = row if lengths[row] == longest else lengths.index(longest)

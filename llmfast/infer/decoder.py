@@ -32,9 +32,12 @@ class Decoder(ABC):
         capacity: positions the KV cache holds.
         length: positions it holds now.
         load_s: seconds it took to open the session.
+        resumes_prompts: tokens that follow others are read as fast as the first ones, so that what a prompt has in
+            common with the cache is worth keeping.
     """
 
     note = ""
+    resumes_prompts = True
     session: Any
     vocab_size: int
     context_length: int

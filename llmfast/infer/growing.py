@@ -15,7 +15,7 @@ from llmfast.errors import UnsupportedError
 from llmfast.graph.feeds import DTYPES, step_feeds
 from llmfast.graph.model import walk
 from llmfast.graph.skeleton import read_skeleton
-from llmfast.infer.decoder import CACHE_HINT, Decoder, check_sizes, context_length, runs
+from llmfast.infer.decoder import CACHE_HINT, Decoder, check_sizes, context_length, cuts, runs
 from llmfast.runtime import import_onnxruntime, open_session
 
 # Tokens of the passes that show what a graph can do.
@@ -75,6 +75,7 @@ class GrowingEngine(Decoder):
         self._cache: dict[str, Any] = {}
         self._forget(0)
         self._first_pass, self._next_pass = self._probe(bundle, chunk_tokens)
+        self.resumes_prompts = self._next_pass == self._first_pass
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         """Append tokens and return the logits of the last one."""
@@ -98,8 +99,10 @@ class GrowingEngine(Decoder):
 
     def rollback(self, length: int) -> None:
         """Forget the tokens from position `length` on."""
+        before = self.length
         super().rollback(length)
-        self._forget(length)
+        if length < before:  # to keep some positions copies them
+            self._forget(length)
 
     def _forget(self, length: int) -> None:
         """Keep `length` positions of the cache."""
@@ -127,10 +130,10 @@ class GrowingEngine(Decoder):
         return rows
 
     def _passes(self, ids: np.ndarray) -> list[np.ndarray]:
-        """Cut tokens into as many as the graph takes at once."""
-        first = self._next_pass if self.length else self._first_pass
-        starts = [0, *range(first, len(ids), self._next_pass)]
-        return [ids[start:stop] for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
+        """Cut tokens into as many as the graph takes at once, where a prompt is cut that begins at position 0."""
+        start = self.length
+        tokens = self._next_pass if start else self._first_pass
+        return [ids[a - start : b - start] for a, b in cuts(start, start + len(ids), tokens)]
 
     def _probe(self, bundle: ModelBundle, chunk_tokens: int) -> tuple[int, int]:
         """Return how many tokens a pass takes on an empty cache, and over a cache."""

@@ -26,12 +26,14 @@ class Rows(ABC):
         count: how many there may be.
         capacity: positions that each may have.
         vocab_size: length of a token's logits.
+        resumes_prompts: a prompt is worth computing from where it parts from another; see `Decoder`.
         is_alone: no others of the same model are at work: all threads may be taken, where the rows can.
     """
 
     count: int
     capacity: int
     vocab_size: int
+    resumes_prompts: bool = True
     is_alone: bool = False
 
     @abstractmethod
@@ -162,22 +164,19 @@ class OneRow(Rows):
 
     Args:
         engine: its context is overwritten.
-        chunk_tokens: where prompts are cut.
     """
 
-    def __init__(self, engine: Decoder, chunk_tokens: int = 256) -> None:
+    def __init__(self, engine: Decoder) -> None:
         self.count = 1
         self.capacity = engine.capacity
         self.vocab_size = engine.vocab_size
+        self.resumes_prompts = engine.resumes_prompts
         self._engine = engine
-        self._chunk_tokens = chunk_tokens
 
     def prefill(self, row: int, ids: np.ndarray, start: int = 0) -> np.ndarray:
         """Compute a prompt from position `start` on."""
         self._engine.rollback(start)
-        for begin, end in cuts(start, len(ids), self._chunk_tokens):
-            logits = self._engine.prefill(ids[begin:end])
-        return logits
+        return self._engine.prefill(ids[start:])
 
     def decode(self, tokens: Sequence[int], lengths: Sequence[int], first: int = 0) -> np.ndarray:
         """Append a token to the row."""
