@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmfast.errors import OutputExistsError
+from llmfast.errors import OutputExistsError, UnsupportedError
+from llmfast.infer import many_prompts
 from llmfast.infer.jsonl import AnswerFile, Line
 from llmfast.infer.many import answer_file
 from tests.tiny_decoder import write_bundle
@@ -69,6 +70,29 @@ def test_answers_of_other_runs_are_not_mixed_in(tiny: Path, tmp_path: Path) -> N
     assert output.read_bytes() == before
     assert infer_file(tiny, source, output, "--max-tokens", 3, "--overwrite").exit_code == 0
     assert read_answers(output)[0]["answer"] == json.loads(before.splitlines()[1])["answer"]
+
+
+def test_old_answers_stay_until_there_is_a_new_one(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_lines(tmp_path / "p.jsonl", {"prompt": "ab"}, {"prompt": "b"})
+    output = tmp_path / "a.jsonl"
+    output.write_text("old\n")
+
+    def fail(*_: object) -> None:
+        raise UnsupportedError("no engine runs it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(many_prompts, "open_lanes", fail)
+        with pytest.raises(UnsupportedError):
+            answer_file(tiny, source, output, overwrite=True, threads=1)
+    assert output.read_text() == "old\n"
+    assert "the same command goes on" not in capsys.readouterr().err
+    answer_file(tiny, source, output, overwrite=True, threads=1, max_tokens=3)
+    assert [one["id"] for one in read_answers(output)] == [1, 2]
+    write_lines(source, {"prompt": ""})
+    assert answer_file(tiny, source, output, overwrite=True, threads=1).failed == 1
+    assert not output.exists()  # the run has ended, and none of its lines has an answer
 
 
 @pytest.mark.parametrize("content", ["no answers", "no answers\n", '{"id": 1}\n', '{"a": 1, "b"', "[]\n"])

@@ -205,7 +205,7 @@ def test_a_part_is_there_when_it_is_complete_and_goes_on(form: str, scheme: str,
         Part(PartFolder(output, form, False, False), 0, _lines(2))
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name.name]
     with pytest.raises(OutputExistsError, match="no longer has"):
-        PartFolder(output, form, False, False).close(0)
+        PartFolder(output, form, False, False).check_end(0)
     assert Part(PartFolder(output, form, False, True), 0, lines).missing == lines
 
 
@@ -217,10 +217,42 @@ def test_other_things_in_the_output_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").rename(tmp_path / "part-00000.parquet")
     with pytest.raises(OutputExistsError, match="parquet"):
         PartFolder(str(tmp_path), "jsonl", False, False)
-    PartFolder(str(tmp_path), "jsonl", False, True)
-    assert list(tmp_path.iterdir()) == []
+    folder = PartFolder(str(tmp_path), "jsonl", False, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["part-00000.parquet"]
+    Part(folder, 0, _lines(1))  # what it replaces goes now that there is something to replace it
+    assert [path.name for path in tmp_path.iterdir()] == [".part-00000.jsonl"]
     with pytest.raises(OutputExistsError, match="is a file"):
         PartFolder(str(_write(tmp_path / "file", [])), "jsonl", False, False)
+
+
+@pytest.mark.parametrize("options", [{"workers": 0}, {"address": "nowhere"}])
+def test_parts_stay_when_there_is_nobody_to_overwrite_them(
+    options: dict[str, Any], fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "connect", _no_cluster if "address" in options else _Machine)
+    source = _write(tmp_path / "in.jsonl", _prompts(3))
+    (tmp_path / "out").mkdir()
+    part = _write(tmp_path / "out" / "part-00000.jsonl", [{"id": 1}])
+    with pytest.raises((OptionError, UnsupportedError)):
+        answer_folder(fp32_bundle, str(source), str(tmp_path / "out"), ClusterOptions(**options), overwrite=True)
+    assert part.read_text() == '{"id": 1}\n'
+
+
+def _no_cluster(address: str) -> None:
+    raise UnsupportedError(f"no Ray cluster at `{address}`")
+
+
+class _Machine:
+    """Stands in for Ray: one machine of one processor."""
+
+    def __init__(self, _: object) -> None:
+        pass
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 1}}]
+
+    def shutdown(self) -> None:
+        pass
 
 
 def _two(cluster: Cluster, **changes: Any) -> ClusterOptions:

@@ -141,7 +141,7 @@ class AnswerFile:
     Args:
         path: new, or what a run with the same keys left.
         keys: uint64, of the lines that can be answered, in the order of the input.
-        overwrite: start over, whatever the file holds.
+        overwrite: start over, whatever the file holds; that goes when the first answer comes, or in the end.
 
     Attributes:
         done: bool, for each key whether its answer is in the file.
@@ -156,6 +156,10 @@ class AnswerFile:
         self.path = path = path.resolve() if path.is_symlink() else path  # a link stays one
         self._keys = keys
         self._synced = time.monotonic()
+        self._is_old = overwrite  # all that the file holds
+        self._size = 0
+        self.done: np.ndarray = np.zeros(len(keys), bool)
+        self.dropped = False
         if path.is_dir():
             raise OutputExistsError(f"output is a directory: `{path}`", "name a file")
         try:
@@ -165,21 +169,23 @@ class AnswerFile:
             raise ResourceError(f"cannot write `{path}`: {error.strerror}") from error
         try:
             _lock(self._file.fileno(), path)
-            if overwrite:
-                self._file.truncate(0)
-            found, size = read_keys(path)
-            self.dropped = size < path.stat().st_size
-            if not np.isin(found, keys).all():
-                raise OutputExistsError(
-                    f"output exists: `{path}` has answers of another model, other options or other prompts",
-                    "choose another --output, or add --overwrite",
-                )
-            self._file.truncate(size)
+            if not overwrite:
+                self._go_on()
         except BaseException:
             self._file.close()
             raise
-        self._size = size
-        self.done: np.ndarray = np.isin(keys, found)
+
+    def _go_on(self) -> None:
+        """Take over the answers that the file holds."""
+        found, self._size = read_keys(self.path)
+        if not np.isin(found, self._keys).all():
+            raise OutputExistsError(
+                f"output exists: `{self.path}` has answers of another model, other options or other prompts",
+                "choose another --output, or add --overwrite",
+            )
+        self.done = np.isin(self._keys, found)
+        self.dropped = self._size < self.path.stat().st_size
+        self._file.truncate(self._size)
 
     def write(self, line: Line, answer: Mapping[str, Any]) -> None:
         """Append an answer.
@@ -190,6 +196,9 @@ class AnswerFile:
         record = {"id": line.id, **answer, "key": f"{line.key:016x}"}
         content = memoryview(f"{to_json(record, indent=None)}\n".encode())
         try:
+            if self._is_old:
+                self._file.truncate(0)
+                self._is_old = False
             written = 0
             while written < len(content):
                 written += self._file.write(content[written:]) or 0
@@ -206,6 +215,8 @@ class AnswerFile:
 
     def count(self) -> int:
         """Return how many answers the file holds: what a signal cuts off between a write and its counting is there."""
+        if self._is_old:
+            return 0
         with self.path.open("rb") as file:
             return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
@@ -226,6 +237,8 @@ class AnswerFile:
         Raises:
             ResourceError: no room for a second copy; the file stays as it is, complete but out of order.
         """
+        if self._is_old:
+            self.path.unlink(missing_ok=True)
         keys, starts = array("Q"), array("Q", [0])
         if not self.path.exists():
             return  # no line could be answered

@@ -84,7 +84,7 @@ class PartFolder:
         path: a directory, or a URI of an object store.
         form: `jsonl` or `parquet`.
         whole_ids: the column `id` of Parquet has whole numbers, not texts.
-        overwrite: remove the parts that are there.
+        overwrite: start over; the parts that are there go when the first new one is opened.
 
     Attributes:
         keeps_halves: whether the answers of a part that is not complete are there for the next run.
@@ -120,7 +120,10 @@ class PartFolder:
 
         Raises:
             OutputExistsError: it has answers of other lines, another model or other options.
+            ResourceError: parts that are to be overwritten can't be removed.
         """
+        while self._old:
+            self._remove(self._old.pop())
         spool = self._spool_path(number)
         if not spool.exists() and number in self._published:
             self._copy_back(number, spool)
@@ -159,18 +162,21 @@ class PartFolder:
             raise ResourceError(f"cannot write `{self.path}/{name}`: {error.strerror or error}") from error
         self._published.add(number)
 
-    def close(self, count: int | None = None) -> None:
-        """Let go of the folder.
-
-        Args:
-            count: parts that the whole input has; None when it was not read to its end.
-
-        Raises:
-            OutputExistsError: there are parts of an earlier, longer input.
-        """
+    def close(self) -> None:
+        """Let go of the folder."""
         if self._temporary is not None:
             self._temporary.cleanup()
-        beyond = [] if count is None else sorted(number for number in self._published if number >= count)
+
+    def check_end(self, count: int) -> None:
+        """Refuse parts of an earlier, longer input.
+
+        Args:
+            count: parts that the whole input has.
+
+        Raises:
+            OutputExistsError: there are more.
+        """
+        beyond = sorted(number for number in self._published if number >= count)
         if beyond:
             raise OutputExistsError(
                 f"`{self.path}/{self._name(beyond[0])}` has answers to lines that the input no longer has",
@@ -178,7 +184,7 @@ class PartFolder:
             )
 
     def _check(self, overwrite: bool) -> None:
-        """Note which parts are there; what is no part stays, and is refused."""
+        """Note which parts are there, and which of them will be overwritten; what is no part is refused."""
         found = [name for name in self._names() if not is_staged(name)]
         strange = [name for name in found if not _NAME.fullmatch(name)]
         other = [name for name in found if not name.endswith(f".{self._form}") and not name.startswith(".")]
@@ -186,15 +192,18 @@ class PartFolder:
             raise OutputExistsError(
                 f"output exists: `{self.path}` holds `{(strange or other)[0]}`", "choose another --output"
             )
-        if overwrite:
-            for name in found:
-                if self._store is None:
-                    (self._spool / name).unlink()
-                else:
-                    self._store.delete_file(f"{self._folder}/{name}")
-            found = []
-        names = [name for name in found if not name.startswith(".")]
+        self._old = found if overwrite else []
+        names = [name for name in found if not name.startswith(".") and name not in self._old]
         self._published = {int(match[1]) for name in names if (match := _NAME.fullmatch(name))}
+
+    def _remove(self, name: str) -> None:
+        try:
+            if self._store is None:
+                (self._spool / name).unlink()
+            else:
+                self._store.delete_file(f"{self._folder}/{name}")
+        except OSError as error:
+            raise ResourceError(f"cannot remove `{self.path}/{name}`: {error.strerror or error}") from error
 
     def _names(self) -> Iterator[str]:
         if self._store is None:

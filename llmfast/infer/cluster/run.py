@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -82,36 +83,28 @@ def answer_folder(
     folder = PartFolder(output, form, source.has_whole_ids(), overwrite)
     summary = Summary(input_files, output, bundle.manifest.task)
     ask_for_grace(SHUTDOWN_S + GRACE_S)
-    pool = Pool(find_cluster(cluster.address), cluster.workers, cluster.threads)
     run = _Run(source, folder, summary, cluster.part_lines)
-    try:
-        pool.open(bundle.path.resolve(), digest, provider, batch_size, work.window, options)
-        plan = pool.plan
-        workers, threads = (f"{'s' if count > 1 else ''}" for count in (plan.workers, plan.threads))
-        note(f"{plan.workers} worker{workers} of {plan.threads} thread{threads}")
-        lines = source.read(text_field(bundle), work.fields, digest)
-        start = time.perf_counter()
-        with progress("answering") as advance:
-            for chunk, outcomes in pool.answers(run.chunks(lines, pool.chunk_lines)):
-                run.settle(chunk, outcomes)
-                seconds = time.perf_counter() - start
-                advance(len(outcomes), f"answering, {run.generated_tokens / seconds:.0f} tokens/s")
-        summary.seconds = time.perf_counter() - start
-        summary.figures = run.figures(pool)
-        folder.close(run.parts)
-    except BaseException:
-        run.close()
-        lost = run.count_lost()
-        if kept := summary.answered - lost:
-            note(f"note: {kept} answers are in `{output}`; the same command goes on from there")
-        if lost:
-            note(f"note: {lost} answers in parts that were not complete are lost; with smaller --part-lines fewer are")
-        raise
-    finally:
-        pool.close()
-        folder.close()
+    with closing(folder), closing(Pool(find_cluster(cluster.address), cluster.workers, cluster.threads)) as pool:
+        try:
+            pool.open(bundle.path.resolve(), digest, provider, batch_size, work.window, options)
+            plan = pool.plan
+            workers, threads = (f"{'s' if count > 1 else ''}" for count in (plan.workers, plan.threads))
+            note(f"{plan.workers} worker{workers} of {plan.threads} thread{threads}")
+            lines = source.read(text_field(bundle), work.fields, digest)
+            start = time.perf_counter()
+            with progress("answering") as advance:
+                for chunk, outcomes in pool.answers(run.chunks(lines, pool.chunk_lines)):
+                    run.settle(chunk, outcomes)
+                    seconds = time.perf_counter() - start
+                    advance(len(outcomes), f"answering, {run.generated_tokens / seconds:.0f} tokens/s")
+            summary.seconds = time.perf_counter() - start
+            summary.figures = run.figures(pool)
+        except BaseException:
+            run.give_up()
+            raise
     if not summary.lines:
         raise InputError(f"no text in `{input_files}`", "it is empty or blank")
+    folder.check_end(run.parts)
     return summary
 
 
@@ -170,11 +163,12 @@ class _Run:
             }
         return figures | {"texts_per_s": self._summary.answered / seconds}
 
-    def count_lost(self) -> int:
-        """Return how many answers of this run the next one will not find."""
-        return 0 if self._folder.keeps_halves else sum(part.written for part in self._open)
-
-    def close(self) -> None:
-        """Let go of the parts that are not complete."""
+    def give_up(self) -> None:
+        """Let go of the parts that are not complete, and say what the next run will find."""
         for part in self._open:
             part.close()
+        lost = 0 if self._folder.keeps_halves else sum(part.written for part in self._open)
+        if kept := self._summary.answered - lost:
+            note(f"note: {kept} answers are in `{self._summary.output}`; the same command goes on from there")
+        if lost:
+            note(f"note: {lost} answers in parts that were not complete are lost; with smaller --part-lines fewer are")
