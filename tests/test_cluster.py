@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from llmfast.bundle import ModelBundle
 from llmfast.cli import app
-from llmfast.errors import InputError, OptionError, OutputExistsError, UnsupportedError
+from llmfast.errors import InputError, NativeCrashError, OptionError, OutputExistsError, UnsupportedError
 from llmfast.infer.cluster import pool as pool_module
 from llmfast.infer.cluster.parts import Part, PartFolder
 from llmfast.infer.cluster.pool import Plan, Pool, plan_workers
@@ -28,7 +28,7 @@ from llmfast.infer.cluster.run import ClusterOptions, answer_folder
 from llmfast.infer.cluster.source import find_source
 from llmfast.infer.cluster.worker import LineWorker
 from llmfast.infer.jsonl import Line
-from llmfast.infer.many import answer_file, settings_digest
+from llmfast.infer.many import Summary, answer_file, settings_digest
 from tests.ray_cluster import Cluster
 
 TWO = ClusterOptions(workers=2, threads=1, part_lines=16)
@@ -298,7 +298,6 @@ def test_a_line_that_kills_its_workers_is_given_up_alone(
     fp32_bundle: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(pool_module, "Actor", _Mortal)
     lines = [{"prompt": "die" if number == 37 else str(number)} for number in range(80)]
@@ -307,7 +306,7 @@ def test_a_line_that_kills_its_workers_is_given_up_alone(
     assert [record["answer"] for record in _answers(tmp_path / "out")] == [
         str(number) for number in range(80) if number != 37
     ]
-    assert (summary.answered, summary.failed, summary.figures["deaths"]) == (79, 1, 3)
+    assert (summary.answered, summary.failed, summary.crashed, summary.figures["deaths"]) == (79, 1, 1, 3)
     assert summary.errors == [{"line": 38, "error": "3 workers died while answering it"}]
 
 
@@ -378,6 +377,19 @@ def test_when_a_node_dies_its_rows_are_answered_once_elsewhere(
     assert _without_keys(records) == _without_keys(_locally(fp32_bundle, lines, tmp_path))
     assert (summary.answered, summary.failed, summary.figures["deaths"]) == (120, 0, 1)
     assert re.search(r"a worker died; its [1-9]\d* lines", capsys.readouterr().err)
+
+
+def test_lines_that_killed_their_workers_are_no_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object, **__: object) -> Summary:
+        summary = Summary("in", "out", "text-generation", lines=3, figures={"texts_per_s": 1.0})
+        summary.fail(Line(1, 1, {}, place="`in`: line 1"), InputError("`prompt` is not a text"))
+        summary.fail(Line(2, 2, {}, place="`in`: line 2"), NativeCrashError("3 workers died while answering it"))
+        return summary
+
+    monkeypatch.setattr("llmfast.infer.cluster.run.answer_folder", crash)
+    result = CliRunner().invoke(app, ["infer", "model", "--input", "in", "-o", "out", "--engine", "ray"])
+    assert result.exit_code == NativeCrashError.exit_code
+    assert "no answer to 2 of the 3 lines of `in`: workers died while answering 1 of them" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -263,18 +263,21 @@ def _answer_folder(
 
 
 def _print_summary(summary: Any, output_format: str) -> None:
-    from llmfast.errors import InputError
+    from llmfast.errors import InputError, NativeCrashError
     from llmfast.infer.many import spell
 
     if output_format == "text":
         report.out(spell(summary))
     else:
         report.out(report.to_json(summary.document(), indent=2 if output_format == "json" else None))
-    if summary.failed:
-        raise InputError(
-            f"no answer to {summary.failed} of the {summary.lines} lines of `{summary.input}`",
-            "mend them where they are, then run the same command again: it answers only those",
+    message = f"no answer to {summary.failed} of the {summary.lines} lines of `{summary.input}`"
+    if summary.crashed:
+        raise NativeCrashError(
+            f"{message}: workers died while answering {summary.crashed} of them",
+            "the same command tries only those again; `llmfast infer` with one of them alone shows why",
         )
+    if summary.failed:
+        raise InputError(message, "mend them where they are, then run the same command again: it answers only those")
 
 
 def _read_texts(texts: list[str] | None, input_file: Path | None, option: str) -> list[str]:

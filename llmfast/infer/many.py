@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmfast.bundle import MANIFEST, TEXT_GENERATION, UNKNOWN_TASK, ModelBundle, sha256
-from llmfast.errors import InputError, LlmfastError, OptionError
+from llmfast.errors import InputError, LlmfastError, NativeCrashError, OptionError
 from llmfast.infer.jsonl import AnswerFile, Line, read_lines
 from llmfast.infer.many_prompts import Prompts
 from llmfast.infer.many_texts import Texts
@@ -67,6 +67,7 @@ class Summary:
         answered: lines answered by this run.
         answered_before: lines answered by an earlier run of the same command.
         failed: lines without an answer.
+        crashed: of these, lines whose workers died while answering them.
         errors: their numbers and the reasons, of the first thousand.
         seconds: time of answering, without the time to plan and to open the model.
         figures: counts and speeds of the task.
@@ -79,6 +80,7 @@ class Summary:
     answered: int = 0
     answered_before: int = 0
     failed: int = 0
+    crashed: int = 0
     errors: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     figures: dict[str, Any] = field(default_factory=dict)
@@ -86,6 +88,7 @@ class Summary:
     def fail(self, line: Line, error: LlmfastError) -> None:
         """Count a line without an answer, and say why."""
         self.failed += 1
+        self.crashed += isinstance(error, NativeCrashError)
         reason = error.message.removeprefix(f"{line.place}: ")
         note(f"no answer: {line.place}: {reason}")
         if len(self.errors) < _LISTED:
