@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 import llmfast
 from llmfast.bundle import TEXT_GENERATION, UNKNOWN_TASK, Manifest, ModelBundle, Step, read_json
 from llmfast.errors import InputError, UnsafeInputError
@@ -40,7 +42,7 @@ def describe(folder: Path, model: Path) -> Manifest:
     has_cache = any(name.startswith("past") for name in inputs)
     takes_text = "input_ids" in inputs and "logits" in outputs and _SEQ2SEQ_INPUT not in inputs
     if takes_text and (has_cache or _is_causal(config)):
-        return Manifest(TEXT_GENERATION, architecture=_architecture(folder, config), graphs=graphs)
+        return Manifest(TEXT_GENERATION, architecture=_architecture(folder, config, graph), graphs=graphs)
     return Manifest(UNKNOWN_TASK, graphs=graphs)
 
 
@@ -51,28 +53,18 @@ def can_adopt(bundle: ModelBundle) -> bool:
 
 
 def adopt(bundle: ModelBundle, model: OnnxModel) -> tuple[ModelBundle, OnnxModel]:
-    """Return a decoder for which `can_adopt` holds as if llmfast had exported it: facts and graph.
+    """Return a decoder for which `can_adopt` holds as if llmfast had exported it: lineage and graph.
 
     Raises:
         UnsupportedError: the graph lacks what llmfast's decoder graph needs.
     """
-    adapted = adapt(model)
-    limits = [bundle.manifest.architecture.get("context_length"), context_length(model)]
-    context = min((limit for limit in limits if limit), default=None)
-    logits = next(value for value in adapted.proto.graph.output if value.name == "logits")
-    facts = {"context_length": context, "vocab_size": logits.type.tensor_type.shape.dim[2].dim_value}
     step = Step(
         stage="import",
         method=model.proto.producer_name or "unknown",
         options={"producer_version": model.proto.producer_version},
         versions={"llmfast": llmfast.__version__},
     )
-    manifest = replace(
-        bundle.manifest,
-        architecture={**bundle.manifest.architecture, **{key: value for key, value in facts.items() if value}},
-        lineage=(step,),
-    )
-    return replace(bundle, manifest=manifest), adapted
+    return replace(bundle, manifest=replace(bundle.manifest, lineage=(step,))), adapt(model)
 
 
 def _is_causal(config: dict[str, Any]) -> bool:
@@ -80,8 +72,8 @@ def _is_causal(config: dict[str, Any]) -> bool:
     return isinstance(classes, list) and any(str(name).endswith("ForCausalLM") for name in classes)
 
 
-def _architecture(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return `context_length` and `eos_token_id`, where the config files tell them."""
+def _architecture(folder: Path, config: dict[str, Any], graph: onnx.GraphProto) -> dict[str, Any]:
+    """Return `context_length`, `eos_token_id` and `vocab_size`, where config files or the graph tell them."""
     settings = _read(folder / "genai_config.json")
     _refuse_libraries(folder / "genai_config.json", settings)
     genai = settings.get("model")
@@ -89,10 +81,15 @@ def _architecture(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     contexts = [genai.get("context_length"), *(config.get(key) for key in _CONTEXT_KEYS)]
     context = next((context for context in contexts if context is not None), None)
-    if context is not None:
-        if type(context) is not int or context < 1:
-            raise InputError(f"the config files of `{folder}` say that the context holds {context!r} tokens")
-        found["context_length"] = context
+    if context is not None and (type(context) is not int or context < 1):
+        raise InputError(f"the config files of `{folder}` say that the context holds {context!r} tokens")
+    # Where the graph has no positions for it the context ends, whatever the config files say.
+    limits = [limit for limit in (context, context_length(graph)) if limit is not None]
+    if limits:
+        found["context_length"] = min(limits)
+    logits = next(value.type.tensor_type.shape.dim for value in graph.output if value.name == "logits")
+    if len(logits) == 3 and logits[2].dim_value:
+        found["vocab_size"] = logits[2].dim_value
     if "eos_token_id" in genai:
         found["eos_token_id"] = genai["eos_token_id"]
     return found

@@ -115,6 +115,15 @@ def test_what_can_not_be_answered_is_refused_at_once(lanes: Lanes) -> None:
     assert lanes.wait() == []
 
 
+def test_what_can_not_be_answered_fails_alone_among_others(lanes: Lanes) -> None:
+    requests = _requests(4)
+    requests.insert(2, Request("bad", np.array([TOKENS + 5]), 4))
+    last = {event.id: event for event in lanes.answer(iter(requests)) if event.is_last}
+    assert isinstance(last.pop("bad").error, InputError)
+    assert len(last) == 4
+    assert all(event.generation for event in last.values())
+
+
 def test_what_fails_in_a_lane_is_raised_and_ends_all(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     before = _threads()
     prefill = SlabRows.prefill

@@ -20,12 +20,15 @@ from llmfast.graph.skeleton import read_skeleton
 from llmfast.infer.batch import Batch, Request
 from llmfast.infer.engine import Engine
 from llmfast.infer.growing import GrowingEngine
+from llmfast.infer.many import answer_file
 from llmfast.infer.opening import open_decoder
 from llmfast.infer.rows import OneRow
 from llmfast.infer.stage import infer
 from llmfast.quantize.stage import QuantizeOptions, quantize
+from llmfast.serve.model import ServedModel
 from llmfast.tokenizer import Tokenizer
 from tests.exporters import export_growing, merge, rounded, write_genai, write_unmasked
+from tests.tiny_prompts import write_lines
 
 GENAI = {"fp32": {}, "position_ids": {"positions": True}, "int4": {"bits": 4}, "fp16": {"bits": 16}}
 GROWING = ("growing", "merged")
@@ -230,6 +233,19 @@ def test_context_is_no_longer_than_the_rotary_table(folders, tmp_path):
     assert open_decoder(ModelBundle.open(folder)).capacity == 100
     (folder / "genai_config.json").unlink()
     assert open_decoder(ModelBundle.open(folder)).capacity == 512
+
+
+@pytest.mark.parametrize("config", ['{"model": {"context_length": 1000000000}}', "{}"])
+def test_files_and_the_server_go_by_the_limits_of_the_graph(folders, tmp_path, config):
+    folder = shutil.copytree(folders("fp32"), tmp_path / "model")
+    (folder / "genai_config.json").write_text(config)
+    source = write_lines(tmp_path / "p.jsonl", {"prompt": "ab c"}, {"prompt": "a " * 600})
+    summary = answer_file(folder, source, tmp_path / "a.jsonl", threads=1, max_tokens=3)
+    assert summary.answered == 1
+    assert [one["line"] for one in summary.errors] == [2]
+    assert "the context holds 512" in summary.errors[0]["error"]
+    assert ServedModel(folder, "cpu", 1, None, None).describe().capacity == 512
+    assert ModelBundle.open(folder).manifest.architecture["vocab_size"] == 320
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,11 @@ def adapt(model: OnnxModel) -> OnnxModel:
     return OnnxModel(proto, model.path)
 
 
-def context_length(model: OnnxModel) -> int | None:
-    """Return the positions that the rotary tables of all layers hold, None when there is no such table."""
-    tables = [node.input[7] for node in _attention_nodes(model.proto.graph) if len(node.input) > 7]
-    return min((model.initializers[name].dims[0] for name in tables if name in model.initializers), default=None)
+def context_length(graph: onnx.GraphProto) -> int | None:
+    """Return the positions that the rotary tables of all layers hold, None when there is none; reads no weights."""
+    tables = {node.input[7] for node in _attention_nodes(graph) if len(node.input) > 7}
+    shapes = [tensor.dims for tensor in graph.initializer if tensor.name in tables]
+    return min((dims[0] for dims in shapes if dims), default=None)
 
 
 def _attention_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
+from llmfast.errors import LlmfastError
 from llmfast.infer.batch import Batch, Counts, Event, Request
 from llmfast.infer.rows import Rows
 from llmfast.tokenizer import Tokenizer
@@ -100,6 +101,8 @@ class Lanes:
     def answer(self, requests: Iterator[Request | None]) -> Generator[Event, None, None]:
         """Yield what happens, until all requests have their last event; they are taken as rows fall free.
 
+        One that can't be answered has an event with the reason, as one that fails on its way.
+
         Args:
             requests: None among them is that there is none yet, and the end once all are answered.
         """
@@ -107,7 +110,10 @@ class Lanes:
             while True:
                 # One more for each lane, so that a row that falls free is filled at once.
                 while self.pending < self.rows + len(self._batches) and (request := next(requests, None)) is not None:
-                    self.submit(request)
+                    try:
+                        self.submit(request)
+                    except LlmfastError as error:
+                        yield Event(request.id, error=error)
                 if not self.pending:
                     return
                 yield from self.wait()
