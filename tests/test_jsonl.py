@@ -243,6 +243,14 @@ class Task:
         return [{"text": texts[i], "index": i, "answer": f"{question}: {texts[i]}"} for i in order]
 
 
+def test_a_line_says_what_does_not_hold_for_all(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many_texts.registry, "load", lambda *names: Task())
+    bundle, line = ModelBundle.open(tiny), Line(1, 1, {"context": "a"})
+    many_texts.Texts(bundle, "cpu", None, question="what").check(line)
+    with pytest.raises(InputError, match="`question` is missing"):
+        many_texts.Texts(bundle, "cpu", None).check(line)
+
+
 def test_lines_with_the_same_options_go_together_and_a_bad_one_fails_alone(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
