@@ -171,26 +171,30 @@ def with_fallback(provider: str, allow_fallback: bool) -> str:
 
 
 def suit_provider(bundle: ModelBundle, provider: str) -> str:
-    """Return the providers for a bundle, without one that is known to run its number format slowly.
+    """Return the providers for a bundle, without those that are known not to run it, or its number format slowly.
 
     Args:
         bundle: the model; what it was quantized to stands in its lineage.
         provider: as for `open_session`.
 
     Raises:
-        UnsupportedError: no other provider is allowed; the hint names the better format.
+        UnsupportedError: no other provider is allowed; the hint names the better provider or format.
     """
     first, _, others = provider.partition(",")
     plugin = registry.load("providers", first)
     slow = [form for form in _number_formats(bundle) if form in plugin.SLOW]
-    if not slow:
+    if first != "cpu" and {"encoder", "decoder"} <= bundle.graphs.keys():
+        message, hint = f"provider `{first}` can't run encoder-decoders yet", "use --provider cpu"
+    elif slow:
+        scheme, activations = slow[0]
+        message = f"`{bundle.name}` is {scheme} with {activations} activations, which {plugin.NAME} runs slowly"
+        hint = plugin.SLOW[scheme, activations]
+    else:
         return provider
-    scheme, activations = slow[0]
-    message = f"`{bundle.name}` is {scheme} with {activations} activations, which {plugin.NAME} runs slowly"
     if not others:
-        raise UnsupportedError(message, plugin.SLOW[scheme, activations])
+        raise UnsupportedError(message, hint)
     note(f"note: {message}; going on with {others}")
-    return others
+    return suit_provider(bundle, others)
 
 
 def _number_formats(bundle: ModelBundle) -> list[tuple[str, str]]:

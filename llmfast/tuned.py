@@ -81,12 +81,16 @@ def settings_for(
 def settings_path(bundle: ModelBundle, provider: str) -> Path:
     """Return the file that the settings for a model on this machine are in.
 
+    Args:
+        bundle: the model.
+        provider: as for `open_session`; of several the first, which they were found for.
+
     Raises:
         UnsupportedError: the model has no manifest.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
-    key = json.dumps([_machine(), bundle.digest, provider], sort_keys=True)
+    key = json.dumps([_machine(), bundle.digest, provider.partition(",")[0]], sort_keys=True)
     return folder / "llmfast" / "sessions" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 

@@ -15,9 +15,11 @@ from llmfast.bundle import Manifest, ModelBundle, Step
 from llmfast.cli import app
 from llmfast.doctor import stage
 from llmfast.errors import OptionError, UnsupportedError
+from llmfast.infer.many import open_work
 from llmfast.processor import saturates_int8
 from llmfast.providers import openvino
 from llmfast.runtime import open_session, placement, suit_provider, with_fallback
+from llmfast.serve.model import ServedModel
 from tests.tiny_decoder import write_bundle
 
 
@@ -164,3 +166,22 @@ def test_formats_that_a_provider_runs_slowly_are_refused(
     assert suit_provider(_quantized(bundle, "int8:rtn", int8={"activations": "static"}), "openvino") == "openvino"
     assert suit_provider(_quantized(bundle, "int4:gptq", int4={"block_size": 32}), "cuda") == "cuda"
     assert suit_provider(bundle, "cuda,cpu") == "cuda,cpu"
+
+
+def test_files_and_the_server_refuse_slow_formats_too(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    dynamic = _quantized(bundle, "int8:rtn", int8={"activations": "dynamic"})
+    monkeypatch.setattr(ModelBundle, "open", lambda path: dynamic)
+    with pytest.raises(UnsupportedError, match="int8 with dynamic activations"):
+        open_work(dynamic, "cuda", 1, None)
+    with pytest.raises(UnsupportedError, match="int8 with dynamic activations"):
+        ServedModel(dynamic.path, "cuda", 1, None, None)
+
+
+def test_encoder_decoders_fall_back_to_the_cpu(bundle: ModelBundle, capsys: pytest.CaptureFixture[str]) -> None:
+    graphs = {role: {"file": f"{role}.onnx"} for role in ("encoder", "decoder")}
+    pair = ModelBundle(bundle.path, Manifest("translation", graphs=graphs), bundle.model)
+    assert suit_provider(pair, "cpu") == "cpu"
+    assert suit_provider(pair, "cuda,openvino,cpu") == "cpu"
+    assert "`cuda` can't run encoder-decoders yet; going on with openvino,cpu" in capsys.readouterr().err
+    with pytest.raises(UnsupportedError, match="`cuda` can't run encoder-decoders"):
+        suit_provider(pair, "cuda")

@@ -179,6 +179,7 @@ def test_another_machine_or_model_has_other_settings(
     path = settings_path(bundle, "cpu")
     assert settings_path(ModelBundle.open(fp32_bundle), "cpu") != path
     assert settings_path(bundle, "cuda") != path
+    assert settings_path(bundle, "cuda,cpu") == settings_path(bundle, "cuda")
     monkeypatch.setattr("llmfast.tuned.usable_cores", lambda: 99)
     assert settings_path(bundle, "cpu") != path
 

@@ -18,6 +18,7 @@ from llmfast.infer.many_prompts import Prompts
 from llmfast.infer.many_texts import Texts
 from llmfast.infer.stage import check_options, text_option
 from llmfast.report import note, progress
+from llmfast.runtime import suit_provider
 
 # Reasons that the JSON document holds; there may be a million, and all are printed.
 _LISTED = 1000
@@ -204,8 +205,10 @@ def open_work(
 
     Raises:
         OptionError: an option that the task, or a file of its texts, does not have.
+        UnsupportedError: the provider is known not to run the model, or its number format slowly.
     """
     check_options(bundle, options)
+    provider = suit_provider(bundle, provider)
     if bundle.manifest.task in (TEXT_GENERATION, UNKNOWN_TASK):
         return Prompts(bundle, provider, threads, batch_size, neighbours, **options)
     return Texts(bundle, provider, threads, **options)

@@ -18,6 +18,7 @@ from llmfast.infer.memory import DEFAULT_ROWS
 from llmfast.infer.opening import open_lanes
 from llmfast.infer.requests import RequestReader
 from llmfast.kept import keeping
+from llmfast.runtime import suit_provider
 from llmfast.tokenizer import Tokenizer
 
 FEATURE_EXTRACTION = "feature-extraction"
@@ -61,7 +62,7 @@ class ServedModel:
 
     Raises:
         OptionError: a context that the model does not have, or one for a model that has no batch.
-        UnsupportedError: the model has another task.
+        UnsupportedError: the model has another task, or the provider is known to run its number format slowly.
         ResourceError: the KV cache does not fit.
     """
 
@@ -69,7 +70,7 @@ class ServedModel:
         self, path: Path, provider: str, threads: int | None, batch_size: int | None, context_length: int | None
     ) -> None:
         self._bundle = ModelBundle.open(path)
-        self._provider, self._threads = provider, threads
+        self._provider, self._threads = suit_provider(self._bundle, provider), threads
         task = self._bundle.manifest.task
         self._task = TEXT_GENERATION if task == UNKNOWN_TASK else task
         self._kept = ExitStack()
