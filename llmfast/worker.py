@@ -72,7 +72,7 @@ class Worker:
             pickle.dump(message, self._process.stdin)
             self._process.stdin.flush()
             answer, failure = pickle.load(self._process.stdout)
-        except (BrokenPipeError, EOFError) as error:
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:  # it may die in the middle of an answer
             raise self._death() from error
         if failure is not None:
             raise failure

@@ -73,6 +73,18 @@ def test_death_is_told_by_its_signal(worker: Worker, number: int, error: type, r
         worker.call("die", number)
 
 
+def test_death_in_the_middle_of_an_answer_is_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import os, pickle, signal, sys\n"
+        "pickle.load(sys.stdin.buffer)\n"
+        "os.write(1, pickle.dumps((bytes(1 << 20), None))[:1000])\n"
+        "os.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    monkeypatch.setattr("llmfast.worker._BOOT", program)
+    with pytest.raises(NativeCrashError, match="crashed with SIGSEGV"):
+        Worker("tests.test_worker:Held", 1)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux's")
 def test_child_dies_with_its_parent() -> None:
     program = (
