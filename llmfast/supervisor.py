@@ -184,7 +184,7 @@ class _Parent:
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
-        self._kill_at = time.monotonic() + self._board.numbers[0]
+        self._kill_at = min(self._kill_at, time.monotonic() + self._board.numbers[0])
         if self._child and not (number == signal.SIGINT and _is_in_foreground()):  # a terminal tells both of Ctrl-C
             self._send(number)
 
