@@ -168,7 +168,7 @@ def test_embeddings_are_those_of_infer(tmp_path: Path) -> None:
             asked = lambda _: httpx.post(f"{server.url}/v1/embeddings", json={"input": texts}, timeout=60)  # noqa: E731
             codes = sorted(answer.status_code for answer in pool.map(asked, range(6)))
         assert codes == [200] * 5 + [500]
-        assert server.figure("llmfast_model_restarts") == 1
+        assert server.figure("llmfast_model_restarts_total") == 1
         server.wait_for("llmfast_requests_active", 0)
         for _ in range(3):
             os.kill(processes(server)[-1], signal.SIGSEGV)

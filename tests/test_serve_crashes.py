@@ -34,7 +34,7 @@ def test_a_crash_of_the_model_is_answered_and_mended(bundle: Path) -> None:
             with pytest.raises(openai.InternalServerError):
                 chat(server, "hello", max_tokens=8)
             assert chat(server, "hello", max_tokens=8).choices[0].message.content == expected
-            assert server.figure("llmfast_model_restarts") == restarts
+            assert server.figure("llmfast_model_restarts_total") == restarts
         os.kill(processes(server)[-1], signal.SIGSEGV)
         with contextlib.suppress(openai.APIError):
             chat(server, "hello", max_tokens=8)
@@ -53,7 +53,7 @@ def test_an_exception_of_onnx_runtime_is_answered_as_often_as_it_comes(tmp_path:
             with pytest.raises(openai.InternalServerError):
                 server.client().embeddings.create(model="encoder", input="by")
             assert len(server.client().embeddings.create(model="encoder", input="cat").data) == 1
-            assert server.figure("llmfast_model_restarts") == restarts
+            assert server.figure("llmfast_model_restarts_total") == restarts
         assert any("the model failed: " in line for line in server.lines)
         assert "Traceback" not in "".join(server.lines)
 
@@ -81,6 +81,8 @@ def test_a_turn_that_fails_is_told_to_those_in_it_and_the_next_one_is_answered(m
 
     async def ask() -> None:
         scheduler = scheduler_module.Scheduler(lambda: _Failing(failures), 9, 9)  # type: ignore[arg-type,return-value]
+        restarts = []
+        scheduler.restarted = lambda: restarts.append(1)
         for _ in range(3):
             hit = scheduler.submit({})
             turns = asyncio.create_task(scheduler.run())
@@ -90,7 +92,7 @@ def test_a_turn_that_fails_is_told_to_those_in_it_and_the_next_one_is_answered(m
             assert answered.generation is not None
             turns.cancel()
             failures.append(RuntimeError("Traceback\nonnxruntime: out of bounds"))
-        assert len(scheduler.restarts) == 3
+        assert len(restarts) == 3
         scheduler.close()
 
     asyncio.run(ask())

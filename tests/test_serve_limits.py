@@ -1,5 +1,6 @@
 """The server's limits: who may ask, how much, how long, and what clients that misbehave leave behind."""
 
+import asyncio
 import contextlib
 import errno
 import gzip
@@ -10,15 +11,19 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from llmfast.serve import stage as serve_stage
+from llmfast.serve.model import Facts
+from llmfast.serve.scheduler import BusyError, Scheduler
 from tests.serving import Server, chat, copy_with_template, processes, serving
 
 
@@ -31,6 +36,43 @@ def bundle(fp32_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(bundle: Path) -> Iterator[Server]:
     with serving(bundle, "--batch-size", "4", "--max-tokens", "400") as running:
         yield running
+
+
+class _Slow:
+    """A worker that has vectors when it is let, in the place of one that runs a model."""
+
+    def __init__(self) -> None:
+        self.is_let = threading.Event()
+
+    def call(self, method: str, *_: Any) -> Any:
+        if method == "describe":
+            return Facts("fake", "feature-extraction", 1, 10, "embeddings")
+        assert self.is_let.wait(60)
+        return [[0.0]], 1
+
+    def close(self) -> None:
+        pass
+
+
+def test_texts_wait_until_it_is_their_turn() -> None:
+    async def ask() -> None:
+        worker = _Slow()
+        scheduler = Scheduler(lambda: worker, 2, 60)  # type: ignore[arg-type,return-value]
+        asked = [asyncio.create_task(scheduler.embed(["text"])) for _ in range(3)]
+
+        async def begin() -> None:
+            while (scheduler.active, scheduler.waiting) != (1, 2):
+                await asyncio.sleep(0)
+
+        await asyncio.wait_for(begin(), 10)
+        with pytest.raises(BusyError):
+            await scheduler.embed(["text"])
+        worker.is_let.set()
+        assert await asyncio.gather(*asked) == [([[0.0]], 1)] * 3
+        assert (scheduler.active, scheduler.waiting) == (0, 0)
+        scheduler.close()
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class Figures:
     """What Prometheus reads. A registry of its own, so that several servers can be in one process.
 
     Args:
-        scheduler: says how many wait and are answered.
+        scheduler: says how many wait and are answered, and when the model is started again.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -62,10 +62,11 @@ class Figures:
         self.prompt_tokens = Counter("llmfast_prompt_tokens", "Tokens of prompts", registry=self.registry)
         self.generated_tokens = Counter("llmfast_generated_tokens", "Tokens of answers", registry=self.registry)
         self.ttft = Histogram("llmfast_ttft_seconds", "Request to first token", registry=self.registry)
+        restarts = Counter("llmfast_model_restarts", "Restarts of the model's process", registry=self.registry)
+        scheduler.restarted = restarts.inc
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "llmfast_requests_waiting": ("Requests without a row", lambda: scheduler.waiting),
             "llmfast_requests_active": ("Requests being answered", lambda: scheduler.active),
-            "llmfast_model_restarts": ("Restarts of the model's process", lambda: len(scheduler.restarts)),
         }
         for name, (text, read) in gauges.items():
             Gauge(name, text, registry=self.registry).set_function(read)

@@ -75,7 +75,7 @@ class Scheduler:
         facts: of the model.
         failure: why nothing is answered any more.
         give_up: called then.
-        restarts: when the child was started again, monotonic seconds, in the last minute.
+        restarted: called when the child is to be started again.
 
     Args:
         open_worker: starts the child process with a `ServedModel`; takes seconds.
@@ -91,11 +91,12 @@ class Scheduler:
     ) -> None:
         self._open_worker = open_worker
         self.give_up: Callable[[], None] = lambda: None
+        self.restarted: Callable[[], None] = lambda: None
         self._queue_size, self._queue_timeout_s = queue_size, queue_timeout_s
         self._worker = open_worker()
         self.facts: Facts = self._worker.call("describe")
         self.failure: BaseException | None = None
-        self.restarts: list[float] = []
+        self._restarts: list[float] = []  # of the last minute, monotonic seconds
         self._thread = ThreadPoolExecutor(1, "model")
         self._ids = itertools.count()
         self._waiting: deque[Ticket] = deque()
@@ -103,18 +104,18 @@ class Scheduler:
         self._cancelled: list[int] = []
         self._wake = asyncio.Event()
         self._closed = False
-        self._embedding = 0
+        self._waiting_texts = 0  # requests for vectors whose turn has not come
         self._turn = asyncio.Lock()  # of embeddings: the next one waits until a crashed model is there again
 
     @property
     def waiting(self) -> int:
-        """Requests without a row."""
-        return len(self._waiting)
+        """Requests without a row, or whose turn has not come."""
+        return len(self._waiting) + self._waiting_texts
 
     @property
     def active(self) -> int:
         """Requests that are being answered."""
-        return len(self._active) + self._embedding
+        return len(self._active) + self._turn.locked()
 
     def submit(self, fields: Mapping[str, Any], in_pieces: bool = True) -> Ticket:
         """Queue a request.
@@ -152,18 +153,16 @@ class Scheduler:
             ExpiredError: waited too long for its turn.
             LlmfastError: as the model raises it.
         """
-        self._check_open(self._embedding - 1)
-        self._embedding += 1
+        self._check_open(self._waiting_texts - (not self._turn.locked()))
+        self._waiting_texts += 1
         try:
             await asyncio.wait_for(self._turn.acquire(), self._queue_timeout_s)
         except TimeoutError:
-            self._embedding -= 1
             raise ExpiredError from None
-        except asyncio.CancelledError:
-            self._embedding -= 1
-            raise
+        finally:
+            self._waiting_texts -= 1
         call = asyncio.ensure_future(self._call(lambda: self._embed(texts)))
-        call.add_done_callback(self._embedded)
+        call.add_done_callback(lambda _: self._turn.release())
         found: tuple[list[list[float]], int] = await asyncio.shield(call)
         return found
 
@@ -250,20 +249,17 @@ class Scheduler:
         self._fail(active, error)
         self._cancelled.clear()
         now = time.monotonic()
-        self.restarts = [*(then for then in self.restarts if then > now - _RESTART_WINDOW_S), now]
-        if is_crash and len(self.restarts) > _MOST_RESTARTS:
+        self._restarts = [*(then for then in self._restarts if then > now - _RESTART_WINDOW_S), now]
+        if is_crash and len(self._restarts) > _MOST_RESTARTS:
             raise error
-        await asyncio.sleep(_BACKOFF_S * 2 ** min(len(self.restarts) - 1, _MOST_RESTARTS))
+        self.restarted()
+        await asyncio.sleep(_BACKOFF_S * 2 ** min(len(self._restarts) - 1, _MOST_RESTARTS))
         self._worker.close()
         self._worker = await asyncio.get_running_loop().run_in_executor(self._thread, self._open_worker)
 
     def _embed(self, texts: Sequence[str]) -> tuple[list[list[float]], int]:
         found: tuple[list[list[float]], int] = self._worker.call("embed", texts)
         return found
-
-    def _embedded(self, call: "asyncio.Future[Any]") -> None:
-        self._embedding -= 1
-        self._turn.release()
 
     def _end(self, error: BaseException) -> None:
         self._closed, self.failure = True, self.failure or error
