@@ -114,6 +114,13 @@ def test_impossible_requests_name_the_field(settings: dict[str, Any], param: str
     assert "Traceback" not in refusal.value.message
 
 
+def test_the_other_name_of_the_limit_counts_where_the_first_is_null(server: Server) -> None:
+    answer = chat(server, "hello", max_tokens=3, extra_body={"max_completion_tokens": None})
+    assert answer.usage.completion_tokens == 3
+    with pytest.raises(openai.BadRequestError, match="`max_tokens` must be"):
+        chat(server, "hello", max_tokens=0, extra_body={"max_completion_tokens": None})
+
+
 def test_another_model_is_not_there(server: Server) -> None:
     with pytest.raises(openai.NotFoundError, match="`tiny`"):
         server.client().chat.completions.create(model="gpt", messages=[{"role": "user", "content": "x"}])
@@ -161,6 +168,10 @@ def test_embeddings_are_those_of_infer(tmp_path: Path) -> None:
         assert server.figure("llmfast_prompt_tokens_total") == 10
         with pytest.raises(openai.BadRequestError, match="input"):
             server.client().embeddings.create(model="encoder", input=[])
+        for name in ("input_type", "temperature"):
+            with pytest.raises(openai.BadRequestError, match=f"unknown field `{name}`"):
+                server.client().embeddings.create(model="encoder", input="x", extra_body={name: 1})
+        assert server.client().embeddings.create(model="encoder", input="by", user="me", encoding_format="float").data
         with pytest.raises(openai.NotFoundError, match="feature-extraction"):
             chat(server, "x")
         os.kill(processes(server)[-1], signal.SIGSEGV)

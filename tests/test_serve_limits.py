@@ -86,6 +86,10 @@ def test_texts_wait_until_it_is_their_turn() -> None:
         (b"{}", {"host": "evil.example"}, 403),
         (b"{}", {"origin": "http://evil.example"}, 403),
         (b"{}", {"origin": "null"}, 403),
+        (b"{}", {"origin": "http://["}, 403),
+        (b"{}", {"host": "["}, 403),
+        (b'{"\\ud800": 1}', {}, 400),
+        (b'{"model": "\\ud800"}', {}, 404),
     ],
 )
 def test_hostile_requests_are_refused_at_the_gate(

@@ -8,7 +8,7 @@ import base64
 import hmac
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -72,17 +72,17 @@ class Gate:
     def _check(self, scope: Scope) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get("host", "")
-        if self._names is not None and (urlsplit(f"//{host}").hostname or "") not in self._names:
+        if self._names is not None and (_split(f"//{host}").hostname or "") not in self._names:
             raise RefusedError(403, "this server does not answer to that name", kind="permission_error")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             raise RefusedError(403, "this server does not answer to other origins", kind="permission_error")
         if scope["path"] not in OPEN_PATHS:
             self._check_key(headers)
         if headers.get("content-encoding", "identity") != "identity":
             raise RefusedError(415, "compressed bodies are not taken")
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self._most_bytes:
+        if not length.isdecimal() or int(length) > self._most_bytes:
             raise self._too_large()
 
     def _check_key(self, headers: Mapping[str, str]) -> None:
@@ -114,3 +114,11 @@ class Gate:
 
     def _too_large(self) -> RefusedError:
         return RefusedError(413, f"body over {self._most_bytes} bytes")
+
+
+def _split(address: str) -> SplitResult:
+    """Return the parts of an address; what is none has no part."""
+    try:
+        return urlsplit(address)
+    except ValueError:  # a bracket without its other half, say
+        return urlsplit("")

@@ -14,6 +14,7 @@ import numpy as np
 
 from llmfast.infer.generate import Generation
 from llmfast.infer.sampling import SAMPLING_OPTIONS
+from llmfast.report import printable
 
 _MOST_STOPS = 4
 _MOST_TEXTS = 2048
@@ -34,7 +35,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
 }
-_KNOWN = {"model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop", *SAMPLING_OPTIONS}
+_TEXT_FIELDS = {"model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "stop", *SAMPLING_OPTIONS}
+_EMBEDDING_FIELDS = {"model", "input", "encoding_format", "dimensions"}
 # They change no answer: who asks, what for, how it is billed.
 _HARMLESS = {
     "user",
@@ -67,7 +69,9 @@ class RefusedError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.kind = status, message, param, kind
+        # A client may spell what UTF-8 can't: half of a surrogate pair.
+        self.message, self.param = printable(message), None if param is None else printable(param)
+        self.status, self.kind = status, kind
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
@@ -104,7 +108,7 @@ def read_ask(body: Mapping[str, Any], is_chat: bool, most_tokens: int) -> Ask:
         RefusedError: 400 with the field's name.
     """
     text_field = "messages" if is_chat else "prompt"
-    _check_fields(body, {text_field})
+    _check_fields(body, _TEXT_FIELDS | {text_field})
     fields: dict[str, Any] = {}
     if is_chat:
         fields["messages"] = _read_messages(body.get("messages"))
@@ -115,12 +119,13 @@ def read_ask(body: Mapping[str, Any], is_chat: bool, most_tokens: int) -> Ask:
         if not isinstance(prompt, str):
             raise RefusedError(400, "`prompt` must be one text", "prompt")
         fields["prompt"] = prompt
-    limit = body.get("max_completion_tokens", body.get("max_tokens"))
-    if limit is not None:
-        name = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-        if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= most_tokens:
-            raise RefusedError(400, f"`{name}` must be a whole number from 1 to {most_tokens}", name)
-    fields["max_new_tokens"] = limit if limit is not None else most_tokens
+    name = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
+    limit = body.get(name)
+    if limit is None:
+        limit = most_tokens
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= most_tokens:
+        raise RefusedError(400, f"`{name}` must be a whole number from 1 to {most_tokens}", name)
+    fields["max_new_tokens"] = limit
     stop = body.get("stop")
     stop = [stop] if isinstance(stop, str) else stop
     if stop is not None:
@@ -148,6 +153,7 @@ def read_texts(body: Mapping[str, Any]) -> tuple[list[str], bool]:
     Raises:
         RefusedError: 400 with the field's name.
     """
+    _check_fields(body, _EMBEDDING_FIELDS)
     texts = body.get("input")
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not 1 <= len(texts) <= _MOST_TEXTS:
@@ -223,9 +229,10 @@ def _usage(generation: Generation) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-def _check_fields(body: Mapping[str, Any], own: set[str]) -> None:
+def _check_fields(body: Mapping[str, Any], known: set[str]) -> None:
+    """Refuse what would change the answer and is not known."""
     for name, value in body.items():
-        if name in own | _KNOWN | _HARMLESS or value is None:
+        if name in known | _HARMLESS or value is None:
             continue
         if name not in _NEUTRAL:
             raise RefusedError(400, f"unknown field `{name[:64]}`", name[:64])
