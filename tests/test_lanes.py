@@ -258,7 +258,7 @@ def test_a_lane_has_enough_rows(threads: int, rows: int, lanes: int) -> None:
 
 def test_rows_are_not_divided_where_one_batch_is_asked_for(tiny: ModelBundle) -> None:
     rows, plan = open_rows(tiny, "cpu", 4, CAPACITY, 64, None)
-    assert rows.count == plan.rows == 32
+    assert rows.count == plan.rows == 64
 
 
 def test_counts_add_up() -> None:

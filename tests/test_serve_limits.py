@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 from llmfast.serve import stage as serve_stage
-from llmfast.serve.model import Facts
+from llmfast.serve.model import DEFAULT_ROWS, Facts, ServedModel
 from llmfast.serve.scheduler import BusyError, Scheduler
 from tests.serving import Server, chat, copy_with_template, processes, serving
 
@@ -30,6 +30,11 @@ from tests.serving import Server, chat, copy_with_template, processes, serving
 @pytest.fixture(scope="module")
 def bundle(fp32_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_with_template(fp32_bundle, tmp_path_factory.mktemp("served") / "tiny")
+
+
+@pytest.mark.parametrize(("batch_size", "rows"), [(None, DEFAULT_ROWS), (40, 40)])
+def test_as_many_requests_at_once_as_are_asked_for(bundle: Path, batch_size: int | None, rows: int) -> None:
+    assert ServedModel(bundle, "cpu", 1, batch_size, 64).describe().rows == rows
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from llmfast.graph.feeds import DTYPES, PAST
 from llmfast.infer.decoder import Decoder
 from llmfast.resources import available_memory, is_forced
 
-# Measured with SmolLM2 on two busy cores: 32 rows decode 3 (int8) to 6 (float32) times the tokens of one row; 64 hardly
-# more, since attention does not get cheaper. `scripts/bench_batch.py --batch-sizes` compares.
-DEFAULT_ROWS = 32
+# The more rows a step has the fewer steps read the weights, but attention reads each row's own cache: with SmolLM2 on
+# two cores 64 rows generate a tenth more than 32. `scripts/bench_batch.py --batch-sizes` compares.
+DEFAULT_ROWS = 64
 # Of the memory that is free, the share that is taken without being asked for.
 _SHARE = 0.5
 

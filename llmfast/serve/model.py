@@ -14,7 +14,6 @@ from llmfast.infer.batch import Event
 from llmfast.infer.decoder import context_length
 from llmfast.infer.jsonl import Line
 from llmfast.infer.lanes import Lanes
-from llmfast.infer.memory import DEFAULT_ROWS
 from llmfast.infer.opening import open_lanes
 from llmfast.infer.requests import RequestReader
 from llmfast.kept import keeping
@@ -24,6 +23,8 @@ from llmfast.tokenizer import Tokenizer
 FEATURE_EXTRACTION = "feature-extraction"
 # Positions of a row, for prompt and answer together, where the model would allow more.
 DEFAULT_CONTEXT = 4096
+# Requests answered at once, where nobody says how many: more would slow each other's tokens down.
+DEFAULT_ROWS = 32
 # A turn without news ends after so long, for requests that came meanwhile; one with news waits for more, since every
 # turn costs time on the cores that compute. Nobody waits for the first or the last token of an answer, though.
 _LONGEST_TURN_S, _GATHERING_S = 0.05, 0.02
@@ -57,7 +58,7 @@ class ServedModel:
         path: the bundle.
         provider: a name in `llmfast.providers`.
         threads: intra-op threads.
-        batch_size: requests at once; None chooses by the memory.
+        batch_size: requests at once; None takes `DEFAULT_ROWS`, or as many as fit half of the free memory.
         context_length: tokens of a prompt with its answer; None takes the model's, up to `DEFAULT_CONTEXT`.
 
     Raises:
@@ -139,7 +140,13 @@ class ServedModel:
         capacity = limit or min(longest, DEFAULT_CONTEXT)
         tokenizer = Tokenizer.load(self._bundle.path)
         rows, self._plan = open_lanes(
-            self._bundle, self._provider, self._threads, capacity, DEFAULT_ROWS, batch_size, fast_alone=True
+            self._bundle,
+            self._provider,
+            self._threads,
+            capacity,
+            most_rows=batch_size or DEFAULT_ROWS,
+            batch_size=batch_size,
+            fast_alone=True,
         )
         # A prompt is gone on with as it is; messages go through the chat template.
         self._readers = {is_chat: RequestReader(tokenizer, raw=not is_chat) for is_chat in (False, True)}
