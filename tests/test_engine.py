@@ -146,9 +146,8 @@ def test_graph_of_another_kind_is_unsupported(tmp_path):
         Engine(ModelBundle.open(tmp_path))
 
 
-def test_context_of_a_lone_graph_comes_from_its_config(bundle, tmp_path):
+def test_context_of_a_lone_graph_comes_from_its_rotary_table_and_config(bundle, tmp_path):
     (tmp_path / "model.onnx").write_bytes(bundle.model.read_bytes())
-    with pytest.raises(InputError, match="how long its context is"):
-        Engine(ModelBundle.open(tmp_path))
+    assert Engine(ModelBundle.open(tmp_path)).capacity == CONTEXT
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 32}')
     assert Engine(ModelBundle.open(tmp_path)).capacity == 32

@@ -107,7 +107,8 @@ def test_parts_in_an_object_store_are_there_when_they_are_complete(form: str, st
     assert part.missing == lines  # files of a store can't grow: it is begun again
     for line, answer in zip(reversed(lines), "cba", strict=True):
         part.settle(line, {"answer": answer})
-    folder.close(1)
+    folder.close()
+    folder.check_end(1)
     found = _get(f"{store}/out")
     assert list(found) == [name]
     rows = (
@@ -125,16 +126,20 @@ def test_parts_in_an_object_store_are_there_when_they_are_complete(form: str, st
     assert _get(f"{store}/out") == {}
 
 
-def test_answers_in_parts_that_are_not_complete_are_lost_in_an_object_store_only(store: str, tmp_path: Path) -> None:
+def test_answers_in_parts_that_are_not_complete_are_lost_in_an_object_store_only(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for output, lost in ((f"{store}/out", 1), (str(tmp_path / "out"), 0)):
         folder = PartFolder(output, "jsonl", False, False)
         run = run_module._Run(None, folder, Summary("in", output, "text-generation"), 2)
         chunks = list(run.chunks(iter(_lines(3)), 1))
         for chunk in chunks[::2]:
             run.settle(chunk, [{"answer": "a"}])
-        assert run.count_lost() == lost
-        run.close()
+        run.give_up()
         folder.close()
+        told = capsys.readouterr().err
+        assert f"note: {2 - lost} answers are in `{output}`" in told
+        assert ("note: 1 answers in parts that were not complete are lost" in told) == bool(lost)
         found = Part(PartFolder(output, "jsonl", False, False), 0, _lines(2))
         assert (found.before, found.written) == (1 - lost, 0)
 
