@@ -80,15 +80,18 @@ def test_answers_are_those_of_one_at_a_time(tiny: ModelBundle, lanes: Lanes) -> 
     assert lanes.counts.prompt_tokens > sum(len(request.prompt_ids) for request in requests)
 
 
-def test_all_lanes_work(lanes: Lanes) -> None:
-    """As many requests as rows are all under way at once: each lane has read its share before one ends."""
-    requests = [Request(number, np.arange(1, 9), 20) for number in range(26)]
-    first = set()
-    for event in lanes.answer(iter(requests)):
-        if event.generation is not None:
-            break
-        first.add(event.id)
-    assert len(first) > 9
+def test_all_lanes_work(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    working: dict[int, set[int]] = {}
+    decode = SlabRows.decode
+
+    def record(rows: SlabRows, *given: Any) -> np.ndarray:
+        working.setdefault(id(rows), set()).add(threading.get_ident())
+        return decode(rows, *given)
+
+    monkeypatch.setattr(SlabRows, "decode", record)
+    list(lanes.answer(Request(number, np.arange(1, 9), 20) for number in range(26)))
+    assert [len(threads) for threads in working.values()] == [1, 1, 1]
+    assert len(set.union(*working.values())) == 3
 
 
 def test_requests_are_taken_as_rows_fall_free(lanes: Lanes) -> None:
