@@ -160,7 +160,8 @@ def answer_file(
                 work.run(_remaining(read, keys, file.done), remaining, done, summary.fail)
     except BaseException:
         if count := file.count():
-            note(f"note: {count} of {len(keys)} answers are in `{output}`; the same command goes on from there")
+            how = "the same command, without --overwrite, goes on from there"
+            note(f"note: {count} of {len(keys)} answers are in `{output}`; {how}")
         raise
     finally:
         file.close()

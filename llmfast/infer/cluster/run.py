@@ -169,6 +169,7 @@ class _Run:
             part.close()
         lost = 0 if self._folder.keeps_halves else sum(part.written for part in self._open)
         if kept := self._summary.answered - lost:
-            note(f"note: {kept} answers are in `{self._summary.output}`; the same command goes on from there")
+            how = "the same command, without --overwrite, goes on from there"
+            note(f"note: {kept} answers are in `{self._summary.output}`; {how}")
         if lost:
             note(f"note: {lost} answers in parts that were not complete are lost; with smaller --part-lines fewer are")
