@@ -31,6 +31,7 @@ class Worker:
         LlmfastError: as raised by the object.
         NativeCrashError: the child died in native code.
         ResourceError: the child was killed, as the kernel does when memory runs out.
+        RuntimeError: anything else that the object raised; the message is the child's traceback.
     """
 
     def __init__(self, target: str, *args: Any, **kwargs: Any) -> None:
@@ -88,6 +89,15 @@ class Worker:
         if code < 0:
             return NativeCrashError(f"{what} crashed with {signal.Signals(-code).name}", "the model may be malformed")
         return NativeCrashError(f"{what} ended with code {code}", "see the messages above")
+
+
+def as_failure(error: RuntimeError) -> NativeCrashError:
+    """Return what `Worker.call` can't tell from a bug as a failure of the model, for who goes on without it.
+
+    Args:
+        error: with the child's traceback; ONNX Runtime's exceptions share no class.
+    """
+    return NativeCrashError(f"the model failed: {str(error).strip().rpartition(chr(10))[2]}")
 
 
 def _serve() -> None:

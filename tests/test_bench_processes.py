@@ -16,8 +16,8 @@ from llmfast.bench.document import read_schema
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.stage import bench, print_document
 from llmfast.bench.subject import Subject, Trial
-from llmfast.bundle import Manifest, write_manifest
-from llmfast.errors import InputError, LlmfastError, OptionError, UnsupportedError
+from llmfast.bundle import Manifest, ModelBundle, write_manifest
+from llmfast.errors import InputError, LlmfastError, NativeCrashError, OptionError, UnsupportedError
 from llmfast.infer.rows import SlabRows
 from llmfast.verdict import Gate
 from tests.tiny_bench import QUICK, VOCAB, make_bundle, make_table, reference_figures, write_text, write_tokenizer
@@ -122,6 +122,19 @@ def test_real_embedders_in_real_processes(tmp_path: Path) -> None:
     assert row["samples_per_s_1x3_ratio"] > 0
     assert document["rows"][0]["cosine_to_baseline"] == pytest.approx(1.0)
     assert document["settings"]["data"]["lines"] == 12
+
+
+def test_the_others_go_on_without_a_model_that_onnx_runtime_cannot_run(tmp_path: Path) -> None:
+    table = np.random.default_rng(0).normal(size=(VOCAB, 8)).astype(np.float32)
+    models = [write_encoder(tmp_path, name, "feature-extraction", table[: VOCAB - (name == "b")]) for name in "abc"]
+    manifest = ModelBundle.open(models[0]).manifest
+    write_manifest(models[1], replace(manifest, files={}))  # it says that its weights have a word more
+    document = bench(models, replace(QUICK, data=None, shapes="8x64")).document()
+    _, failed, other = document["rows"]
+    assert failed["error"]["exit_code"] == NativeCrashError.exit_code
+    assert "cannot bench `b`: the model failed: " in failed["error"]["message"]
+    assert "indices element out of data bounds" in failed["error"]["message"]
+    assert other["samples_per_s_8x64_ratio"] > 0
 
 
 def test_real_classifiers_in_real_processes(tmp_path: Path) -> None:

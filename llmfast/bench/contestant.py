@@ -15,7 +15,7 @@ from llmfast.bundle import UNKNOWN_TASK, ModelBundle
 from llmfast.errors import InputError, LlmfastError, OptionError
 from llmfast.runtime import resolve_threads, suit_provider, with_fallback
 from llmfast.tuned import settings_for
-from llmfast.worker import Worker
+from llmfast.worker import Worker, as_failure
 
 
 @dataclass(eq=False)
@@ -148,8 +148,9 @@ class Contestant:
     def _named(self) -> Iterator[None]:
         try:
             yield
-        except LlmfastError as error:
-            raise type(error)(f"cannot bench `{self.label}`: {error.message}", error.hint) from error
+        except (LlmfastError, RuntimeError) as error:
+            failure = as_failure(error) if isinstance(error, RuntimeError) else error
+            raise type(failure)(f"cannot bench `{self.label}`: {failure.message}", failure.hint) from error
 
 
 def line_up(

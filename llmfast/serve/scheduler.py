@@ -20,7 +20,7 @@ from llmfast.errors import LlmfastError, NativeCrashError, ResourceError
 from llmfast.infer.batch import Event
 from llmfast.report import note
 from llmfast.serve.model import Facts
-from llmfast.worker import Worker
+from llmfast.worker import Worker, as_failure
 
 _MOST_RESTARTS, _RESTART_WINDOW_S = 3, 60.0
 _BACKOFF_S = 0.5
@@ -227,8 +227,7 @@ class Scheduler:
         try:
             return await loop.run_in_executor(self._thread, work)
         except RuntimeError as error:  # of ONNX Runtime, or a bug: a request may do it again, others have no part in it
-            reason = str(error).strip().rpartition("\n")[2]
-            failure: LlmfastError = NativeCrashError(f"the model failed: {reason}")
+            failure: LlmfastError = as_failure(error)
             is_crash = False
         except (NativeCrashError, ResourceError) as error:
             failure, is_crash = error, True
