@@ -158,6 +158,16 @@ def test_kinds_are_not_mixed(tmp_path: Path) -> None:
         find_source(str(tmp_path))
 
 
+@pytest.mark.parametrize("content", [b"", b"PAR1, then nothing", b"PAR1" + bytes(64) + b"PAR1"])
+def test_a_file_that_is_no_parquet_is_named(content: bytes, fp32_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'llmfast[ray]'")
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(f"cannot read `{broken}`: ")):
+        answer_folder(fp32_bundle, str(broken), str(tmp_path / "out"), TWO)
+    assert not (tmp_path / "out").exists()
+
+
 def _lines(count: int) -> list[Line]:
     return [Line(number, 1000 - number, {"id": f"n{number}"}) for number in range(1, count + 1)]
 

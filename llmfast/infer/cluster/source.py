@@ -8,6 +8,7 @@ import glob
 import importlib
 import re
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,16 @@ class Source:
         return self.files[0].lower().endswith(_PARQUET)
 
     def has_whole_ids(self) -> bool:
-        """Return whether the lines of Parquet files are called by whole numbers."""
+        """Return whether the lines of Parquet files are called by whole numbers: the first file tells.
+
+        Raises:
+            InputError: it can't be read.
+        """
         if not self.is_parquet:
             return False
-        schema = import_arrow("pyarrow.parquet").read_schema(self.files[0], filesystem=self.store)
+        parquet = import_arrow("pyarrow.parquet")
+        with _reading(self.files[0]):
+            schema = parquet.read_schema(self.files[0], filesystem=self.store)
         return "id" not in schema.names or import_arrow("pyarrow.types").is_integer(schema.field("id").type)
 
     def read(self, text_field: str, fields: Collection[str], settings: str) -> Iterator[Line]:
@@ -82,22 +89,29 @@ class Source:
         return _Lines(self.store.open_input_stream(name, buffer_size=1 << 20))
 
     def _read_rows(self, fields: Collection[str], settings: str) -> Iterator[Line]:
-        arrow, parquet = import_arrow("pyarrow.lib"), import_arrow("pyarrow.parquet")
+        parquet = import_arrow("pyarrow.parquet")
         number = 0
         for name in self.files:
-            try:
-                with parquet.ParquetFile(name, filesystem=self.store) as file:
-                    columns = [column for column in file.schema_arrow.names if column in fields]
-                    if not set(columns) - {"id"}:
-                        there = ", ".join(file.schema_arrow.names)
-                        raise InputError(f"`{name}` has no column that says anything to this model: {there}")
-                    row = 0
-                    for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-                        for content in batch.to_pylist():
-                            row, number = row + 1, number + 1
-                            yield _row(content, number, f"`{name}`: row {row}", settings)
-            except (OSError, arrow.ArrowException) as error:
-                raise InputError(f"cannot read `{name}`: {error}") from error
+            with _reading(name), parquet.ParquetFile(name, filesystem=self.store) as file:
+                columns = [column for column in file.schema_arrow.names if column in fields]
+                if not set(columns) - {"id"}:
+                    there = ", ".join(file.schema_arrow.names)
+                    raise InputError(f"`{name}` has no column that says anything to this model: {there}")
+                row = 0
+                for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                    for content in batch.to_pylist():
+                        row, number = row + 1, number + 1
+                        yield _row(content, number, f"`{name}`: row {row}", settings)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what Arrow says of a file of columns that it can't read into an InputError."""
+    arrow = import_arrow("pyarrow.lib")
+    try:
+        yield
+    except (OSError, arrow.ArrowException) as error:
+        raise InputError(f"cannot read `{name}`: {error}") from error
 
 
 class _Lines:
