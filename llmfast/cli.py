@@ -14,7 +14,7 @@ from llmfast import __version__, report
 from llmfast.commands import _options, bench, doctor, export, infer, inspect, prune, quantize, serve, tune, verify
 from llmfast.errors import LlmfastError, OptionError, ResourceError
 from llmfast.files import ALLOW_HARDLINKS
-from llmfast.resources import FORCE, MAX_MEMORY
+from llmfast.resources import FORCE, allow_memory
 from llmfast.supervisor import limit, supervise, tell_doing
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -147,7 +147,7 @@ def _root(
     if max_bytes is not None:
         if not 1 <= max_bytes < 2**63:
             raise OptionError(f"--max-memory {max_memory}: not above 0", "for example --max-memory 4GB")
-        os.environ[MAX_MEMORY] = str(int(max_bytes))
+        allow_memory(int(max_bytes))
     tell_doing(f"running `llmfast {ctx.invoked_subcommand}`")
     limit(timeout, max_bytes)
 

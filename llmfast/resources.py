@@ -8,20 +8,24 @@ from llmfast.errors import ResourceError
 
 # Set by `llmfast --force`, and inherited by worker processes.
 FORCE = "LLMFAST_FORCE"
-# Set by `llmfast --max-memory`, in bytes, and inherited likewise.
+# Set by `llmfast --max-memory`: bytes, and the process that may hold them with its children, who inherit it.
 MAX_MEMORY = "LLMFAST_MAX_MEMORY"
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 
 
 def available_memory() -> int | None:
-    """Return the bytes that can be had without swapping: the machine's, what a cgroup leaves, or the user allows.
+    """Return the bytes that can be had without swapping: what the machine, a cgroup or the user's limit leaves.
 
     None if unknown.
     """
-    allowed = os.environ.get(MAX_MEMORY)
-    limits = [_machine_memory(), _cgroup_memory(), int(allowed) if allowed else None]
+    limits = [_machine_memory(), _cgroup_memory(), _allowed_memory()]
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def allow_memory(size: int) -> None:
+    """Let this process and its children plan with so many bytes together."""
+    os.environ[MAX_MEMORY] = f"{size} {os.getpid()}"
 
 
 def is_forced() -> bool:
@@ -102,6 +106,13 @@ def _cgroup_memory() -> int | None:
     except (OSError, StopIteration, ValueError):  # no cgroup v2, or no limit (`max`)
         return None
     return max(0, limit - used + reclaimable)
+
+
+def _allowed_memory() -> int | None:
+    if not (allowance := os.environ.get(MAX_MEMORY)):
+        return None
+    size, process = map(int, allowance.split())
+    return max(0, size - (memory_of(process) or 0))
 
 
 def spell_bytes(size: int) -> str:

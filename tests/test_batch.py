@@ -1,5 +1,8 @@
 """Many sequences at once: equal to one at a time, to the bit, whoever sits in the rows beside."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,14 +318,34 @@ def test_memory_is_planned(tiny: ModelBundle, engine: Engine, monkeypatch: pytes
 def test_who_insists_plans_more_than_there_is(
     tiny: ModelBundle, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(resources.MAX_MEMORY, "1000")
+    monkeypatch.setenv(resources.MAX_MEMORY, f"1000 {os.getpid()}")
     with pytest.raises(ResourceError, match="9 rows of 96 positions"):
         plan_memory(tiny, engine, CONTEXT, 100, batch_size=9)
     monkeypatch.setenv(resources.FORCE, "1")
     assert plan_memory(tiny, engine, CONTEXT, 100, batch_size=9).rows == 9
 
 
-def test_the_cgroup_and_the_user_cap_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_allows_is_less_what_the_process_and_its_children_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = resources.memory_of(os.getpid())
+    if held is None:
+        pytest.skip("needs /proc")
+    monkeypatch.setenv(resources.MAX_MEMORY, "")
+    resources.allow_memory(held + (200 << 20))
+    program = (
+        "from llmfast.resources import available_memory; held = b'1' * (100 << 20);"
+        "print(available_memory(), flush=True); input()"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        seen_by_the_child = int(child.stdout.readline())
+        for seen in (seen_by_the_child, resources.available_memory()):
+            assert seen is not None
+            assert 0 < seen < 120 << 20
+        child.communicate("\n")
+
+
+def test_the_cgroup_caps_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(resources, "_CGROUP", tmp_path)
     assert resources.available_memory() is None
@@ -332,8 +355,5 @@ def test_the_cgroup_and_the_user_cap_the_free_memory(tmp_path: Path, monkeypatch
     (tmp_path / "memory.current").write_text("400000\n")
     (tmp_path / "memory.stat").write_text("active_file 70000\ninactive_file 50000\n")
     assert resources.available_memory() == 650_000
-    monkeypatch.setenv(resources.MAX_MEMORY, "3000")
-    assert resources.available_memory() == 3000
-    monkeypatch.delenv(resources.MAX_MEMORY)
     (tmp_path / "memory.max").write_text("max\n")
     assert resources.available_memory() == 4000 * 1024

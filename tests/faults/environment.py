@@ -57,7 +57,7 @@ def model_too_large_and_forced(place: Place) -> list[Any]:
 
 @fault("D9", 6, "model.onnx` needs", "available")
 def model_larger_than_allowed(place: Place) -> list[Any]:
-    place.patch.setenv(MAX_MEMORY, "10000")  # as --max-memory does in the process that it limits
+    place.patch.setenv(MAX_MEMORY, f"10000 {os.getpid()}")  # as --max-memory does in the process that it limits
     return ["infer", place.decoder, "-p", "x"]
 
 
