@@ -1,16 +1,19 @@
 """doctor, and providers that are missing, bring a plugin, take nothing, or run a format slowly."""
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 from typer.testing import CliRunner
 
-from llmfast import registry, runtime
+from llmfast import registry, resources, runtime
 from llmfast.bundle import Manifest, ModelBundle, Step
 from llmfast.cli import app
 from llmfast.doctor import stage
@@ -80,6 +83,24 @@ def test_wheels_that_overwrite_each_other_are_named() -> None:
     assert stage.describe_clash(["onnxruntime"]) is None
     remedy = stage.describe_clash(["onnxruntime", "onnxruntime-gpu"])
     assert remedy == "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu"
+
+
+def test_a_provider_that_opens_but_cannot_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(onnxruntime.InferenceSession):
+        def run(self, *_: Any) -> list[Any]:
+            return super().run(None, {"x": np.ones((3, 3), np.float32)})  # not what the graph takes
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Failing)
+    cpu = next(check for check in stage.try_providers() if check.name == "cpu")
+    assert not cpu.works
+    assert re.match(r"a product on cpu fails: .*invalid dimensions", cpu.detail)
+    assert cpu.remedy == "update its driver"
+
+
+def test_doctor_tells_the_memory_that_others_plan_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "_READ_BYTES", 2**20)
+    monkeypatch.setenv(resources.MAX_MEMORY, f"{2**20} {os.getpid()}")
+    assert stage.doctor().machine["available_bytes"] == 0
 
 
 def test_extras_are_read_from_the_requirements() -> None:

@@ -19,6 +19,7 @@ from llmfast import registry
 from llmfast.bench.machine import describe_machine
 from llmfast.errors import LlmfastError
 from llmfast.processor import saturates_int8
+from llmfast.resources import available_memory
 from llmfast.runtime import open_session, placement, usable_cores
 
 SCHEMA_VERSION = 1
@@ -36,7 +37,7 @@ WHEELS = (
 # Bytes that each thread reads; above most caches.
 _READ_BYTES = 128 * 2**20
 _READS = 5
-_MEMINFO = Path("/proc/meminfo")
+_UPDATE = "update its driver"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def doctor() -> Diagnosis:
     """Find out what this machine has and can run."""
     machine = describe_machine()
     machine["all_cores"] = os.cpu_count()
-    machine["available_bytes"] = _available_bytes()
+    machine["available_bytes"] = available_memory()
     machine["saturates_int8"] = saturates_int8()
     machine["read_bytes_per_s"] = measure_read_bandwidth(usable_cores())
     wheels = installed(WHEELS)
@@ -187,16 +188,11 @@ def _probe() -> onnx.ModelProto:
 
 def _run_probe(path: Path, provider: str) -> str:
     session = open_session(path, provider, threads=1)
-    (result,) = session.run(None, {"x": np.ones((2, 16), np.float32)})
-    if not np.allclose(result, 2):
-        raise LlmfastError(f"a product on {provider} is wrong", "update its driver")
-    return ", ".join(f"{nodes} of 1 node on {name}" for name, nodes in placement(session).items())
-
-
-def _available_bytes() -> int | None:
-    """Return the memory that can be had without swapping, None where the system does not say."""
     try:
-        line = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    return int(line.split()[1]) * 1024
+        (result,) = session.run(None, {"x": np.ones((2, 16), np.float32)})
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        reason = str(error).strip().partition("\n")[0]
+        raise LlmfastError(f"a product on {provider} fails: {reason}", _UPDATE) from error
+    if not np.allclose(result, 2):
+        raise LlmfastError(f"a product on {provider} is wrong", _UPDATE)
+    return ", ".join(f"{nodes} of 1 node on {name}" for name, nodes in placement(session).items())
