@@ -13,6 +13,8 @@ from llmfast.tuned import IGNORE
 
 # Seconds that Ray takes to end.
 SHUTDOWN_S = 10.0
+# Providers whose devices Ray counts, and hides from who has not asked for them.
+_ON_GPU = ("cuda", "tensorrt")
 _INHERITED = (FORCE, ALLOW_HARDLINKS, IGNORE)
 
 
@@ -51,6 +53,16 @@ def connect(address: str | None) -> Any:
 def processors(node: dict[str, Any]) -> int:
     """Return how many processors a node of `ray.nodes()` gives to Ray."""
     return int(node["Resources"].get("CPU", 0))
+
+
+def gpus(node: dict[str, Any]) -> int:
+    """Return how many GPUs a node of `ray.nodes()` gives to Ray."""
+    return int(node["Resources"].get("GPU", 0))
+
+
+def needs_gpu(provider: str) -> bool:
+    """Return whether a provider, the first of several that are tried in their order, needs a GPU that Ray gives."""
+    return provider.partition(",")[0] in _ON_GPU
 
 
 def living_nodes(ray: Any) -> Sequence[dict[str, Any]]:

@@ -29,7 +29,7 @@ from llmfast.errors import InputError, NativeCrashError, OptionError, Unsupporte
 from llmfast.quantize.options import QuantizeOptions
 from llmfast.quantize.stage import quantize
 from llmfast.verdict import Gate
-from tests.ray_cluster import Cluster
+from tests.ray_cluster import Asked, Asking, Cluster
 from tests.tiny_bench import QUICK
 
 
@@ -107,6 +107,19 @@ def test_a_node_with_another_model_is_found(
     monkeypatch.setattr(cluster_bench, "hash_model", lambda bundle: {"model.onnx": "0" * 64})
     with pytest.raises(InputError, match="`fp32` is another model on"):
         bench_on_cluster([fp32_bundle], QUICK, address=cluster.address)
+
+
+@pytest.mark.parametrize(
+    ("provider", "gpus", "asked"), [("cuda", 2, 2), ("cpu,tensorrt", 1, 1), ("cuda", 0, 0), ("cpu", 2, None)]
+)
+def test_a_run_asks_for_the_gpus_of_its_node(
+    provider: str, gpus: int, asked: int | None, fp32_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'llmfast[ray]'")
+    monkeypatch.setattr(cluster_bench, "connect", lambda _: Asking(gpus))
+    with pytest.raises(Asked) as caught:
+        bench_on_cluster([fp32_bundle], replace(QUICK, provider=provider))
+    assert (caught.value.args[0]["num_cpus"], caught.value.args[0].get("num_gpus")) == (2, asked)
 
 
 def test_a_sweep_without_ray_says_what_to_install(fp32_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

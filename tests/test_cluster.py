@@ -29,7 +29,7 @@ from llmfast.infer.cluster.source import find_source
 from llmfast.infer.cluster.worker import LineWorker
 from llmfast.infer.jsonl import Line
 from llmfast.infer.many import Summary, answer_file, settings_digest
-from tests.ray_cluster import Cluster
+from tests.ray_cluster import Asked, Asking, Cluster
 
 TWO = ClusterOptions(workers=2, threads=1, part_lines=16)
 
@@ -120,6 +120,19 @@ def test_processors_are_divided(cpus: list[int], workers: int | None, threads: i
 def test_no_worker_is_an_error() -> None:
     with pytest.raises(OptionError, match="--workers 0"):
         plan_workers([2], 0, None)
+
+
+@pytest.mark.parametrize(
+    ("provider", "gpus", "asked"),
+    [("cuda", 0, 1), ("tensorrt", 2, 1), ("cuda,cpu", 2, 1), ("cuda,cpu", 0, None), ("cpu", 2, None)],
+)
+def test_workers_ask_for_a_gpu_where_they_need_one(
+    provider: str, gpus: int, asked: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "connect", lambda _: Asking(gpus))
+    with pytest.raises(Asked) as caught:
+        Pool(None, 1, 1).open(tmp_path, "", provider, None, 64, {})
+    assert caught.value.args[0].get("num_gpus") == asked
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

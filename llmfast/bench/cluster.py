@@ -1,7 +1,8 @@
 """A sweep of bundles over the nodes of a Ray cluster: on each node a run with the baseline and a share of the others.
 
 Nodes differ, and two that are alike differ too, so nothing is compared across them: ratios, changes and verdicts are
-those of the run on one node. A run has all processors that its node gives to Ray.
+those of the run on one node. A run has all processors that its node gives to Ray, and, where its providers need GPUs,
+all of these too.
 """
 
 import contextlib
@@ -18,7 +19,16 @@ from llmfast.bench.document import hash_model
 from llmfast.bench.options import BenchOptions
 from llmfast.bench.result import Benchmark, Row
 from llmfast.bench.stage import bench
-from llmfast.cluster import SHUTDOWN_S, connect, find_cluster, inherited, living_nodes, processors
+from llmfast.cluster import (
+    SHUTDOWN_S,
+    connect,
+    find_cluster,
+    gpus,
+    inherited,
+    living_nodes,
+    needs_gpu,
+    processors,
+)
 from llmfast.errors import InputError, LlmfastError, NativeCrashError, OptionError, UnsupportedError
 from llmfast.supervisor import GRACE_S, ask_for_grace
 from llmfast.verdict import Judgement
@@ -99,9 +109,10 @@ def _run(
                 name = host if hosts.count(host) == 1 else f"{host} ({hosts.count(host)})"
                 names.append(name)
                 where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                task = ray.remote(measure).options(
-                    num_cpus=processors(node), scheduling_strategy=where, max_retries=0, **inherited()
-                )
+                settings = {"num_cpus": processors(node), "scheduling_strategy": where, "max_retries": 0} | inherited()
+                if any(needs_gpu(provider) for provider in options.providers):
+                    settings["num_gpus"] = gpus(node)
+                task = ray.remote(measure).options(**settings)
                 running[task.remote(group, options)] = name, node, group
                 report.note(f"{name}: {', '.join(group)}")
             (ready,), _ = ray.wait(list(running), num_returns=1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmfast.cluster import connect, inherited, living_nodes, processors
+from llmfast.cluster import connect, gpus, inherited, living_nodes, needs_gpu, processors
 from llmfast.errors import LlmfastError, NativeCrashError, OptionError
 from llmfast.infer.cluster.parts import Part
 from llmfast.infer.cluster.worker import LineWorker, Outcome
@@ -28,7 +28,6 @@ _MOST_DEATHS = 3
 _DEATHS_IN_A_ROW = 3
 _WAIT_S = 10.0
 _PER_WINDOW = 8
-_ON_GPU = ("cuda", "tensorrt")
 
 
 @dataclass(eq=False)
@@ -126,7 +125,9 @@ class Pool:
         self._ray = connect(address)
         self.deaths = 0
         try:
-            cpus = [processors(node) for node in living_nodes(self._ray)]
+            nodes = living_nodes(self._ray)
+            cpus = [processors(node) for node in nodes]
+            self._has_gpus = any(gpus(node) for node in nodes)
             self.plan = plan_workers(cpus, workers, threads)
             room = sum(count // self.plan.threads for count in cpus)
             if address is None and room < self.plan.workers:
@@ -158,7 +159,7 @@ class Pool:
         Args:
             model: bundle directory, at the same place on all machines.
             digest: of model and options.
-            provider: a name in `llmfast.providers`.
+            provider: a name in `llmfast.providers`, or several that are tried in their order.
             batch_size: prompts at once; None chooses by the memory.
             window: lines that go through a model together.
             options: of `infer` that hold for all lines.
@@ -170,7 +171,8 @@ class Pool:
         # Enough to fill the rows, and two chunks for those that fall free meanwhile.
         self._depth = -(-window // self.chunk_lines) + 2
         settings = {"num_cpus": self.plan.threads, "max_concurrency": self._depth + 1} | inherited()
-        if provider in _ON_GPU:
+        is_gpu_wanted = needs_gpu(provider) and (self._has_gpus or "," not in provider)
+        if is_gpu_wanted:
             settings["num_gpus"] = 1
         actor = self._ray.remote(Actor).options(scheduling_strategy="SPREAD", max_restarts=0, **settings)
         arguments = model, digest, provider, self.plan.threads, batch_size, self.plan.neighbours, dict(options)
@@ -183,7 +185,8 @@ class Pool:
             if time.monotonic() - begin > _WAIT_S and not is_told:
                 is_told = True
                 free = f"{self.plan.threads} free processor{'s' if self.plan.threads > 1 else ''}"
-                note(f"note: waiting for a first worker: it needs {free} of one machine")
+                gpu = " and a free GPU" if is_gpu_wanted else ""
+                note(f"note: waiting for a first worker: it needs {free}{gpu} of one machine")
 
     def answers(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, list[Outcome]]]:
         """Yield each chunk once, with the answer to each of its lines or the reason why there is none.
