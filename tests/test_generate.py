@@ -11,6 +11,7 @@ from llmfast.infer.engine import Engine
 from llmfast.infer.generate import Generation, encode_prompt, finish, generate
 from llmfast.infer.sampling import Sampling
 from llmfast.infer.stage import answer, infer, spell_speed
+from llmfast.runtime import placement
 from llmfast.tasks import feature_extraction, text_classification
 from llmfast.tokenizer import Tokenizer
 from tests.tiny_decoder import BOS, CONTEXT, EOS, TOKENS, VOCAB, make_weights, reference_logits, write_bundle
@@ -218,6 +219,8 @@ def test_answers_of_several_texts(bundle, engine, tokenizer):
     assert [one["text"] for one in answers] == ["ab c", "hello"]
     assert answers[0]["answer"] == _generate(engine, tokenizer, max_tokens=8).text
     assert answers[0]["finish_reason"] == "length"
+    (nodes,) = {tuple(one["placement"].items()) for one in answers}
+    assert nodes == tuple(placement(*engine.sessions).items())
 
 
 def test_answer_needs_to_know_the_task(tmp_path):

@@ -1,6 +1,7 @@
 """Generate text: a decoder that goes on with a prompt or answers a message."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from llmfast.errors import OptionError
 from llmfast.infer.generate import MAX_TOKENS, encode_prompt, finish, generate
 from llmfast.infer.opening import open_speculating
 from llmfast.infer.sampling import SAMPLING_OPTIONS, Sampling
+from llmfast.runtime import placement
 from llmfast.tokenizer import Tokenizer
 
 AUTO_MODEL = "AutoModelForCausalLM"
@@ -64,7 +66,7 @@ def answer(
     answers = []
     for text, ids in zip(texts, prompts, strict=True):
         pieces = generate(engine, tokenizer, ids, max_tokens, choice, stop, tokenizer.eos_ids, speculation)
-        answers.append(finish(pieces).document(text))
+        answers.append(replace(finish(pieces), placement=placement(*engine.sessions)).document(text))
     return answers
 
 
