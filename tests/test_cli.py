@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from llmfast import __version__
 from llmfast.bundle import ModelBundle
 from llmfast.cli import app
+from llmfast.infer import memory
+from llmfast.serve import model as served
 
 
 def run(*arguments: object):
@@ -41,6 +43,12 @@ def test_version_and_help() -> None:
         result = run(command, "-h")
         assert result.exit_code == 0
         assert "Example: llmfast " in result.stdout
+
+
+@pytest.mark.parametrize(("command", "rows"), [("infer", memory.DEFAULT_ROWS), ("serve", served.DEFAULT_ROWS)])
+def test_help_tells_how_many_rows_there_are(command: str, rows: int) -> None:
+    told = " ".join(re.sub("[│|]", " ", run(command, "--help").stdout).split())
+    assert re.search(rf"answered at once[^.]*; {rows} by default", told)
 
 
 def test_pipeline_from_checkpoint_to_answer(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:

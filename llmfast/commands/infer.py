@@ -97,7 +97,8 @@ def infer(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")] = False,
     batch_size: Annotated[
-        int | None, typer.Option(help="Prompts answered at once, with --output; the default fits the memory.")
+        int | None,
+        typer.Option(help="Prompts answered at once, with --output; 64 by default, fewer if memory is short."),
     ] = None,
     engine: Annotated[
         str, typer.Option(help="local, or ray: --input, also a pattern or Parquet, over a cluster to a folder.")

@@ -20,7 +20,7 @@ def serve(
         Path | None, typer.Option(help="File with the key that requests must carry; or LLMFAST_API_KEY.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Requests answered at once; the default fits the memory.")
+        int | None, typer.Option(help="Requests answered at once; 32 by default, fewer if memory is short.")
     ] = None,
     context_length: Annotated[
         int | None, typer.Option(help="Tokens of a prompt with its answer; the model's, up to 4096.")
