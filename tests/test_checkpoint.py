@@ -25,7 +25,7 @@ from llmfast.export.architectures import describe
 from llmfast.export.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from llmfast.export.decoder import DecoderGraph
 from llmfast.export.hub import resolve_folder
-from llmfast.export.stage import ExportOptions, export
+from llmfast.export.stage import ExportOptions, describe_export, export
 from llmfast.tokenizer import Tokenizer as LlmfastTokenizer
 from tests.tiny_encoder import save_encoder
 
@@ -220,7 +220,13 @@ def test_pickles_of_the_hub_are_downloaded_only_with_leave(hub: Path, tmp_path: 
         export("a/b", tmp_path / "bundle")
     assert "--allow-pickle" in caught.value.hint
     assert not list(hub.rglob("*.bin"))
-    bundle = export("a/b", tmp_path / "bundle", ExportOptions(allow_pickle=True, threads=1))
+    allowed = ExportOptions(allow_pickle=True, threads=1)
+    plan = describe_export("a/b", tmp_path / "bundle", allowed)
+    assert re.match(r"would write a llama decoder of \d layers, \d+ wide, from `a/b` into `", plan)
+    with pytest.raises(UnsafeInputError, match="is a pickle"):
+        describe_export(str(hub), tmp_path / "bundle", ExportOptions())
+    assert not (tmp_path / "bundle").exists()
+    bundle = export("a/b", tmp_path / "bundle", allowed)
     assert not list(hub.rglob("*.pt"))
     assert bundle.manifest.source["id"] == "a/b"
     assert bundle.manifest.source["revision"] == "c0ffee"

@@ -90,8 +90,7 @@ class SafetensorsCheckpoint:
         self._packing = None if settings is None else read_packing(settings, str(path))
         self.quantization = self._packing.describe() if self._packing else None
         self._is_part = self.config.model_type in TEXT_PARTS
-        if self._is_part:
-            self.config = _text_part(self.config)
+        self.config = text_config(self.config)
         self._shards = [SafetensorsFile(file) for file in _weight_files(path)]
         self._owners: dict[str, SafetensorsFile] = {}
         for shard in self._shards:
@@ -253,8 +252,10 @@ def load_config(path: Path) -> Any:
         raise InputError(f"malformed `{path / 'config.json'}`: {error}") from error
 
 
-def _text_part(config: Any) -> Any:
-    """Return the config of the part for texts, which ends them as the whole model does."""
+def text_config(config: Any) -> Any:
+    """Return the config of the part for texts, which ends them as the whole model does; the model's where it is all."""
+    if config.model_type not in TEXT_PARTS:
+        return config
     part = config.text_config
     part.architectures = None
     if config.eos_token_id is not None:

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,25 +68,27 @@ def export(source: str, output: Path, options: ExportOptions | None = None) -> M
         OutputExistsError: the output exists.
     """
     options = options or ExportOptions()
-    if options.allow_pickle:
-        return _export_pickle(source, output, options)
-    return _export(source, output, options)
+    if not (pickles := _find_pickles(source, output, options)):
+        return _export(source, output, options)
+    from llmfast.export.checkpoint import folder_source
+    from llmfast.export.pickle_checkpoint import convert
+
+    folder = pickles[0].parent
+    with convert(folder, pickles, output.parent) as copy:
+        return _export(str(copy), output, options, folder_source(folder, pickles))
 
 
-def _export_pickle(source: str, output: Path, options: ExportOptions) -> ModelBundle:
-    """Export a checkpoint of pickles from a copy with safetensors; one that has safetensors as it is."""
+def _find_pickles(source: str, output: Path, options: ExportOptions) -> list[Path]:
+    """Return the pickles that weights come from: none where there are safetensors, or the user allows no pickles."""
+    if not options.allow_pickle or Path(source).suffix == ".gguf":
+        return []
     check_output(output, (Path(source),), options.overwrite)
     require_export_extra()
-    from llmfast.export.checkpoint import folder_source
     from llmfast.export.hub import resolve_folder
-    from llmfast.export.pickle_checkpoint import convert, find_pickles
+    from llmfast.export.pickle_checkpoint import find_pickles
 
     folder = resolve_folder(source, allow_pickle=True)
-    files = find_pickles(folder)
-    if not files or any(folder.glob("*.safetensors")):
-        return _export(source, output, options)
-    with convert(folder, files, output.parent) as copy:
-        return _export(str(copy), output, options, folder_source(folder, files))
+    return [] if any(folder.glob("*.safetensors")) else find_pickles(folder)
 
 
 def _export(source: str, output: Path, options: ExportOptions, recorded: dict[str, Any] | None = None) -> ModelBundle:
@@ -110,32 +112,41 @@ def _export(source: str, output: Path, options: ExportOptions, recorded: dict[st
 
 
 def describe_export(source: str, output: Path, options: ExportOptions) -> str:
-    """Check what `export` checks before it works, and say in one line what it would do."""
-    task = _prepare(source, output, options)
-    if task != TEXT_GENERATION and _has_two_stacks(source, task):
+    """Check what `export` checks before it works, and say in one line what it would do.
+
+    Pickles are not read for that, since reading them takes a copy.
+    """
+    pickles = _find_pickles(source, output, options)
+    place = str(pickles[0].parent) if pickles else source  # the hub would be asked again without leave for pickles
+    task = _prepare(place, output, options, pickles)
+    if task != TEXT_GENERATION and _has_two_stacks(place, task):
         return f"would write an encoder and a decoder for {task} from `{source}` into `{output}`"
     if task != TEXT_GENERATION:
         return f"would trace `{source}` for {task} into `{output}`"
     from llmfast.export.architectures import describe
-    from llmfast.export.checkpoint import open_checkpoint
+    from llmfast.export.checkpoint import load_config, open_checkpoint, text_config
     from llmfast.export.decoder import DecoderGraph
 
-    checkpoint = open_checkpoint(source)
-    decoder = describe(checkpoint.config, options.context_length)
-    DecoderGraph(checkpoint, decoder)  # finds every weight
+    if pickles:
+        decoder = describe(text_config(load_config(Path(place))), options.context_length)
+    else:
+        checkpoint = open_checkpoint(source)
+        decoder = describe(checkpoint.config, options.context_length)
+        DecoderGraph(checkpoint, decoder)  # finds every weight
     return (
         f"would write a {decoder.model_type} decoder of {decoder.num_hidden_layers} layers, "
         f"{decoder.hidden_size} wide, from `{source}` into `{output}`"
     )
 
 
-def _prepare(source: str, output: Path, options: ExportOptions) -> str:
-    """Check output, packages and options; return the task."""
+def _prepare(source: str, output: Path, options: ExportOptions, pickles: Sequence[Path] = ()) -> str:
+    """Check output, packages, options and the form of the weights, which may be pickles; return the task."""
     check_output(output, (Path(source),), options.overwrite)
     require_export_extra()
     from llmfast.export.checkpoint import TEXT_PARTS, check_weights, code_fields, load_config
     from llmfast.export.encoder_decoder import detect_seq2seq_task
     from llmfast.export.hub import resolve_folder
+    from llmfast.export.pickle_checkpoint import check_archive
     from llmfast.export.traced import detect_task
 
     if Path(source).suffix == ".gguf":
@@ -144,7 +155,10 @@ def _prepare(source: str, output: Path, options: ExportOptions) -> str:
             raise OptionError(f"--task {task}: a .gguf file is exported for {TEXT_GENERATION}")
     else:
         folder = resolve_folder(source)
-        check_weights(folder)
+        for file in pickles:
+            check_archive(file)
+        if not pickles:
+            check_weights(folder)
         config = load_config(folder).to_dict()
         if ignored := code_fields(folder):
             note(f"note: ignoring {', '.join(ignored)} of `{source}`: code in a model's folder is never run")
