@@ -234,6 +234,9 @@ class Task:
     def __init__(self) -> None:
         self.calls: list[tuple[list[str], str]] = []
 
+    def needed_options(self, bundle: Any) -> tuple[str, ...]:
+        return ("question",)
+
     def answer(self, bundle: Any, texts: list[str], provider: str, threads: Any, question: str) -> list[dict[str, Any]]:
         self.calls.append((texts, question))
         if "bad" in texts:
@@ -247,7 +250,7 @@ def test_a_line_says_what_does_not_hold_for_all(tiny: Path, monkeypatch: pytest.
     monkeypatch.setattr(many_texts.registry, "load", lambda *names: Task())
     bundle, line = ModelBundle.open(tiny), Line(1, 1, {"context": "a"})
     many_texts.Texts(bundle, "cpu", None, question="what").check(line)
-    with pytest.raises(InputError, match="`question` is missing"):
+    with pytest.raises(InputError, match="`question` is missing, and so is --question"):
         many_texts.Texts(bundle, "cpu", None).check(line)
 
 

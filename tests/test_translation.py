@@ -21,6 +21,7 @@ from llmfast.errors import InputError, OptionError
 from llmfast.export import seq2seq_parity
 from llmfast.export.sentencepiece_tokenizer import write_m2m_tokenizer, write_marian_tokenizers
 from llmfast.export.seq2seq_settings import read_languages
+from llmfast.infer.many import answer_file
 from llmfast.infer.stage import answer
 from llmfast.tasks._languages import Languages, resolve, resolve_pair
 from llmfast.tokenizer import Tokenizer
@@ -128,6 +129,30 @@ def test_wrong_options_are_answered(
     result = CliRunner().invoke(app, ["infer", str(bundles(task)), "--prompt", "the cat", *arguments])
     assert result.exit_code == code
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "told", "missing"),
+    [
+        ("m2m_100", {"source_lang": "en", "target_lang": "fr"}, "source_lang"),
+        ("m2m_100", {"source_lang": "en", "target_lang": "fr"}, "target_lang"),
+        ("translation", {"target_lang": "fr"}, "target_lang"),
+    ],
+)
+def test_a_line_without_its_language_fails_alone(
+    bundles: Callable[[str], Path], task: str, told: dict[str, str], missing: str, tmp_path: Path
+) -> None:
+    silent = {name: value for name, value in told.items() if name != missing}
+    lines = [{"prompt": "the cat", **given} for given in (told, silent, told)]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    summary = answer_file(bundles(task), source, output, threads=1, max_tokens=3)
+    assert [error["line"] for error in summary.errors] == [2]
+    assert f"`{missing}` is missing" in summary.errors[0]["error"]
+    first, last = (json.loads(line) for line in output.open())
+    assert first["answer"] == last["answer"] == answer(bundles(task), ["the cat"], max_tokens=3, **told)[0]["answer"]
+    given_for_all = answer_file(bundles(task), source, tmp_path / "all.jsonl", threads=1, max_tokens=3, **told)
+    assert given_for_all.failed == 0
 
 
 def test_texts_that_do_not_fit_are_refused(bundles: Callable[[str], Path]) -> None:

@@ -15,8 +15,6 @@ from llmfast.kept import keeping
 _WINDOW, _SEARCH_WINDOW = 512, 64
 # What a line may say for itself; other options of a task are for all lines.
 _LINE_OPTIONS = ("question", "query", "source_lang", "target_lang")
-# Of these, what it must say where it is not given for all.
-_NEEDED = ("question", "query")
 
 
 class Texts:
@@ -39,16 +37,19 @@ class Texts:
             raise OptionError("--top-k: in a file of answers every document has one", "leave it out, sort by score")
         own = [name for name in _LINE_OPTIONS if name in self._plugin.INFER_OPTIONS]
         self.fields = ("id", self._text_field, *own)
-        self._needed = [self._text_field, *(name for name in own if name in _NEEDED and name not in options)]
+        needed = self._plugin.needed_options(bundle) if hasattr(self._plugin, "needed_options") else ()
+        self._needed = [name for name in needed if name not in options]
         # A search takes seconds for a line.
         self.window = _SEARCH_WINDOW if "num_beams" in self._plugin.INFER_OPTIONS else _WINDOW
         self._count = 0
 
     def check(self, line: Line) -> None:
         """Look at the form of a line."""
+        if self._text_field not in line.fields:
+            raise InputError(f"`{self._text_field}` is missing")
         for name in self._needed:
             if name not in line.fields:
-                raise InputError(f"`{name}` is missing")
+                raise InputError(f"`{name}` is missing, and so is --{name.replace('_', '-')}")
         for name in self.fields[1:]:
             if not isinstance(line.fields.get(name, ""), str):
                 raise InputError(f"`{name}` is not a text")

@@ -35,6 +35,11 @@ class _Span:
     end: int
 
 
+def needed_options(_: ModelBundle) -> tuple[str, ...]:
+    """Return the options that no text can be answered without."""
+    return ("question",)
+
+
 def answer(
     bundle: ModelBundle,
     texts: Sequence[str],

@@ -19,6 +19,11 @@ TEXT_OPTION = "document"
 INFER_OPTIONS = ("query", "top_k")
 
 
+def needed_options(_: ModelBundle) -> tuple[str, ...]:
+    """Return the options that no text can be answered without."""
+    return ("query",)
+
+
 def answer(
     bundle: ModelBundle,
     texts: Sequence[str],

@@ -15,6 +15,15 @@ INFER_OPTIONS = ("source_lang", "target_lang", *SEARCH_OPTIONS)
 _PREFIX = "translation_"  # of T5's settings: translation_en_to_de
 
 
+def needed_options(bundle: ModelBundle) -> tuple[str, ...]:
+    """Return the languages that the model has to be told of every text."""
+    described = bundle.manifest.architecture.get("languages")
+    if described is not None:
+        return ("target_lang",) if described["source"] == "none" else ("source_lang", "target_lang")
+    sources = [source for source, _ in _pairs(task_settings(bundle))]
+    return ("target_lang",) if sources and all(sources.count(source) > 1 for source in sources) else ()
+
+
 def answer(
     bundle: ModelBundle,
     texts: Sequence[str],
