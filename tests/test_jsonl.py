@@ -64,6 +64,19 @@ def test_lines_have_options_of_their_own(tiny: Path, tmp_path: Path) -> None:
     assert (plain["answer"], plain["id"]) == (whole, 3)
 
 
+def test_equal_prompts_are_sampled_each_with_random_numbers_of_their_own(tiny: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": "ab"}] * 3 + [{"prompt": "ab", "seed": 7}, "", {"prompt": "ab"}]
+    source = write_lines(tmp_path / "prompts.jsonl", *lines)
+    options = "--temperature", 2.0, "--seed", 7, "--max-tokens", 12
+    assert infer_file(tiny, source, tmp_path / "a.jsonl", *options, "--batch-size", 2).exit_code == 0
+    seeds = [7, 7 + 2**64, 7 + 2 * 2**64, 7, 7 + 5 * 2**64]
+    expected = [greedy(tiny, "ab", 12, temperature=2.0, seed=seed).text for seed in seeds]
+    assert [one["answer"] for one in read_answers(tmp_path / "a.jsonl")] == expected
+    assert len(set(expected)) == 4
+    several = answer(tiny, ["ab"] * 3, threads=1, max_tokens=12, temperature=2.0, seed=7)
+    assert [one["answer"] for one in several] == expected[:3]
+
+
 def test_messages_go_through_the_chat_template(tiny: Path, tmp_path: Path) -> None:
     model = tmp_path / "chat"
     model.mkdir()

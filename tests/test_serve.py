@@ -87,6 +87,8 @@ def test_same_seed_same_answer(server: Server) -> None:
         chat(server, "x", max_tokens=16, temperature=2.0, seed=seed).choices[0].message.content for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
+    unsaid = {chat(server, "x", max_tokens=16, temperature=2.0).choices[0].message.content for _ in range(3)}
+    assert len(unsaid) == 3
 
 
 @pytest.mark.parametrize(

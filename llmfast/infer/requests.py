@@ -28,7 +28,7 @@ class RequestReader:
         raw: leave the chat template out.
         max_tokens: most tokens of an answer; a line says `max_new_tokens`.
         stop: strings that end an answer.
-        sampling: how tokens are chosen, fields of `Sampling`.
+        sampling: how tokens are chosen, fields of `Sampling`; its seed is that of the first line.
     """
 
     tokenizer: Tokenizer
@@ -53,11 +53,12 @@ class RequestReader:
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
             raise InputError("`stop` is neither a text nor a list of texts")
         chosen = {name: fields[name] for name in SAMPLING_OPTIONS if name in fields}
+        sampling = Sampling(**{**self.sampling, **chosen})
         return Request(
             id=line.number,
             prompt_ids=self._encode(fields),
             max_tokens=fields.get("max_new_tokens", self.max_tokens),
-            sampling=Sampling(**{**self.sampling, **chosen}),
+            sampling=sampling if "seed" in fields else sampling.of_text(line.number),
             stop=tuple(stop),
         )
 

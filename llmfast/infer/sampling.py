@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from llmfast.errors import InputError, OptionError
+
+# Seeds that are shorter, as all that people choose, give no two texts of any two runs the same random numbers.
+_SEED_BITS = 64
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,14 @@ class Sampling:
             "must be above 0",
         )
         _require(self.seed >= 0, "--seed", self.seed, "must be 0 or more")
+
+    def of_text(self, number: int) -> "Sampling":
+        """Return the sampling of one of several texts, each with random numbers of its own.
+
+        Args:
+            number: of the text, from 1; the first has the seed as it is.
+        """
+        return replace(self, seed=self.seed + ((number - 1) << _SEED_BITS))
 
 
 SAMPLING_OPTIONS = tuple(field.name for field in fields(Sampling))

@@ -111,7 +111,7 @@ class ServedModel:
         for name, fields in submitted:
             try:
                 reader = self._readers["messages" in fields]
-                self._lanes.submit(replace(reader.read(Line(0, 0, fields)), id=name))
+                self._lanes.submit(replace(reader.read(Line(1, 0, fields)), id=name))
             except LlmfastError as error:
                 events.append(Event(name, error=error))
         return events or self._gather()

@@ -5,6 +5,7 @@ Beside the API's own fields `top_k`, `min_p` and `repetition_penalty` are taken,
 """
 
 import base64
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,7 @@ def read_ask(body: Mapping[str, Any], is_chat: bool, most_tokens: int) -> Ask:
     for name in SAMPLING_OPTIONS:
         if body.get(name) is not None:
             fields[name] = body[name]
+    fields.setdefault("seed", secrets.randbits(63))
     stream, options = body.get("stream") or False, body.get("stream_options") or {}
     if not isinstance(stream, bool):
         raise RefusedError(400, "`stream` must be true or false", "stream")

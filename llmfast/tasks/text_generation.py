@@ -46,7 +46,7 @@ def answer(
         speculate: guess tokens that one step verifies; None does where it can't change the answer and may pay.
         draft: a bundle whose model guesses them.
         prompt_cache: must be None: it is for one prompt.
-        sampling: fields of `Sampling`; none is greedy.
+        sampling: fields of `Sampling`; none is greedy. The seed is that of the first text.
 
     Returns:
         `Generation.document` of each text.
@@ -64,8 +64,9 @@ def answer(
     engine, speculation = open_speculating(bundle, tokenizer, longest, max_tokens, provider, threads, speculate, draft)
     choice = Sampling(**sampling)
     answers = []
-    for text, ids in zip(texts, prompts, strict=True):
-        pieces = generate(engine, tokenizer, ids, max_tokens, choice, stop, tokenizer.eos_ids, speculation)
+    for number, (text, ids) in enumerate(zip(texts, prompts, strict=True), start=1):
+        own = choice.of_text(number)
+        pieces = generate(engine, tokenizer, ids, max_tokens, own, stop, tokenizer.eos_ids, speculation)
         answers.append(replace(finish(pieces), placement=placement(*engine.sessions)).document(text))
     return answers
 
