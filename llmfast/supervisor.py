@@ -26,7 +26,7 @@ from llmfast.errors import LlmfastError, NativeCrashError, ResourceError, Unsupp
 from llmfast.resources import memory_of, spell_bytes
 
 GRACE_S = 5.0  # for unwinding after a signal; a native call that takes longer is cut off
-_TWICE_S = 0.5  # two SIGINTs within this are one, told by the parent and by whoever sent it
+_TWICE_S = 0.5  # two signals within this are one, told by the parent and by whoever sent it
 _TICK_S = 0.1  # how often the parent looks at its clock and the child's memory
 _BOARD_BYTES, _DOING_BYTES = 1 << 16, 1 << 10
 _NUMBERS = struct.Struct("ddd")
@@ -135,6 +135,18 @@ def limit(timeout_s: float | None, max_bytes: float | None) -> None:
     _board.numbers = (_board.numbers[0], timeout_s or math.inf, max_bytes or math.inf)
 
 
+class Echo:
+    """Tells a second signal from the first one's echo: the parent passes on what a whole group was told."""
+
+    def __init__(self) -> None:
+        self._heard_at = -math.inf
+
+    def hears(self) -> bool:
+        """Return whether the signal that has just come is an echo."""
+        before, self._heard_at = self._heard_at, time.monotonic()
+        return self._heard_at - before <= _TWICE_S
+
+
 def die_with_parent() -> None:
     """Let the kernel end this process when its parent is gone."""
     if sys.platform == "linux":
@@ -229,12 +241,10 @@ def _begin_as_child(board: _Board) -> None:
     global _board
     _board = board
     die_with_parent()
-    interrupted_at = -_TWICE_S
+    echo = Echo()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted_at
-        before, interrupted_at = interrupted_at, time.monotonic()
-        if interrupted_at - before > _TWICE_S:
+        if not echo.hears():
             signal.default_int_handler(number, frame)
 
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -23,7 +23,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a
 
 @dataclass
 class Server:
-    """A server process that a test may stop."""
+    """A server process that a test may stop; it leads a group of processes."""
 
     process: "subprocess.Popen[str]"
     url: str
@@ -51,6 +51,7 @@ def serving(model: Path, *arguments: str, **environment: str) -> Iterator[Server
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
+        start_new_session=True,
     )
     try:
         assert process.stderr is not None

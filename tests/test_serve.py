@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import uvicorn
 
 from llmfast.export.stage import export
 from llmfast.infer import stage as infer_stage
+from llmfast.serve import stage as serve_stage
 from tests.serving import Server, chat, copy_with_template, infer_text, processes, serving
 from tests.tiny_encoder import WORDS, save_encoder
 
@@ -146,16 +148,35 @@ def test_log_has_one_line_a_request_and_no_prompt(server: Server) -> None:
     assert not any("secret" in line or "\x1b" in line or line.startswith("error") for line in lines)
 
 
-def test_sigterm_lets_answers_end(bundle: Path) -> None:
-    with serving(bundle) as server:
-        pieces = []
-        for chunk in chat(server, "hello", max_tokens=300, stream=True):
-            if not pieces:
-                server.process.send_signal(signal.SIGTERM)
-            pieces.append(chunk.choices[0].delta.content or "")
-        assert "".join(pieces) == infer_text(bundle, "hello", 300)
-        assert server.process.wait(30) == 143
+@pytest.mark.parametrize(
+    ("number", "tell", "code"),
+    [(signal.SIGTERM, os.kill, 143), (signal.SIGTERM, os.killpg, 143), (signal.SIGINT, os.killpg, 130)],
+    ids=["term", "term-group", "int-group"],
+)
+def test_a_signal_lets_answers_end(number: int, tell: Callable[[int, int], None], code: int, bundle: Path) -> None:
+    with serving(bundle) as server, ThreadPoolExecutor(1) as pool:
+        model = processes(server)[-1]
+        os.kill(model, signal.SIGSTOP)
+        asked = pool.submit(lambda: list(chat(server, "hello", max_tokens=300, stream=True)))
+        server.wait_for("llmfast_requests_active", 1)
+        tell(server.process.pid, number)
+        deadline = time.monotonic() + 60
+        while not any("answering the requests under way" in line for line in server.lines):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(model, signal.SIGCONT)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in asked.result())
+        assert text == infer_text(bundle, "hello", 300)
+        assert server.process.wait(30) == code
         assert "Traceback" not in "".join(server.lines)
+
+
+def test_a_second_signal_is_one_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve_stage._make_server(uvicorn.Config(lambda: None))
+    for now, is_forced in ((100.0, False), (100.1, False), (103.0, True)):  # the second one is passed on by the parent
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        server.handle_exit(signal.SIGTERM, None)
+        assert (server.should_exit, server.force_exit) == (True, is_forced)
 
 
 def test_embeddings_are_those_of_infer(tmp_path: Path) -> None:

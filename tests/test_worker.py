@@ -73,6 +73,12 @@ def test_death_is_told_by_its_signal(worker: Worker, number: int, error: type, r
         worker.call("die", number)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_a_whole_group_is_told_is_left_to_the_parent(worker: Worker, number: int) -> None:
+    os.kill(worker.pid, number)
+    assert worker.call("add", 1) == 2
+
+
 def test_death_in_the_middle_of_an_answer_is_death(monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
         "import os, pickle, signal, sys\n"

@@ -10,7 +10,7 @@ from typing import Any
 from llmfast.errors import OptionError, OutputExistsError, ResourceError, UnsupportedError
 from llmfast.report import note
 from llmfast.serve.options import ServeOptions
-from llmfast.supervisor import GRACE_S, ask_for_grace
+from llmfast.supervisor import GRACE_S, Echo, ask_for_grace
 from llmfast.worker import Worker
 
 __all__ = ["ServeOptions", "serve"]
@@ -81,9 +81,13 @@ def serve(model: Path, options: ServeOptions) -> None:
 def _make_server(config: Any) -> Any:
     import uvicorn
 
+    echo = Echo()
+
     class Server(uvicorn.Server):  # type: ignore[misc]
         def handle_exit(self, sig: int, frame: Any) -> None:
             """End when the requests under way have been answered; at once at the second signal."""
+            if echo.hears():
+                return
             self.force_exit = self.should_exit
             if not self.should_exit:
                 note(f"{signal.Signals(sig).name}: answering the requests under way; a second one ends them")
