@@ -161,6 +161,8 @@ def test_bytes_that_are_no_text_are_a_bad_line(tiny: Path, tmp_path: Path) -> No
         (["{good}", "-o", "{tmp}/a.jsonl", "--batch-size", "0"], 2, ["--batch-size 0"]),
         (["{good}", "-o", "{tmp}/a.jsonl", "--max-tokens", "0"], 2, ["--max-tokens 0"]),
         (["{good}", "-o", "{tmp}/a.jsonl", "--temperature", "-1"], 2, ["--temperature -1"]),
+        (["{good}", "-o", "{tmp}/a.jsonl", "--system", "be brief"], 2, ["--system needs", "the model has none"]),
+        (["{good}", "-o", "{tmp}/a.jsonl", "--system", "be brief", "--raw"], 2, ["--system needs", "--raw leaves"]),
         (["{good}", "-o", "{tmp}/a.jsonl", "--question", "x"], 2, ["--question is for"]),
         (["{good}", "-o", "{tmp}/a.jsonl", "--prompt", "x"], 2, ["exclude each other"]),
     ],

@@ -69,15 +69,20 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, system: str | None = None, 
         ResourceError: it would take too long to tokenize.
     """
     require_bounded(prompt)
+    check_system(tokenizer, system, raw)
     if raw or tokenizer.chat_template is None:
-        if system is not None:
-            reason = "--raw leaves it out" if raw else "the model has none"
-            raise OptionError(f"--system needs a chat template: {reason}", "put it into the prompt")
         return np.array(tokenizer.encode(prompt), np.int64)
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": prompt})
     text = tokenizer.apply_chat_template(messages)
     return np.array(tokenizer.encode(text, add_special_tokens=False), np.int64)
+
+
+def check_system(tokenizer: Tokenizer, system: str | None, raw: bool) -> None:
+    """Refuse a system prompt that no chat template takes up."""
+    if system is not None and (raw or tokenizer.chat_template is None):
+        reason = "--raw leaves it out" if raw else "the model has none"
+        raise OptionError(f"--system needs a chat template: {reason}", "put it into the prompt")
 
 
 def check_limits(max_tokens: int, stop: Sequence[str]) -> None:

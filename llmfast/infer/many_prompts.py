@@ -9,7 +9,7 @@ from llmfast.bundle import ModelBundle
 from llmfast.errors import LlmfastError, OptionError
 from llmfast.infer.batch import Counts, Request, check_prompt
 from llmfast.infer.decoder import context_length
-from llmfast.infer.generate import Generation, check_limits
+from llmfast.infer.generate import Generation, check_limits, check_system
 from llmfast.infer.jsonl import Line
 from llmfast.infer.lanes import Lanes
 from llmfast.infer.memory import DEFAULT_ROWS, MemoryPlan
@@ -58,6 +58,7 @@ class Prompts:
         self._reader = RequestReader(self._tokenizer, sampling=sampling, **options)
         Sampling(**sampling)
         check_limits(self._reader.max_tokens, self._reader.stop)
+        check_system(self._tokenizer, self._reader.system, self._reader.raw)
         if batch_size is not None and batch_size < 1:
             raise OptionError(f"--batch-size {batch_size}: must be at least 1")
         self._context_length = context_length(bundle)
