@@ -35,6 +35,7 @@ SEARCHES: list[dict[str, Any]] = [
     {"no_repeat_ngram_size": 2, "suppress_tokens": [20, 21], "begin_suppress_tokens": [30], "min_new_tokens": 5},
     {"num_beams": 4, "forced_bos_token_id": 5, "renormalize_logits": True, "begin_suppress_tokens": [31]},
     {"num_beams": 5, "eos_token_id": [2, 40, 41], "remove_invalid_values": True},
+    _ENDING | {"min_length": 20, "min_new_tokens": 3},
 ]
 CASES = [(name, number) for name in ARCHITECTURES for number in (0, 1)]
 CASES += [(name, number) for name in ("bart", "t5") for number in range(2, len(SEARCHES))]

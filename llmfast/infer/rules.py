@@ -183,6 +183,8 @@ def _fields(
         max_length = min(max_length, context_length)
     known = {field.name for field in fields(Rules)}
     found = {key: value for key, value in settings.items() if key in known and value is not None}
+    if "min_new_tokens" in found:
+        found["min_length"] = 0  # as for transformers, the one replaces the other
     return found | {
         "decoder_start_token_id": start,
         "eos_token_ids": eos,
