@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmfast.errors import InputError, UnsupportedError
+from llmfast.errors import InputError
 from llmfast.preprocessor import read_sound_settings
 
 _KIND = "Wav2Vec2FeatureExtractor"
@@ -58,8 +58,8 @@ class AudioProcessor:
         """Read a WAV file of 16-bit PCM, float32 [samples]; several channels become their mean.
 
         Raises:
-            InputError: missing, no such file, empty, or recorded at another rate than the model's.
-            UnsupportedError: samples of another width.
+            InputError: missing, no such file, empty, samples of another width, or recorded at another rate than the
+                model's.
         """
         values = read_wav(path, self.sampling_rate)
         if self.normalize:
@@ -75,8 +75,7 @@ def read_wav(path: Path, sampling_rate: int) -> np.ndarray:
         sampling_rate: samples a second that there must be.
 
     Raises:
-        InputError: missing, no such file, empty, or recorded at another rate.
-        UnsupportedError: samples of another width.
+        InputError: missing, no such file, empty, samples of another width, or recorded at another rate.
     """
     if not path.is_file():
         raise InputError(f"not found: `{path}`", "--audio takes a WAV file")
@@ -88,7 +87,7 @@ def read_wav(path: Path, sampling_rate: int) -> np.ndarray:
         reason = str(error) or "it ends too early"
         raise InputError(f"not a WAV file of PCM samples: `{path}`: {reason}", _convert(sampling_rate)) from error
     if width != _SAMPLE_BYTES:
-        raise UnsupportedError(f"`{path}` has samples of {8 * width} bits, not 16", _convert(sampling_rate))
+        raise InputError(f"`{path}` has samples of {8 * width} bits, not 16", _convert(sampling_rate))
     if rate != sampling_rate:
         raise InputError(
             f"`{path}` has {rate} samples a second, the model takes {sampling_rate}",

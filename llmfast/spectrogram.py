@@ -72,8 +72,8 @@ class SpectrogramProcessor:
         """Read a WAV file of 16-bit PCM, float32 [mel_bins, frames]; several channels become their mean.
 
         Raises:
-            InputError: missing, no such file, empty, recorded at another rate, or longer than the model hears.
-            UnsupportedError: samples of another width.
+            InputError: missing, no such file, empty, samples of another width, recorded at another rate, or longer
+                than the model hears.
         """
         samples = read_wav(path, self.sampling_rate)
         if len(samples) > self.chunk_length * self.sampling_rate:

@@ -221,17 +221,21 @@ def test_reading_holds_one_line_at_a_time(tmp_path: Path) -> None:
     assert not keys & {line.key for line in read_lines(source, "prompt", "others")}
 
 
-def test_texts_of_other_tasks(tmp_path: Path) -> None:
+def test_texts_of_other_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmfast.tokenizer.MAX_INPUT_CHARS", 40)
     save_encoder(tmp_path / "checkpoint", auto_model="AutoModelForSequenceClassification", num_labels=3)
     model = tmp_path / "bundle"
     export(str(tmp_path / "checkpoint"), model, ExportOptions(task="text-classification"))
     texts = ["the cat sat", "two dogs run by the mat on a mat", "a mat", "dogs"] * 4
     lines = [{"id": f"t{i}", "prompt": text} for i, text in enumerate(texts)]
-    source = write_lines(tmp_path / "t.jsonl", *lines[:3], {"prompt": 5}, *lines[3:], {"text": "a"})
+    source = write_lines(
+        tmp_path / "t.jsonl", *lines[:3], {"prompt": 5}, *lines[3:], {"text": "a"}, {"prompt": "a" * 41}
+    )
     result = infer_file(model, source, tmp_path / "labels.jsonl")
     assert result.exit_code == 3
     assert "line 4: `prompt` is not a text" in result.stderr
     assert "line 18: `prompt` is missing" in result.stderr
+    assert "line 19: a text of 41 characters is too much" in result.stderr
     found = read_answers(tmp_path / "labels.jsonl")
     assert [one["id"] for one in found] == [line["id"] for line in lines]
     for one, expected in zip(found, answer(model, texts, threads=1), strict=True):

@@ -25,6 +25,7 @@ from llmfast.export.stage import export
 from llmfast.export.traced_signals import supported_signal_model_types
 from llmfast.quantize.stage import QuantizeOptions, quantize
 from llmfast.tasks import automatic_speech_recognition as speech
+from tests.tiny_prompts import infer_file, read_answers, write_lines
 from tests.tiny_speech import RATE, SHORTEST, TOKENS, make_sound, save_speech_encoder, write_wav
 
 
@@ -142,7 +143,7 @@ def test_infer_prints_what_was_said(exported: Callable[..., Exported], tmp_path:
         ),
         (lambda path: write_wav(path, make_sound(0)), InputError, "no sound in"),
         (lambda path: write_wav(path, make_sound(SHORTEST - 1)), InputError, "29 samples, the model takes 30 or more"),
-        (lambda path: write_wav(path, make_sound(900), width=4), UnsupportedError, "samples of 32 bits"),
+        (lambda path: write_wav(path, make_sound(900), width=4), InputError, "samples of 32 bits"),
     ],
 )
 def test_recordings_that_can_not_be_read(
@@ -155,6 +156,21 @@ def test_recordings_that_can_not_be_read(
     make(tmp_path / "a.wav")
     with pytest.raises(kind, match=message):
         speech.answer(exported().bundle, [str(tmp_path / "a.wav")])
+
+
+def test_a_recording_that_can_not_be_read_is_a_bad_line(exported: Callable[..., Exported], tmp_path: Path) -> None:
+    good = str(write_wav(tmp_path / "good.wav", make_sound(900)))
+    wide = str(write_wav(tmp_path / "wide.wav", make_sound(900), width=4))
+    source = write_lines(tmp_path / "sounds.jsonl", *({"audio": path} for path in (good, wide, good)))
+    result = infer_file(exported().bundle.path, source, tmp_path / "texts.jsonl")
+    assert result.exit_code == 3
+    assert "line 2: `" in result.stderr
+    assert "samples of 32 bits" in result.stderr
+    (expected,) = speech.answer(exported().bundle, [good])
+    assert [(one["id"], one["text"]) for one in read_answers(tmp_path / "texts.jsonl")] == [
+        (1, expected["text"]),
+        (3, expected["text"]),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from llmfast.errors import InputError, LlmfastError, OptionError
 from llmfast.infer.jsonl import Line
 from llmfast.infer.stage import text_option
 from llmfast.kept import keeping
+from llmfast.tokenizer import require_bounded
 
 # Lines that are sorted by length together, and at most lost when a run is cut off.
 _WINDOW, _SEARCH_WINDOW = 512, 64
@@ -44,15 +45,17 @@ class Texts:
         self._count = 0
 
     def check(self, line: Line) -> None:
-        """Look at the form of a line."""
+        """Look at the form of a line, and at how long its texts are."""
         if self._text_field not in line.fields:
             raise InputError(f"`{self._text_field}` is missing")
         for name in self._needed:
             if name not in line.fields:
                 raise InputError(f"`{name}` is missing, and so is --{name.replace('_', '-')}")
         for name in self.fields[1:]:
-            if not isinstance(line.fields.get(name, ""), str):
+            text = line.fields.get(name, "")
+            if not isinstance(text, str):
                 raise InputError(f"`{name}` is not a text")
+            require_bounded(text)
 
     @property
     def is_outgrown(self) -> bool:

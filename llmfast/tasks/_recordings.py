@@ -24,8 +24,8 @@ def run_recordings(
         compute: takes float32 [1, samples], returns [1, ...].
 
     Raises:
-        InputError: a file that is missing, of another sampling rate, or too short; or no preprocessor_config.json.
-        UnsupportedError: samples that are not 16 bits wide.
+        InputError: a file that is missing, of another sampling rate, too short, or with samples that are not 16 bits
+            wide; or no preprocessor_config.json.
     """
     rows = []
     with progress("running", len(paths)) as advance:

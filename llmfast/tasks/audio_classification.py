@@ -39,8 +39,9 @@ def answer(
 
     Raises:
         OptionError: top_k below 1.
-        InputError: a file that is missing, of another sampling rate, or too short; or no preprocessor_config.json.
-        UnsupportedError: samples that are not 16 bits wide, or the graph is none of this task.
+        InputError: a file that is missing, of another sampling rate, too short, or with samples that are not 16 bits
+            wide; or no preprocessor_config.json.
+        UnsupportedError: the graph is none of this task.
 
     Source: `AudioClassificationPipeline` of transformers.
     """

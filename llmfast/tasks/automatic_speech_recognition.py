@@ -53,8 +53,9 @@ def answer(
 
     Raises:
         OptionError: an option of the search for a model that has none, or a language that it does not know.
-        InputError: a file that is missing, of another sampling rate, or too short; or no preprocessor_config.json.
-        UnsupportedError: samples that are not 16 bits wide, or the graph is none of this task.
+        InputError: a file that is missing, of another sampling rate, too short, or with samples that are not 16 bits
+            wide; or no preprocessor_config.json.
+        UnsupportedError: the graph is none of this task.
 
     Source: Graves et al. 2006, Connectionist Temporal Classification, https://doi.org/10.1145/1143844.1143891,
     and `AutomaticSpeechRecognitionPipeline` of transformers; for a decoder see `transcribe`.
