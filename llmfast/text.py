@@ -1,6 +1,8 @@
-"""Plain text on disk: passages for token windows, and lines."""
+"""Plain text on disk and standard input: passages for token windows, and lines."""
 
 import codecs
+import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +41,19 @@ def read_text(path: Path) -> str:
 def read_lines(path: Path) -> list[str]:
     """Read the lines of a text file that are not blank, without the space around them."""
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+
+
+def read_stdin() -> str:
+    """Read standard input to its end, as UTF-8 whatever the locale.
+
+    Raises:
+        InputError: not UTF-8.
+    """
+    data = io.BytesIO(sys.stdin.buffer.read())
+    try:
+        return io.TextIOWrapper(data, encoding="utf-8-sig").read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 text: standard input: byte {error.start}", "convert it to UTF-8") from error
 
 
 def leading_windows(

@@ -250,6 +250,11 @@ def test_missing_export_extra_is_named(
     _explains(run("export", checkpoints("llama"), "-o", tmp_path / "x"), 5, "pip install 'llmfast[export]'")
 
 
+def test_standard_input_that_is_no_text_is_bad_input(fp32_bundle: Path) -> None:
+    result = CliRunner().invoke(app, ["infer", str(fp32_bundle), "--prompt", "-"], input=b"caf\xe9")
+    _explains(result, 3, "standard input: byte 3", "UTF-8")
+
+
 def test_truncated_model_and_missing_data_are_named(
     fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

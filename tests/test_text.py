@@ -1,8 +1,10 @@
+import io
+
 import numpy as np
 import pytest
 
 from llmfast.errors import InputError
-from llmfast.text import read_lines, read_text, token_windows
+from llmfast.text import read_lines, read_stdin, read_text, token_windows
 
 
 def test_windows_follow_one_another():
@@ -43,6 +45,18 @@ def test_unusable_text_is_refused(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_text(path)
+
+
+def test_standard_input_is_utf8_whatever_the_locale(monkeypatch):
+    def give(data):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1"))
+
+    give("\ufeffh\u00e9\r\n\u65e5".encode())
+    assert read_stdin() == "h\u00e9\n\u65e5"
+    assert read_stdin() == ""
+    give(b"caf\xe9")
+    with pytest.raises(InputError, match="not UTF-8 text: standard input: byte 3"):
+        read_stdin()
 
 
 def test_lines_are_stripped_and_blank_ones_skipped(tmp_path):

@@ -1,6 +1,5 @@
 """`llmfast infer`."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -286,7 +285,7 @@ def _read_texts(texts: list[str] | None, input_file: Path | None, option: str) -
 
     Those of a task of images or sound are paths.
     """
-    from llmfast.text import read_lines
+    from llmfast.text import read_lines, read_stdin
 
     is_file = option in ("image", "audio")
     kind, value = (option, "FILE") if is_file else ("text", "TEXT")
@@ -298,7 +297,7 @@ def _read_texts(texts: list[str] | None, input_file: Path | None, option: str) -
         return read_lines(input_file)
     if is_file:
         return list(texts or ())
-    return [sys.stdin.read() if text == "-" else text for text in texts or ()]
+    return [read_stdin() if text == "-" else text for text in texts or ()]
 
 
 def _print_answers(
