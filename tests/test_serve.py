@@ -100,8 +100,12 @@ def test_same_seed_same_answer(server: Server) -> None:
         ({"max_tokens": 100_000}, "max_tokens"),
         ({"n": 5}, "n"),
         ({"stop": ["a"] * 17}, "stop"),
-        ({"temperature": -1}, None),
-        ({"temperature": 10**400}, None),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_p": False}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"extra_body": {"top_k": 0.5}}, "top_k"),
         ({"logprobs": True}, "logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"extra_body": {"top_q": 1}}, "top_q"),
@@ -116,6 +120,7 @@ def test_impossible_requests_name_the_field(settings: dict[str, Any], param: str
         server.client().chat.completions.create(**asked)
     assert refusal.value.param == param
     assert "Traceback" not in refusal.value.message
+    assert "--" not in refusal.value.message
 
 
 def test_the_other_name_of_the_limit_counts_where_the_first_is_null(server: Server) -> None:
@@ -123,6 +128,19 @@ def test_the_other_name_of_the_limit_counts_where_the_first_is_null(server: Serv
     assert answer.usage.completion_tokens == 3
     with pytest.raises(openai.BadRequestError, match="`max_tokens` must be"):
         chat(server, "hello", max_tokens=0, extra_body={"max_completion_tokens": None})
+
+
+def test_no_nucleus_is_the_likeliest_token(server: Server, bundle: Path) -> None:
+    answer = chat(server, "hello", max_tokens=20, temperature=2.0, top_p=0)
+    assert answer.choices[0].message.content == infer_text(bundle, "hello", 20)
+
+
+def test_probabilities_of_the_chosen_tokens_are_refused_and_null_is_nothing(server: Server) -> None:
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 1}
+    with pytest.raises(openai.BadRequestError, match="`logprobs` is not supported"):
+        server.client().completions.create(**asked, logprobs=0)
+    for value in (None, False):
+        assert server.client().completions.create(**asked, extra_body={"logprobs": value}).choices
 
 
 def test_another_model_is_not_there(server: Server) -> None:
@@ -195,6 +213,8 @@ def test_embeddings_are_those_of_infer(tmp_path: Path) -> None:
             with pytest.raises(openai.BadRequestError, match=f"unknown field `{name}`"):
                 server.client().embeddings.create(model="encoder", input="x", extra_body={name: 1})
         assert server.client().embeddings.create(model="encoder", input="by", user="me", encoding_format="float").data
+        nothing = {"encoding_format": None}
+        assert server.client().embeddings.create(model="encoder", input="by", extra_body=nothing).data
         with pytest.raises(openai.NotFoundError, match="feature-extraction"):
             chat(server, "x")
         os.kill(processes(server)[-1], signal.SIGSEGV)

@@ -47,7 +47,7 @@ class RequestReader:
         fields = line.fields
         for name in ("max_new_tokens", *SAMPLING_OPTIONS):
             if name in fields:
-                _check_number(name, fields[name])
+                check_number(name, fields[name])
         stop = fields.get("stop", self.stop)
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
@@ -84,7 +84,8 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
+    """Refuse a field of a request that is no finite number, or no whole one where it must be."""
     kinds = (int,) if name in _WHOLE else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise InputError(f"`{name}` is not a {'whole ' if name in _WHOLE else ''}number")

@@ -1,7 +1,7 @@
 """Choosing the next token from a model's logits."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -33,17 +33,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(0 <= self.temperature < math.inf, "--temperature", self.temperature, "must be 0 or more")
-        _require(self.top_k >= 0, "--top-k", self.top_k, "must be 0 (off) or more")
-        _require(0 < self.top_p <= 1, "--top-p", self.top_p, "must be above 0 and at most 1")
-        _require(0 <= self.min_p <= 1, "--min-p", self.min_p, "must be between 0 and 1")
-        _require(
-            0 < self.repetition_penalty < math.inf,
-            "--repetition-penalty",
-            self.repetition_penalty,
-            "must be above 0",
-        )
-        _require(self.seed >= 0, "--seed", self.seed, "must be 0 or more")
+        for name, value in vars(self).items():
+            if rule := broken_rule(name, value):
+                raise OptionError(f"--{name.replace('_', '-')} {value}: {rule}")
 
     def of_text(self, number: int) -> "Sampling":
         """Return the sampling of one of several texts, each with random numbers of its own.
@@ -55,6 +47,20 @@ class Sampling:
 
 
 SAMPLING_OPTIONS = tuple(field.name for field in fields(Sampling))
+_RULES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: 0 <= value < math.inf, "must be 0 or more"),
+    "top_k": (lambda value: value >= 0, "must be 0 (off) or more"),
+    "top_p": (lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
+    "min_p": (lambda value: 0 <= value <= 1, "must be between 0 and 1"),
+    "repetition_penalty": (lambda value: 0 < value < math.inf, "must be above 0"),
+    "seed": (lambda value: value >= 0, "must be 0 or more"),
+}
+
+
+def broken_rule(name: str, value: float) -> str | None:
+    """Return what a field of `Sampling` must be and this value is not, None for a value that it may have."""
+    is_met, rule = _RULES[name]
+    return None if is_met(value) else rule
 
 
 def sample(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator, previous: Collection[int] = ()) -> int:
@@ -119,8 +125,3 @@ def _penalize(logits: np.ndarray, previous: np.ndarray, penalty: float) -> np.nd
     held = logits[previous]
     logits[previous] = np.where(held < 0, held * penalty, held / penalty)
     return logits
-
-
-def _require(is_met: bool, flag: str, value: float, rule: str) -> None:
-    if not is_met:
-        raise OptionError(f"{flag} {value}: {rule}")

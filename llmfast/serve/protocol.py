@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from llmfast.errors import InputError
 from llmfast.infer.generate import Generation
-from llmfast.infer.sampling import SAMPLING_OPTIONS
+from llmfast.infer.requests import check_number
+from llmfast.infer.sampling import SAMPLING_OPTIONS, broken_rule
 from llmfast.report import printable
 
 _MOST_STOPS = 4
@@ -27,7 +29,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False, 0),
+    "logprobs": (False,),  # 0, of /v1/completions, asks for those of the tokens chosen
     "top_logprobs": (0,),
     "echo": (False,),
     "suffix": ("",),
@@ -137,10 +139,7 @@ def read_ask(body: Mapping[str, Any], is_chat: bool, most_tokens: int) -> Ask:
         ):
             raise RefusedError(400, f"`stop` must be a text or up to {_MOST_STOPS} texts, none empty", "stop")
         fields["stop"] = stop
-    for name in SAMPLING_OPTIONS:
-        if body.get(name) is not None:
-            fields[name] = body[name]
-    fields.setdefault("seed", secrets.randbits(63))
+    fields |= _read_sampling(body)
     stream, options = body.get("stream") or False, body.get("stream_options") or {}
     if not isinstance(stream, bool):
         raise RefusedError(400, "`stream` must be true or false", "stream")
@@ -162,7 +161,8 @@ def read_texts(body: Mapping[str, Any]) -> tuple[list[str], bool]:
         raise RefusedError(400, f"`input` must be a text or a list of up to {_MOST_TEXTS}", "input")
     if not all(isinstance(text, str) and text for text in texts):
         raise RefusedError(400, "`input` must be texts, none of them empty", "input")
-    encoding = body.get("encoding_format", "float")
+    encoding = body.get("encoding_format")
+    encoding = "float" if encoding is None else encoding
     if encoding not in ("float", "base64"):
         raise RefusedError(400, "`encoding_format` must be float or base64", "encoding_format")
     if body.get("dimensions") is not None:
@@ -231,6 +231,22 @@ def _usage(generation: Generation) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
+def _read_sampling(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how tokens are chosen; a request without a seed gets one of its own."""
+    found = {name: body[name] for name in SAMPLING_OPTIONS if body.get(name) is not None}
+    for name, value in found.items():
+        try:
+            check_number(name, value)
+        except InputError as error:
+            raise RefusedError(400, error.message, name) from error
+        is_greedy = name == "top_p" and value == 0
+        if not is_greedy and (rule := broken_rule(name, value)):
+            raise RefusedError(400, f"`{name}` {rule}", name)
+    if found.get("top_p") == 0:  # the API takes it: the likeliest token alone
+        found |= {"top_p": 1.0, "temperature": 0.0}
+    return {"seed": secrets.randbits(63)} | found
+
+
 def _check_fields(body: Mapping[str, Any], known: set[str]) -> None:
     """Refuse what would change the answer and is not known."""
     for name, value in body.items():
@@ -238,7 +254,7 @@ def _check_fields(body: Mapping[str, Any], known: set[str]) -> None:
             continue
         if name not in _NEUTRAL:
             raise RefusedError(400, f"unknown field `{name[:64]}`", name[:64])
-        if value not in _NEUTRAL[name]:
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in _NEUTRAL[name]):
             raise RefusedError(400, f"`{name}` is not supported", name)
 
 
