@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import pytest
 
+from llmfast.errors import OptionError, OutputExistsError, ResourceError
 from llmfast.serve import stage as serve_stage
 from llmfast.serve.model import DEFAULT_ROWS, Facts, ServedModel
 from llmfast.serve.scheduler import BusyError, Scheduler
@@ -238,6 +239,31 @@ def test_every_route_but_health_wants_the_key(bundle: Path, tmp_path: Path) -> N
 def _run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "llmfast", "serve", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "reason"),
+    [
+        (OSError(48, "Address already in use"), OutputExistsError, "port 80 on nowhere is taken"),  # macOS's number
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), OptionError, "--host nowhere"),
+        (OSError(errno.EACCES, "Permission denied"), ResourceError, "Permission denied"),
+    ],
+)
+def test_where_it_can_not_listen_is_told(
+    failure: OSError, kind: type[Exception], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(errno, "EADDRINUSE", 48)
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    with pytest.raises(kind, match=reason):
+        serve_stage._listen("nowhere", 80)
+
+
+def test_a_name_that_none_can_have_is_no_host() -> None:
+    with pytest.raises(OptionError, match=r"--host a\.\.b"):
+        serve_stage._listen("a..b", 0)
 
 
 def test_open_doors_and_taken_ports_are_refused(server: Server, bundle: Path, tmp_path: Path) -> None:

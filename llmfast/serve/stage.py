@@ -1,13 +1,14 @@
 """The serve command: a bundle, a port, and requests until somebody ends it."""
 
 import asyncio
+import errno
 import signal
 import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmfast.errors import OptionError, OutputExistsError, ResourceError, UnsupportedError
+from llmfast.errors import LlmfastError, OptionError, OutputExistsError, ResourceError, UnsupportedError
 from llmfast.report import note
 from llmfast.serve.options import ServeOptions
 from llmfast.supervisor import GRACE_S, Echo, ask_for_grace
@@ -29,7 +30,7 @@ def serve(model: Path, options: ServeOptions) -> None:
         options: see `ServeOptions`.
 
     Raises:
-        OptionError: a host that is open to others without a key.
+        OptionError: a host that is not known, or a port that can't be.
         OutputExistsError: the port is taken.
         UnsupportedError: the extra `serve` is not installed, or the model has a task that can't be served.
         NativeCrashError: the model's process died again and again.
@@ -105,11 +106,19 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listening.bind((host, port))
         listening.listen(_BACKLOG)  # who reads the address that is printed next may come at once
-    except OverflowError as error:
-        raise OptionError(f"--port {port}: must be 0 to 65535") from error
-    except OSError as error:
+    except (OverflowError, UnicodeError, OSError) as error:
         listening.close()
-        if error.errno == 98:
-            raise OutputExistsError(f"port {port} on {host} is taken", "choose another: --port") from error
-        raise ResourceError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
+        raise _explained(error, host, port) from error
     return listening
+
+
+def _explained(error: Exception, host: str, port: int) -> LlmfastError:
+    """Return why the server can't listen."""
+    if isinstance(error, OverflowError):
+        return OptionError(f"--port {port}: must be 0 to 65535")
+    if isinstance(error, (UnicodeError, socket.gaierror)):
+        return OptionError(f"--host {host}: no address of this name is known", "give an address of this machine")
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return OutputExistsError(f"port {port} on {host} is taken", "choose another: --port")
+    reason = getattr(error, "strerror", None) or error
+    return ResourceError(f"cannot listen on {host}, port {port}: {reason}")
