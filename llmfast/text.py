@@ -59,7 +59,7 @@ def read_stdin() -> str:
 def leading_windows(
     path: Path, tokenizer: "Tokenizer", num_samples: int, seq_len: int, skipped: int, may_be_fewer: bool = False
 ) -> list[tuple[np.ndarray, str]]:
-    """Cut the beginning of a text file into windows of tokens that follow one another.
+    """Cut the beginning of a text file into windows of tokens that follow one another, each begun as a text is.
 
     No more of the file is read than the windows need: its size costs no memory.
 
@@ -85,12 +85,13 @@ def leading_windows(
         if is_whole or len(ids) > wanted + _TORN_TOKENS:  # the last tokens may be torn by the cut
             break
         size *= 2
-    fitting = max(1, len(ids) // seq_len)
-    count = len(token_windows(ids, min(num_samples, fitting) if may_be_fewer else num_samples, seq_len))
+    prefix = tokenizer.prefix
+    bounds = _window_bounds(ids, seq_len, prefix)
+    wanted_windows = min(num_samples, max(1, len(bounds))) if may_be_fewer else num_samples
     windows = []
-    for start in range(0, count * seq_len, seq_len):
-        begin, end = int(ends[start + skipped - 1]), int(ends[start + seq_len - 1])
-        windows.append((ids[start : start + seq_len], text[begin:end]))
+    for window, (start, stop) in zip(token_windows(ids, wanted_windows, seq_len, prefix), bounds, strict=False):
+        given = max(0, skipped - (seq_len - (stop - start)))  # of the text's own tokens
+        windows.append((window, text[int(ends[start + given - 1]) : int(ends[stop - 1])]))
     return windows
 
 
@@ -117,13 +118,16 @@ def _read_beginning(path: Path, size: int) -> tuple[str, bool]:
         raise InputError(f"not UTF-8 text: `{path}`: byte {error.start}", "convert it to UTF-8") from error
 
 
-def token_windows(ids: Sequence[int] | np.ndarray, num_samples: int, seq_len: int) -> np.ndarray:
-    """Cut tokens into windows that follow one another without overlap, from the first token on.
+def token_windows(
+    ids: Sequence[int] | np.ndarray, num_samples: int, seq_len: int, prefix: Sequence[int] = ()
+) -> np.ndarray:
+    """Cut the beginning of a text's tokens into windows, as `cut_windows`.
 
     Args:
         ids: token ids of the text.
         num_samples: how many windows to take; a note says when the text holds fewer.
         seq_len: tokens in a window.
+        prefix: what every window begins with.
 
     Returns:
         int64 [windows, seq_len], 1 <= windows <= num_samples.
@@ -131,13 +135,55 @@ def token_windows(ids: Sequence[int] | np.ndarray, num_samples: int, seq_len: in
     Raises:
         InputError: the text does not fill one window.
     """
-    held = len(ids) // seq_len
-    if held == 0:
+    windows = cut_windows(ids, seq_len, prefix)
+    if len(windows) == 0:
         raise InputError(
             f"text too short: {len(ids)} tokens, one window needs {seq_len}",
             "give more text or a shorter window",
         )
-    if held < num_samples:
-        report.note(f"note: the text holds {held} windows of {seq_len} tokens, {num_samples} were asked for")
-    count = min(held, num_samples)
-    return np.asarray(ids[: count * seq_len], np.int64).reshape(count, seq_len)
+    if len(windows) < num_samples:
+        report.note(f"note: the text holds {len(windows)} windows of {seq_len} tokens, {num_samples} were asked for")
+    return windows[:num_samples]
+
+
+def cut_windows(ids: Sequence[int] | np.ndarray, seq_len: int, prefix: Sequence[int] = ()) -> np.ndarray:
+    """Cut tokens into windows that follow one another without overlap, from the first token on.
+
+    A model meets no text without the tokens that its tokenizer puts before each, and without BOS many answer wildly:
+    every window begins with them, and holds so much less text unless they are there already.
+
+    Args:
+        ids: token ids of the text.
+        seq_len: tokens in a window.
+        prefix: what every window begins with.
+
+    Returns:
+        int64 [windows, seq_len]; what does not fill a window is left out.
+
+    Raises:
+        InputError: a window has no room for text.
+    """
+    ids, opening = np.asarray(ids, np.int64), np.asarray(prefix, np.int64)
+    parts = [
+        np.concatenate([opening[: seq_len - (stop - start)], ids[start:stop]])
+        for start, stop in _window_bounds(ids, seq_len, prefix)
+    ]
+    return np.array(parts, np.int64).reshape(-1, seq_len)
+
+
+def _window_bounds(ids: np.ndarray, seq_len: int, prefix: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the numbers of each window's first token and of the one past its last; the prefix is in it or lacks."""
+    if seq_len <= len(prefix):
+        raise InputError(
+            f"a window of {seq_len} tokens has no room for text: the tokenizer begins with {len(prefix)} of its own",
+            "give a longer window",
+        )
+    bounds: list[tuple[int, int]] = []
+    start = 0
+    while True:
+        has_prefix = np.array_equal(ids[start : start + len(prefix)], prefix)
+        stop = start + seq_len - (0 if has_prefix else len(prefix))
+        if stop > len(ids):
+            return bounds
+        bounds.append((start, stop))
+        start = stop

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,14 @@ class Tokenizer:
         """
         with explained("the tokenizer fails on this text"):
             return list(self._backend.encode(_unicode(text), add_special_tokens=add_special_tokens).ids)
+
+    @cached_property
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens that it puts before every text: BOS or [CLS], or none."""
+        with explained("the tokenizer fails on one letter"):
+            encoded = self._backend.encode("a")
+        tokens = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
+        return tuple(token for token, _ in takewhile(itemgetter(1), tokens))
 
     def encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the token ids of a text, int64 [n], and where in it each token ends, int64 [n] characters."""

@@ -1,6 +1,7 @@
 """Calibration texts: plain, JSON lines, conversations, the set that llmfast ships."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,20 +55,50 @@ def test_conversations_go_through_the_chat_template(fp32_bundle: Path, tmp_path:
     assert len(ids) >= 28
 
 
-def test_a_rendered_conversation_gets_no_second_bos(fp32_bundle: Path, tmp_path: Path) -> None:
-    backend = tokenizers.Tokenizer.from_file(str(fp32_bundle / "tokenizer.json"))
+def _with_bos(bundle: ModelBundle, folder: Path) -> tuple[ModelBundle, int]:
+    """Return the bundle with a tokenizer in `folder` that puts BOS before a text, and that token."""
+    backend = tokenizers.Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
     bos = backend.token_to_id("<s>")
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    backend.save(str(tmp_path / "tokenizer.json"))
+    backend.save(str(folder / "tokenizer.json"))
+    return ModelBundle(folder, bundle.manifest, bundle.model), bos
+
+
+def test_every_window_begins_with_bos(fp32_bundle: Path, tmp_path: Path) -> None:
+    bundle, bos = _with_bos(ModelBundle.open(fp32_bundle), tmp_path)
+    (tmp_path / "text.txt").write_text("abcdefgh" * 20, encoding="utf-8")
+    plain = Tokenizer.load(fp32_bundle).encode("abcdefgh" * 20)
+    samples = np.array(Corpus(tmp_path / "text.txt").samples(bundle, 32))
+    assert (samples[:, 0] == bos).all()
+    assert samples[:, 1:].ravel().tolist() == plain[: len(plain) // 31 * 31]
+    with pytest.raises(InputError, match="window of 1 tokens has no room for text"):
+        Corpus(tmp_path / "text.txt").samples(bundle, 1)
+
+
+def test_a_rendered_conversation_gets_no_second_bos(fp32_bundle: Path, tmp_path: Path) -> None:
+    bundle, bos = _with_bos(ModelBundle.open(fp32_bundle), tmp_path)
     template = "<s>{% for m in messages %}{{ m.content }}{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
-    plain = ModelBundle.open(fp32_bundle)
-    bundle = ModelBundle(tmp_path, plain.manifest, plain.model)
     turn = {"messages": [{"role": "user", "content": "hi there"}]}
     for records, count in (([turn, turn], 2), ([{"text": "hi there"}, turn], 2), ([turn, {"text": "hi there"}], 1)):
-        ids = np.concatenate(Corpus(_json_lines(tmp_path / "data.JSONL", *records)).samples(bundle, 1)).tolist()
+        path = _json_lines(tmp_path / "data.JSONL", *records)
+        (ids,) = Corpus(path).samples(bundle, 17)
         assert ids[0] == bos
-        assert ids.count(bos) == count
+        assert ids.tolist().count(bos) == count
+        assert {int(window[0]) for window in Corpus(path).samples(bundle, 5)} == {bos}
+
+
+def test_an_encoders_line_is_cut_before_its_last_token(fp32_bundle: Path, tmp_path: Path) -> None:
+    plain, _ = _with_bos(ModelBundle.open(fp32_bundle), tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ends = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    encoder = ModelBundle(tmp_path, replace(plain.manifest, task="fill-mask"), plain.model)
+    (tmp_path / "lines.txt").write_text("abcdefgh\nab\n", encoding="utf-8")
+    long, short = Corpus(tmp_path / "lines.txt").samples(encoder, 6)
+    assert long.tolist() == [ends[0][1], *backend.encode("abcde", add_special_tokens=False).ids, ends[1][1]]
+    assert short.tolist() == backend.encode("ab").ids
 
 
 @pytest.mark.parametrize("line", ["[1]", "not json", '{"text": 3}', '{"messages": []}', '{"messages": ["hi"]}', "{}"])

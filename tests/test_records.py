@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 
 from llmfast.errors import InputError
 from llmfast.records import Mapped, Records
@@ -131,3 +132,20 @@ def test_windows_are_cut_from_the_beginning_of_a_text(tmp_path: Path) -> None:
     assert ids.tolist() == tokenizer.encode("ab ab\ncd")[:5]
     with pytest.raises(InputError, match="text too short"):
         leading_windows(tmp_path / "text.jsonl", tokenizer, 1, 50, 1)
+
+
+def test_the_bos_of_a_window_stands_for_no_text(tmp_path: Path) -> None:
+    backend = make_tokenizer()
+    bos = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    text = "".join(f"line {number} ab\n" for number in range(300))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    whole = tokenizer.encode(text, add_special_tokens=False)
+    for skipped in (1, 4):
+        windows = leading_windows(tmp_path / "text.txt", tokenizer, 3, 32, skipped)
+        assert [ids.tolist() for ids, _ in windows] == [[bos, *whole[start : start + 31]] for start in (0, 31, 62)]
+        assert [scored for _, scored in windows] == [tokenizer.decode(ids[skipped:]) for ids, _ in windows]
+        if skipped == 1:
+            assert text.startswith("".join(scored for _, scored in windows))

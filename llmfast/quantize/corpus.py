@@ -18,7 +18,7 @@ import numpy as np
 from llmfast.bundle import TEXT_GENERATION, ModelBundle, sha256
 from llmfast.errors import InputError, UnsupportedError
 from llmfast.records import Records, is_json_lines
-from llmfast.text import read_lines, read_text
+from llmfast.text import cut_windows, read_lines, read_text
 from llmfast.tokenizer import Tokenizer
 
 _TEXTS = Path(__file__).parent / "texts"
@@ -53,7 +53,8 @@ class Corpus:
     def samples(self, bundle: ModelBundle, seq_len: int) -> list[np.ndarray]:
         """Return all the samples of the text, int64 [seq] each, in its order.
 
-        Decoders get windows of `seq_len` tokens that follow one another; encoders each line, cut at `seq_len`.
+        Decoders get windows of `seq_len` tokens that follow one another, each begun as a text is; encoders each line,
+        cut at `seq_len`.
 
         Raises:
             InputError: no tokenizer, or not one sample.
@@ -62,20 +63,21 @@ class Corpus:
         tokenizer = Tokenizer.load(bundle.path)
         if bundle.manifest.task != TEXT_GENERATION:
             length = min(bundle.longest_text(seq_len), seq_len)
-            return [np.array(tokenizer.encode(line)[:length], np.int64) for line in self._lines(tokenizer)]
+            lines = tokenizer.encode_windows(self._lines(tokenizer), length)
+            return [np.array(windows[0].ids, np.int64) for windows in lines]
         texts = self._texts(tokenizer)
         seq_len = min(seq_len, bundle.manifest.architecture.get("context_length", seq_len))
         # The stream begins as a text does; a rendered conversation has the special tokens that it needs.
         begins = [number == 0 and not text.is_rendered for number, text in enumerate(texts)]
         encoded = [tokenizer.encode(text.value, begin) for text, begin in zip(texts, begins, strict=True)]
         ids = [token for part in encoded for token in part]
-        held = len(ids) // seq_len
-        if held == 0:
+        windows = cut_windows(ids, seq_len, tokenizer.prefix)
+        if len(windows) == 0:
             raise InputError(
                 f"text too short: `{self.path}` has {len(ids)} tokens, one window needs {seq_len}",
                 "give more text or a shorter --seq-len",
             )
-        return list(np.asarray(ids[: held * seq_len], np.int64).reshape(held, seq_len))
+        return list(windows)
 
     def pairs(self, bundle: ModelBundle) -> list[tuple[str, str]]:
         """Return sources and their targets, for an encoder-decoder; targets are empty where the file has none.
