@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,6 +165,18 @@ def test_a_head_of_other_size_is_made_anew(encoder: Path, tmp_path: Path) -> Non
     assert weights(tmp_path / "three")["classifier.weight"].shape == (3, 32)
 
 
+def test_a_multi_label_classifier_is_published_as_what_it_was_trained_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_encoder(tmp_path / "multi", "bert", "AutoModelForSequenceClassification", num_labels=2, pad_token_id=0,
+                 problem_type="multi_label_classification")  # fmt: skip
+    data = write_labelled(tmp_path / "data.txt", names=("LABEL_0", "LABEL_1"))
+    run(tmp_path / "multi", tmp_path / "out", data, max_steps=1)
+    assert "is made for multi_label_classification" in capsys.readouterr().err
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["problem_type"] == "single_label_classification"
+
+
 def test_regression_moves_cosines_towards_scores(encoder: Path, tmp_path: Path) -> None:
     data = tmp_path / "pairs.tsv"
     data.write_text("\n".join(f"{score}\t{one}\t{two}" for score, one, two in PAIRS), encoding="utf-8")
@@ -184,16 +197,28 @@ def test_regression_moves_cosines_towards_scores(encoder: Path, tmp_path: Path) 
     assert export(str(tmp_path / "out"), tmp_path / "fp32", ExportOptions("feature-extraction")).manifest.graphs
 
 
-def test_regression_of_a_classifier_reads_both_sentences_at_once(tmp_path: Path) -> None:
-    save_encoder(tmp_path / "cross", "bert", "AutoModelForSequenceClassification", num_labels=1, pad_token_id=0)
+def _cross_encoder(folder: Path, **settings: Any) -> Path:
+    save_encoder(folder, "bert", "AutoModelForSequenceClassification", num_labels=1, pad_token_id=0, **settings)
+    return folder
+
+
+@pytest.mark.parametrize("problem_type", [None, "regression"])
+def test_regression_of_a_classifier_trains_the_score_that_infer_gives(problem_type: str | None, tmp_path: Path) -> None:
+    source = _cross_encoder(tmp_path / "cross", **({"problem_type": problem_type} if problem_type else {}))
     data = tmp_path / "pairs.csv"
     lines = ["sentence1,score,sentence2", *(f"{one},{score},{two}" for score, one, two in PAIRS)]
     data.write_text("\n".join(lines), encoding="utf-8")
-    tuned = run(tmp_path / "cross", tmp_path / "out", data, objective="regression", validation=data, max_steps=30,
+    tuned = run(source, tmp_path / "out", data, objective="regression", validation=data, max_steps=30,
                 learning_rate=1e-2)  # fmt: skip
-    assert (
-        tuned.figures["validations"][-1]["validation_loss"] < 0.5 * tuned.figures["validations"][0]["validation_loss"]
-    )
+    first, last = tuned.figures["validations"][0], tuned.figures["validations"][-1]
+    assert last["validation_loss"] < 0.5 * first["validation_loss"]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    batch = Tokenizer.load(source).encode_batch([(one, two) for _, one, two in PAIRS], 64)
+    with torch.no_grad():
+        logits = model(**{name: torch.tensor(ids) for name, ids in batch.items()}).logits[:, 0].numpy()
+    found = logits if problem_type else 1 / (1 + np.exp(-logits))
+    targets = np.array([score / 5 for score, _, _ in PAIRS])
+    assert last["validation_loss"] == pytest.approx(float(np.mean((found - targets) ** 2)), rel=1e-3)
 
 
 def _distillation(student: Path, teacher: Path, temperature: float, hidden: float) -> float:

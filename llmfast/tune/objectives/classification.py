@@ -18,6 +18,7 @@ import numpy as np
 
 from llmfast.errors import OptionError, UnsupportedError
 from llmfast.export.checkpoint import load_config
+from llmfast.report import note
 from llmfast.tokenizer import Tokenizer
 from llmfast.tune.labels import Labelled, check_labels, find_label, label_names, read_labels
 from llmfast.tune.objective import Defaults, Job, Row
@@ -37,6 +38,7 @@ from llmfast.tune.student import (
 if TYPE_CHECKING:
     import torch
 
+_PROBLEM = "single_label_classification"
 DEFAULTS = Defaults(learning_rate=1e-4, epochs=5, batch_size=16, seq_len=128, layer_decay=0.8)
 
 
@@ -83,7 +85,9 @@ def prepare(job: Job, options: Options) -> "Classification":
         check_labels(validation, held, names, owner)
     if not has_head:
         config.num_labels = len(names)
-        config.problem_type = "single_label_classification"
+    elif config.problem_type not in (None, _PROBLEM):
+        note(f"note: `{job.source}` is made for {config.problem_type}; tuned, it gives a text one label of its labels")
+    config.problem_type = _PROBLEM
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
     model = load_model(job.source, CLASSIFIER_CLASS, config, new_head=not has_head)

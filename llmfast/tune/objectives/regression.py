@@ -1,7 +1,8 @@
 """Regression on sentence pairs: how alike two sentences are.
 
 Of a sentence encoder the cosine of the pair's two vectors, pooled as its files say, moves towards score / scale; of a
-classifier with one label, which reads both sentences at once, that label does. loss = mean over pairs of the squared
+classifier with one label, which reads both sentences at once, that label does: its logit, or of a re-ranker the score
+that `infer` gives, where that is the sigmoid of the logit. loss = mean over pairs of the squared
 difference; spearman = rank correlation with the scores.
 Data: lines of `score<TAB>sentence<TAB>sentence`, or the columns `score`, `sentence1` and `sentence2` of .csv, .tsv or
 .jsonl.
@@ -20,6 +21,7 @@ from llmfast.bench.statistics import spearman
 from llmfast.errors import InputError, OptionError, UnsupportedError
 from llmfast.export.checkpoint import load_config
 from llmfast.export.pooling import Pooling, pool, read_pooling
+from llmfast.export.ranking import is_ranker, read_activation
 from llmfast.records import Records
 from llmfast.tokenizer import Text, Tokenizer
 from llmfast.tune.objective import Defaults, Job, Row
@@ -79,6 +81,8 @@ def prepare(job: Job, options: Options) -> "Regression":
     pooling = None if reads_pairs else read_pooling(job.source)
     if pooling and getattr(model, "pooler", None) is not None:
         model.pooler.requires_grad_(False)  # it feeds nothing here
+    settings = config.to_dict()
+    has_sigmoid = is_ranker(job.source, settings) and read_activation(job.source, settings) == "sigmoid"
     check_length(model, job.seq_len)
     tokenizer, length = Tokenizer.load(job.companions), job.seq_len
 
@@ -98,20 +102,36 @@ def prepare(job: Job, options: Options) -> "Regression":
 
     rows = encoded(train)
     if job.options.validation:
-        return Regression(model, rows, encoded(held), pooling)
-    return Regression(model, *split(rows, job.options.validation_split, job.options.seed), pooling)
+        return Regression(model, rows, encoded(held), pooling, has_sigmoid)
+    return Regression(model, *split(rows, job.options.validation_split, job.options.seed), pooling, has_sigmoid)
 
 
 class Regression:
-    """An encoder and scored pairs."""
+    """An encoder and scored pairs.
+
+    Args:
+        model: the encoder.
+        train: pairs to learn from.
+        validation: pairs to validate on.
+        pooling: makes a vector of an encoder's tokens; None of a classifier, which reads both sentences at once.
+        has_sigmoid: a classifier's score is the sigmoid of its logit.
+    """
 
     metric = "spearman"
 
-    def __init__(self, model: Any, train: Sequence[Row], validation: Sequence[Row], pooling: Pooling | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        train: Sequence[Row],
+        validation: Sequence[Row],
+        pooling: Pooling | None,
+        has_sigmoid: bool,
+    ) -> None:
         self.model = model
         self.train = train
         self.validation = validation
         self._pooling = pooling
+        self._has_sigmoid = has_sigmoid
         self._device: Any = None
 
     def loss(self, model: Any, rows: Sequence[Row]) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -123,6 +143,7 @@ class Regression:
         padding = pad_id(self.model.config)
         if self._pooling is None:
             scores = model(**collate(rows, padding, self._device)).logits.float()[:, 0]
+            scores = scores.sigmoid() if self._has_sigmoid else scores
         else:
             # Both sides in one pass: rows first, then what they are compared with.
             names = [name.removesuffix(".0") for name in rows[0].inputs if name.endswith(".0")]
