@@ -124,9 +124,16 @@ def test_settings_name_the_new_ids() -> None:
         trim_settings({"eos_token_id": 4}, vocabulary)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_logits_are_rows_of_those_before(tied: bool, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "checkpoint", "llama", {"vocab_size": 600, "tie_word_embeddings": tied})
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"tie_word_embeddings": False}),
+        ("phi", {"num_attention_heads": 2}),  # its head has a bias
+    ],
+)
+def test_logits_are_rows_of_those_before(model_type: str, settings: dict, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint", model_type, {"vocab_size": 600} | settings)
     _byte_level().save(str(folder / "tokenizer.json"))
     bundle = export(str(folder), tmp_path / "fp32")
     (tmp_path / "corpus.txt").write_text(CORPUS, encoding="utf-8")

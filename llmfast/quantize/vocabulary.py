@@ -21,7 +21,7 @@ from llmfast import report
 from llmfast.bundle import COMPANIONS, TEXT_GENERATION, ModelBundle, Step, read_json, sha256, write_manifest
 from llmfast.errors import InputError, UnsupportedError
 from llmfast.graph.builder import GraphBuilder
-from llmfast.graph.linear import find_linears
+from llmfast.graph.linear import find_linears, lone_adds, with_bias
 from llmfast.graph.model import OnnxModel, count_parameters, reads
 from llmfast.graph.weights import WeightFile
 from llmfast.quantize.plan import HEAD_ROLE
@@ -136,7 +136,9 @@ def _tables(model: OnnxModel, embedding: str, rows: int, bundle: ModelBundle) ->
     heads = [one for one in find_linears(model) if one.role == HEAD_ROLE or embedding == one.weight]
     if not heads or any(one.shape[0] != rows for one in heads):
         raise UnsupportedError(f"`{model.path}`: the head is not found, or has not one row per token of the embedding")
-    return tables | {one.weight: 0 if one.stored_transposed else 1 for one in heads}
+    adds = lone_adds(model)
+    biases = {one.bias: 0 for one in (with_bias(model, head, adds) for head in heads) if one.bias}
+    return tables | biases | {one.weight: 0 if one.stored_transposed else 1 for one in heads}
 
 
 def _write_graph(model: OnnxModel, tables: dict[str, int], rows: int, vocabulary: Vocabulary, folder: Path) -> None:
