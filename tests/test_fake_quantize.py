@@ -182,3 +182,13 @@ def test_training_repairs_what_rounding_breaks(checkpoints: Callable[[str], Path
     assert last["validation_loss"] < 0.7 * first["validation_loss"]
     assert weights(tmp_path / "out").keys() == weights(source).keys()
     assert losses(tmp_path / "out")[0] > losses(tmp_path / "out")[-1]
+
+
+def test_an_average_begins_at_what_gptq_makes(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    source, text = checkpoints("llama-tied"), write_text(tmp_path)
+    options = {"seq_len": 32, "batch_size": 8, "max_steps": 1, "quantize_aware": "int4:head_bits=32"}
+    plain, averaged = (
+        run(source, tmp_path / f"out-{average}", text, **options, average=average, objective="causal-lm")
+        for average in (0.0, 0.9)
+    )
+    assert averaged.figures["validations"][0] == plain.figures["validations"][0]

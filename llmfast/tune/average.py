@@ -24,8 +24,12 @@ class Average:
 
     def __init__(self, parameters: "Sequence[torch.nn.Parameter]", decay: float) -> None:
         self._parameters = parameters
-        self._values = [parameter.detach().clone() for parameter in parameters]
         self._decay = decay
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all steps: the average is what the parameters are now."""
+        self._values = [parameter.detach().clone() for parameter in self._parameters]
         self._steps = 0
 
     def update(self) -> None:

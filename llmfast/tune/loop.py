@@ -108,6 +108,8 @@ class Trainer:
             is_interrupted = False
             if self._quantizer and not self.progress.step:
                 self._quantizer.start(self._see_rows)
+                if self._average:
+                    self._average.restart()  # from the weights that GPTQ moved
             self._evaluate_when_due()
             started, tokens = time.perf_counter(), 0
             for rows in self._batches():
