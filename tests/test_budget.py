@@ -17,6 +17,7 @@ from llmfast.graph.packed import Grid
 from llmfast.infer.engine import Engine
 from llmfast.quantize.allocate import Option, allocate, lower_hull
 from llmfast.quantize.budget import Budget, block_bytes
+from llmfast.quantize.fitting import Fitting
 from llmfast.quantize.plan import Part, Plan, choose_layers
 from llmfast.quantize.rounding import rtn
 from llmfast.quantize.sensitivity import FILE, PROBE, WeightProbe, grid_errors, targets_of
@@ -173,6 +174,29 @@ def test_divergence_budgets_give_the_smallest_that_keeps_them(fp32_bundle: Path,
         assert bundle.manifest.measured["quantize"]["kld"] <= limit
         sizes.append(bundle.manifest.bits_per_weight)
     assert sizes[1] < sizes[0]
+
+
+def test_a_generous_divergence_is_met_at_once(
+    fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, layers = [], Fitting.layers
+
+    def watching(self: Fitting):
+        written.append(layers(self))
+        return written[-1]
+
+    monkeypatch.setattr(Fitting, "layers", watching)
+    quantize(fp32_bundle, tmp_path / "out", QuantizeOptions("int4", budget=Budget(max_kld=100.0)))
+    assert len(written) == 1
+
+
+def test_a_ranking_taken_over_keeps_its_origin(fp32_bundle: Path, tmp_path: Path) -> None:
+    budget = Budget(max_bits=6.0)
+    first = quantize(fp32_bundle, tmp_path / "first", QuantizeOptions("int4", budget=budget, measure=False))
+    taken = QuantizeOptions("int4", method="gptq", budget=budget, sensitivity=first.path, measure=False)
+    second = quantize(fp32_bundle, tmp_path / "second", taken)
+    assert json.loads((second.path / FILE).read_text())["method"] == "rtn"
+    assert (second.path / FILE).read_bytes() == (first.path / FILE).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The attempts that a budget takes: layers are chosen, written and judged until it is met."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -117,29 +118,35 @@ class Fitting:
         return False
 
     def _is_close(self, name: str, damage: float, limit: float, num_bytes: int) -> bool:
-        tried = self._max_damage
-        if damage <= limit:
-            if tried == self._passed:
+        assert self._written is not None
+        is_kept = damage <= limit
+        if is_kept:
+            if self._max_damage == self._passed:
                 return True  # this was the best attempt, written once more
-            self._passed = tried
-            if damage >= _CLOSE_ENOUGH * limit or self._attempts >= _MOST_ATTEMPTS:
+            self._passed = self._max_damage
+            if damage >= _CLOSE_ENOUGH * limit:
                 return True
         else:
-            self._failed = min(self._failed, tried)
-            if self._passed is None and (self._expected > tried or self._attempts >= _MOST_ATTEMPTS):
+            self._failed = min(self._failed, self._max_damage)
+        self._tried.append((damage, self._written))
+        following = max(self._expected, 1e-9) * limit / max(damage, 1e-9) * 0.95
+        if following >= self._failed:
+            following = (self._failed + (self._passed or 0.0)) / 2
+        if self._attempts >= _MOST_ATTEMPTS or self._is_tried(following):
+            if self._passed is None:
                 raise GateError(
                     f"budget missed: {name} {damage:.4g} at {num_bytes / 1e6:.1f} MB is the best that can be, "
                     f"asked at most {limit:g}",
                     "raise --max-kld, try --method gptq, or leave layers as floats with --exclude",
                 )
-        if self._passed is not None and self._attempts >= _MOST_ATTEMPTS:
-            self._max_damage = self._passed
-            return False
-        following = max(self._expected, 1e-9) * limit / max(damage, 1e-9) * 0.95
-        if following >= self._failed:
-            following = (self._failed + (self._passed or 0.0)) / 2
+            following = self._passed
         self._max_damage = following
-        return False
+        return is_kept and following == self._passed
+
+    def _is_tried(self, max_damage: float) -> bool:
+        """Return whether a damage limit gives grids that were written before."""
+        layers, _ = self._choice.under(self._max_bytes, max_damage)
+        return layers is not None and any(_grids_of(layers) == _grids_of(tried) for _, tried in self._tried)
 
 
 def _grids_of(layers: Mapping[str, Layers]) -> list[Mapping[str, Grid | FloatFormat]]:
@@ -177,17 +184,19 @@ def start_fitting(
     method = plan.rounding.name
     if known is not None:
         damages = sensitivity.load(known, targets_of(parts), method)
+        shutil.copyfile(sensitivity.file_of(known), folder / sensitivity.FILE)  # it says how it was measured
     else:
         samples = _probe_samples(bundle, models, calibration)
         with progress("measuring what each layer costs", len(targets_of(parts))) as advance:
             problem_type = problem_type_of(bundle)
             damages = sensitivity.measure_damages(parts, samples, roundings, checkpoint, problem_type, advance)
+        facts = {"method": method, "calibration": calibration.describe()}
+        sensitivity.save(folder / sensitivity.FILE, damages, facts)
     costliest = sorted(damages, key=lambda one: -one.damage)[:_NUM_PRINTED]
     note(
         f"what layers cost when they alone are rounded to {sensitivity.PROBE.bits} bits (all are in "
         f"{sensitivity.FILE}): {', '.join(f'{one.name} {one.damage:.4f}' for one in costliest)}, ..."
     )
-    sensitivity.save(folder / sensitivity.FILE, damages, {"method": method, "calibration": calibration.describe()})
     choice = GridChoice(parts, damages, plan.scheme.plugin.grid(plan.scheme.options).symmetric)
     overhead = 0
     if budget.max_bytes is not None:
