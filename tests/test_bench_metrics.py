@@ -173,6 +173,15 @@ def test_accuracy_and_f1_are_those_of_scikit_learn() -> None:
     assert figures == {"accuracy": 0.625, "f1": pytest.approx((1 / 2 + 2 / 3 + 2 / 3) / 3), "flipped_labels": 0.375}
 
 
+@pytest.mark.parametrize("names", [("LABEL_0", "LABEL_1"), ("negative", "Positive")])
+def test_a_label_of_another_spelling_is_not_flipped(names: tuple[str, str]) -> None:
+    item = Examples((0, 1, 1), ("",) * 3, ("NEGATIVE", "POSITIVE"))
+    ours = np.array([(str(label), names[label]) for label in (0, 1, 0)])
+    theirs = np.array([(str(label), item.names[label]) for label in (0, 1, 1)])
+    figures = accuracy.figures(accuracy.compare(item, ours, theirs))
+    assert (figures["accuracy"], figures["flipped_labels"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+
+
 def test_what_is_missed_is_counted_at_the_threshold_of_the_costs() -> None:
     item = false_negatives.Cases(Examples((1, 1, 1, 1, 0, 0, 2), ("",) * 7), 1, "fraud", 4.0)
     scores = np.array([0.9, 0.2, 0.19, 0.1, 0.3, 0.05, 0.2])  # flagged from 1 / (1 + 4) on

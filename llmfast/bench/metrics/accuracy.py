@@ -51,13 +51,17 @@ def answer(subject: Subject, item: Examples) -> np.ndarray:
 def compare(item: Examples, labels: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Return one row per text: float64 [texts, 3] = the right label, the one found, whether the baseline's differs.
 
-    Labels are told apart by name, since a bundle may number them in another order than the baseline.
+    A label is the baseline's of its name, since a bundle may number them in another order, or else of its number.
     """
     names = [name.casefold() for name in item.names]
-    rows = [
-        (want, names.index(name.casefold()) if name.casefold() in names else int(number), name != theirs)
-        for want, (number, name), theirs in zip(item.labels, labels.tolist(), reference[:, 1].tolist(), strict=True)
-    ]
+
+    def numbers(found: np.ndarray) -> list[int]:
+        return [
+            names.index(name.casefold()) if name.casefold() in names else int(number) for number, name in found.tolist()
+        ]
+
+    ours, theirs = numbers(labels), numbers(reference)
+    rows = [(want, own, own != other) for want, own, other in zip(item.labels, ours, theirs, strict=True)]
     return np.array(rows, np.float64)
 
 
