@@ -17,14 +17,17 @@ from typer.testing import CliRunner
 from llmfast import registry
 from llmfast.cli import app
 from llmfast.errors import InputError, OptionError, UnsafeInputError, UnsupportedError
+from llmfast.export.checkpoint import load_config
 from llmfast.export.module import export_module
 from llmfast.export.stage import ExportOptions, export
 from llmfast.infer.stage import answer
 from llmfast.records import Records
 from llmfast.tokenizer import Tokenizer
+from llmfast.tune.adapters import add_adapters
 from llmfast.tune.objective import Job
 from llmfast.tune.objectives import classification
 from llmfast.tune.options import TuneOptions
+from llmfast.tune.student import CLASSIFIER_CLASS, load_model
 from tests.tiny_encoder import save_encoder
 from tests.tiny_tune import MODULE, TEXT, losses, run, weights, write_encoder, write_labelled, write_text
 
@@ -175,6 +178,15 @@ def test_a_multi_label_classifier_is_published_as_what_it_was_trained_to_be(
     assert "is made for multi_label_classification" in capsys.readouterr().err
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert config["problem_type"] == "single_label_classification"
+
+
+@pytest.mark.parametrize(("kind", "whole"), [("deberta-v2", {"pooler", "classifier"}), ("bert", {"classifier"})])
+def test_adapters_leave_a_new_head_whole(kind: str, whole: set[str], tmp_path: Path) -> None:
+    save_encoder(tmp_path / kind, kind, pad_token_id=0)
+    model = add_adapters(load_model(tmp_path / kind, CLASSIFIER_CLASS, load_config(tmp_path / kind), new_head=True), 4)
+    trained = [name for name, one in model.named_parameters() if one.requires_grad and "lora_" not in name]
+    assert {name.removeprefix("base_model.model.").split(".")[0] for name in trained} == whole
+    assert not [name for name, _ in model.named_parameters() if "lora_" in name and name.split(".")[2] in whole]
 
 
 def test_regression_moves_cosines_towards_scores(encoder: Path, tmp_path: Path) -> None:

@@ -14,18 +14,17 @@ if TYPE_CHECKING:
 
 # The update is scaled by alpha / rank; twice the rank is the usual choice.
 _ALPHA_PER_RANK = 2
-_HEADS = ("classifier", "score", "pre_classifier")
 
 
 def add_adapters(model: Any, rank: int) -> Any:
-    """Return the model with adapters beside all linear layers but its heads; its own weights are frozen.
+    """Return the model with adapters beside all linear layers but its heads, which train whole; the rest is frozen.
 
     Raises:
         UnsupportedError: the model has no layer that adapters fit.
     """
     from peft import LoraConfig, get_peft_model
 
-    heads = [name for name, _ in model.named_children() if name in _HEADS]
+    heads = _heads(model)
     config = LoraConfig(
         r=rank,
         lora_alpha=_ALPHA_PER_RANK * rank,
@@ -37,6 +36,15 @@ def add_adapters(model: Any, rank: int) -> Any:
         return get_peft_model(model, config)
     except ValueError as error:
         raise UnsupportedError(f"--lora: {first_line(error)}", "train the whole model instead") from error
+
+
+def _heads(model: Any) -> list[str]:
+    """Return the modules on top of the pretrained model, without the one that gives a decoder's logits."""
+    base, vocabulary = getattr(model, "base_model", model), getattr(model, "get_output_embeddings", lambda: None)()
+    if base is model:
+        return []
+    on_top = ((name, part) for name, part in model.named_children() if part is not base and part is not vocabulary)
+    return [name for name, part in on_top if next(part.parameters(), None) is not None]
 
 
 def merge_adapters(model: Any) -> "torch.nn.Module":
