@@ -22,7 +22,7 @@ class Rotary:
         inverse_frequencies: angle per position, float32 [pairs]; 2 * pairs <= head size.
         scale: factor on cosine and sine (YaRN's attention factor).
         name: prefix of the tables in the graph.
-        factors: which of longrope's two sets of factors was taken, or empty.
+        factors: which of longrope's two sets of factors was taken; empty where there are no two.
     """
 
     inverse_frequencies: np.ndarray
@@ -96,6 +96,7 @@ def read_rotary(config: Any, layer_type: str | None = None) -> Rotary:
     factors, arguments = "", {} if layer_type is None else {"layer_type": layer_type}
     if kind == "longrope":
         arguments["seq_len"] = config.context_length
-        factors = "long" if config.context_length > config.original_context_length else "short"
+        if rope["short_factor"] != rope["long_factor"]:  # GGUF has one table for Llama 3.1, whatever the length
+            factors = "long" if config.context_length > config.original_context_length else "short"
     frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config.original, "cpu", **arguments)
     return Rotary(frequencies.float().numpy(), float(scale), name, factors)
