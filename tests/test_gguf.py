@@ -1,10 +1,12 @@
 """GGUF files of every architecture are the model they were made from; what is left out of one is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -16,7 +18,7 @@ from onnx.numpy_helper import to_array
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmfast.errors import InputError, UnsupportedError
+from llmfast.errors import InputError, ResourceError, UnsupportedError
 from llmfast.export.architectures import describe, supported_model_types
 from llmfast.export.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from llmfast.export.decoder import DecoderGraph
@@ -368,6 +370,24 @@ def test_a_granite_without_rotary_positions_is_refused(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", model, "granite", extra={"rope.scaling.finetuned": False})
     with pytest.raises(UnsupportedError, match="a granite without rotary positions"):
         GgufCheckpoint(path)
+
+
+@pytest.mark.parametrize(("name", "factors"), [("llama3", None), ("phi3-longrope", "short")])
+def test_only_longrope_has_factors_to_choose(
+    name: str, factors: str | None, pair: Callable[[str], tuple[Path, Path]]
+) -> None:
+    assert describe(GgufCheckpoint(pair(name)[1]).config).rotary_factors == factors
+
+
+def test_a_full_disk_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _tiny(tmp_path / "model.gguf", {})
+    checkpoint = GgufCheckpoint(path)
+    need = 4 * sum(parameter.numel() for parameter in checkpoint.load_reference().parameters())
+    assert DecoderGraph(checkpoint, describe(checkpoint.config)).weights.num_bytes == need
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=need - 1))
+    with pytest.raises(ResourceError, match="the bundle needs about"):
+        export(str(path), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_experts_that_are_none_are_no_reason_to_refuse(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The weights of a decoder's graph: what each is made of in the checkpoint, checked before any is read."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ class DecoderWeights:
 
     def __len__(self) -> int:
         return len(self._weights)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the weights take, each stored part as 32-bit numbers; without tables that are in no checkpoint."""
+        shapes = {name: shape for weight in self._weights.values() for name, shape in weight.parts}
+        return 4 * sum(math.prod(shape) for shape in shapes.values())
 
     def constant(self, name: str, values: Any, dtype: type = np.int64) -> str:
         """Add a small constant, a shape or an axis for instance."""

@@ -1,7 +1,6 @@
 """`llmfast export`: a PyTorch checkpoint becomes a bundle, its parity with PyTorch proven."""
 
 import importlib.metadata
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -197,7 +196,7 @@ def _export_decoder(source: str, task: str, staged: Path, options: ExportOptions
             f"ones, for up to {decoder.context_length} tokens (--context-length chooses)"
         )
     layout = DecoderGraph(checkpoint, decoder)
-    require_disk(staged, 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()), "the bundle")
+    require_disk(staged, layout.weights.num_bytes, "the bundle")
     with progress("writing the graph", len(layout.weights)) as advance:
         graph = layout.write(staged, advance)
     checkpoint.write_companions(staged)
