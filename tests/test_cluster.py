@@ -70,7 +70,7 @@ def test_chunks_that_overlap_give_the_answers_of_one_run(fp32_bundle: Path, tmp_
     lines[17]["prompt"] = "ab" * 90  # more room than the lines before need
     lines[20]["prompt"] = ""
     worker = _worker(fp32_bundle)
-    chunks = [[Line(number, number, lines[number]) for number in range(at, at + 5)] for at in range(0, 30, 5)]
+    chunks = [[Line(at + i + 1, at + i, lines[at + i]) for i in range(5)] for at in range(0, 30, 5)]
     with ThreadPoolExecutor(3) as threads:
         outcomes = [one for chunk in threads.map(worker.answer, chunks) for one in chunk]
     refused = outcomes.pop(20)
@@ -95,7 +95,7 @@ def test_a_worker_that_fails_answers_nothing_more(fp32_bundle: Path, monkeypatch
         raise RuntimeError("out of order")
 
     monkeypatch.setattr(worker._work, "run", fail)
-    for number in range(3):
+    for number in range(1, 4):
         with pytest.raises(RuntimeError, match="out of order"):
             worker.answer([Line(number, number, {"prompt": "x"})])
 

@@ -114,7 +114,11 @@ def test_a_budget_of_a_ranker_is_divided_by_the_error_of_its_scores(heads: Calla
     damages = json.loads((bundle.path / "sensitivity.json").read_text())["layers"]
     assert all(row["damage"] > 0 for row in damages if row["name"].endswith(("query", "value", "dense")))
     with pytest.raises(GateError, match="relative_error"):
-        quantize(source, tmp_path / "x", QuantizeOptions("int4", gates=(parse_drop("relative_error=0.000001"),)))
+        quantize(
+            source,
+            tmp_path / "x",
+            QuantizeOptions("int4", gates=(parse_drop("relative_error=0.000001", HIGHER_IS_BETTER),)),
+        )
 
 
 def _graph(path: Path, input_type: int = TensorProto.FLOAT, is_argmax: bool = False) -> Path:
