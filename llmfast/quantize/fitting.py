@@ -1,6 +1,5 @@
 """The attempts that a budget takes: layers are chosen, written and judged until it is met."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -184,7 +183,7 @@ def start_fitting(
     method = plan.rounding.name
     if known is not None:
         damages = sensitivity.load(known, targets_of(parts), method)
-        shutil.copyfile(sensitivity.file_of(known), folder / sensitivity.FILE)  # it says how it was measured
+        sensitivity.copy(known, folder)
     else:
         samples = _probe_samples(bundle, models, calibration)
         with progress("measuring what each layer costs", len(targets_of(parts))) as advance:

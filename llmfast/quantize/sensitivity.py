@@ -9,6 +9,7 @@ judged by what the decoder makes of it. Cost: one pass over the samples per laye
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -242,6 +243,11 @@ def save(path: Path, damages: Sequence[LayerDamage], facts: dict[str, Any]) -> N
     ranked = sorted(damages, key=lambda one: -one.damage)
     document = {"format": _FORMAT, **facts, "layers": [asdict(one) for one in ranked]}
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def copy(path: Path, folder: Path) -> None:
+    """Take a ranking over as it is: it says how it was measured."""
+    shutil.copyfile(file_of(path), folder / FILE)
 
 
 def file_of(path: Path) -> Path:
