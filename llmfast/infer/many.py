@@ -20,6 +20,8 @@ from llmfast.infer.stage import check_options, text_option
 from llmfast.report import note, progress
 from llmfast.runtime import suit_provider
 
+# What a run that stops says of the answers that it leaves.
+GOING_ON = "the same command, without --overwrite, goes on from there"
 # Reasons that the JSON document holds; there may be a million, and all are printed.
 _LISTED = 1000
 
@@ -160,8 +162,7 @@ def answer_file(
                 work.run(_remaining(read, keys, file.done), remaining, done, summary.fail)
     except BaseException:
         if count := file.count():
-            how = "the same command, without --overwrite, goes on from there"
-            note(f"note: {count} of {len(keys)} answers are in `{output}`; {how}")
+            note(f"note: {count} of {len(keys)} answers are in `{output}`; {GOING_ON}")
         raise
     finally:
         file.close()

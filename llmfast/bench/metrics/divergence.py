@@ -149,12 +149,13 @@ def compare(window: Window, logits: np.ndarray, reference: np.ndarray) -> np.nda
     is_itself = logits is reference or not window.is_comparable
     figures = position_figures(window.ids, logits, None if is_itself else reference, usable_cores())
     figures = figures[window.context_tokens - 1 :]
-    sums, divergences = figures.sum(axis=0), figures[:, 0]
-    if not window.is_comparable:
-        sums[[_KLD - 1, _AGREEMENTS - 1, _BASELINE_NLL - 1]], divergences = np.nan, divergences[:0]
-    row = np.full((1, 6 + max(window.width, len(divergences))), np.nan)
-    row[0, :6] = (len(figures) if window.is_comparable else np.nan, *sums, window.num_bytes)
-    row[0, 6 : 6 + len(divergences)] = divergences
+    width = max(window.width, len(figures)) if window.is_comparable else window.width
+    row = np.full((1, 6 + width), np.nan)
+    row[0, :6] = (len(figures), *figures.sum(axis=0), window.num_bytes)
+    if window.is_comparable:
+        row[0, 6 : 6 + len(figures)] = figures[:, 0]
+    else:
+        row[0, [_POSITIONS, _KLD, _AGREEMENTS, _BASELINE_NLL]] = np.nan
     return row
 
 

@@ -15,7 +15,7 @@ from llmfast.infer.cluster.parts import Part, PartFolder
 from llmfast.infer.cluster.pool import Chunk, Pool
 from llmfast.infer.cluster.source import Source, find_source
 from llmfast.infer.jsonl import Line
-from llmfast.infer.many import Summary, open_work, settings_digest, text_field
+from llmfast.infer.many import GOING_ON, Summary, open_work, settings_digest, text_field
 from llmfast.report import note, progress
 from llmfast.supervisor import GRACE_S, ask_for_grace
 
@@ -169,7 +169,6 @@ class _Run:
             part.close()
         lost = 0 if self._folder.keeps_halves else sum(part.written for part in self._open)
         if kept := self._summary.answered - lost:
-            how = "the same command, without --overwrite, goes on from there"
-            note(f"note: {kept} answers are in `{self._summary.output}`; {how}")
+            note(f"note: {kept} answers are in `{self._summary.output}`; {GOING_ON}")
         if lost:
             note(f"note: {lost} answers in parts that were not complete are lost; with smaller --part-lines fewer are")
